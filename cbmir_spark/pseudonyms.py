@@ -1,0 +1,101 @@
+"""Keyed hashes in the place of identifiers: HMAC-SHA-256, one domain for each kind of identifier.
+
+The key is read from a file or the environment wherever it is used; what travels to tasks is at most the file's path.
+"""
+
+import hashlib
+import hmac
+import os
+import secrets
+import stat
+from dataclasses import dataclass
+from functools import lru_cache
+
+from cbmir_spark.config import Settings
+from cbmir_spark.errors import ConfigError
+
+KEY_VARIABLE = "CBMIR_PRIVACY__KEY"
+KEY_FILE = "pseudonym.key"
+SHORTEST_KEY = 16
+
+
+@dataclass(frozen=True)
+class Pseudonyms:
+    """Turns identifiers into pseudonyms of 32 hexadecimal digits (128 bits).
+
+    `key_file` is None where the key is in the environment of every driver and worker. `key_id` names the key without
+    telling it: the same key has the same id.
+    """
+
+    key_file: str | None
+    key_id: str
+
+    def image(self, sop_instance_uid: str) -> str:
+        return self._of("image", sop_instance_uid)
+
+    def series(self, series_instance_uid: str) -> str:
+        return self._of("series", series_instance_uid)
+
+    def study(self, study_instance_uid: str) -> str:
+        return self._of("study", study_instance_uid)
+
+    def patient(self, patient_id: str) -> str:
+        return self._of("patient", patient_id)
+
+    def _of(self, domain: str, identifier: str) -> str:
+        return _digest(_key(self.key_file), domain, identifier)
+
+
+def of(settings: Settings, vault_folder: str | None) -> Pseudonyms:
+    """The pseudonyms of a lake; `vault_folder` is its vault as a local path, None where it lies in object storage.
+
+    A local lake without a key gets a generated one in its vault, readable by its owner alone; an object store gets
+    none, since a key beside the data it protects protects nothing. Raises ConfigError saying what to set.
+    """
+    key_file = settings.privacy.key_file
+    if settings.privacy.key is not None:
+        # Tasks read the same variable; a key that came by another way would not reach them.
+        if os.environ.get(KEY_VARIABLE) != settings.privacy.key.get_secret_value():
+            raise ConfigError(f"privacy.key: give the key as environment variable {KEY_VARIABLE}, or privacy.key_file")
+        key_file = None
+    elif key_file is None:
+        if vault_folder is None:
+            raise ConfigError(f"privacy: a vault in object storage needs a key; set {KEY_VARIABLE} or privacy.key_file")
+        key_file = os.path.join(vault_folder, KEY_FILE)
+        if not os.path.exists(key_file):
+            _generate(key_file)
+    key = _key(key_file)
+    return Pseudonyms(key_file, hashlib.sha256(b"cbmir key id\0" + key).hexdigest()[:12])
+
+
+def _digest(key: bytes, domain: str, identifier: str) -> str:
+    # DICOM pads values with spaces or NUL to an even length (PS3.5 6.2); padding is not part of an identifier.
+    message = domain.encode() + b"\0" + identifier.strip(" \0").encode("utf-8", "surrogatepass")
+    return hmac.new(key, message, hashlib.sha256).hexdigest()[:32]
+
+
+@lru_cache(maxsize=4)
+def _key(key_file: str | None) -> bytes:
+    if key_file is None:
+        key = os.environ.get(KEY_VARIABLE, "").encode()
+        place = f"environment variable {KEY_VARIABLE}"
+    else:
+        place = key_file
+        try:
+            with open(key_file, "rb") as handle:
+                key = handle.read().strip()
+        except OSError as error:
+            raise ConfigError(f"privacy.key_file {key_file}: {error.strerror}") from None
+    if len(key) < SHORTEST_KEY:
+        raise ConfigError(f"{place}: the pseudonym key must have at least {SHORTEST_KEY} bytes")
+    return key
+
+
+def _generate(key_file: str) -> None:
+    os.makedirs(os.path.dirname(key_file), mode=0o700, exist_ok=True)
+    try:
+        descriptor = os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, stat.S_IRUSR | stat.S_IWUSR)
+    except FileExistsError:
+        return
+    with os.fdopen(descriptor, "w") as handle:
+        handle.write(secrets.token_hex(32) + "\n")

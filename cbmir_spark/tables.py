@@ -1,0 +1,558 @@
+"""THE tables: schema, partitioning, constraints; how they are read, conformed, written and published.
+
+Two roots: the lake (de-identified, for everyone) and the vault (for those who may see identities). TAGS and PIXELS
+are written first; the commit of SOURCES comes last and pins the versions of both that belong to it. Readers open the
+pinned versions, so a job killed between two tables is never seen.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from delta.tables import DeltaTable
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.types import (
+    ArrayType,
+    BinaryType,
+    BooleanType,
+    DataType,
+    DoubleType,
+    FloatType,
+    IntegerType,
+    LongType,
+    MapType,
+    StringType,
+    StructField,
+    StructType,
+    TimestampType,
+)
+
+from cbmir_spark import storage, vocabulary
+from cbmir_spark.config import Settings
+from cbmir_spark.errors import InputError, TableError
+
+SIDE = 256
+FRAME_BYTES = SIDE * SIDE
+
+# Columns, by the name that every table uses for them.
+IMAGE_ID = "image_id"
+SERIES_ID = "series_id"
+STUDY_ID = "study_id"
+PATIENT_ID = "patient_id"
+MODALITY = "modality"
+BODY_PART = "body_part"
+MODALITY_RAW = "modality_raw"
+BODY_PART_RAW = "body_part_raw"
+KIND = "kind"
+SEX = "sex"
+AGE_YEARS = "age_years"
+YEAR = "year"
+LATERALITY = "laterality"
+VIEW_POSITION = "view_position"
+ROWS = "rows"
+COLUMNS = "columns"
+FRAMES = "frames"
+PIXEL_SPACING_ROW = "pixel_spacing_row"
+PIXEL_SPACING_COLUMN = "pixel_spacing_column"
+SLICE_THICKNESS = "slice_thickness"
+PHOTOMETRIC = "photometric"
+BITS_STORED = "bits_stored"
+SIGNED = "signed"
+SAMPLES_PER_PIXEL = "samples_per_pixel"
+TRANSFER_SYNTAX = "transfer_syntax"
+SOP_CLASS = "sop_class"
+BURNED_IN = "burned_in"
+BATCH = "batch"
+FRAME = "frame"
+PIXELS_COLUMN = "pixels"
+PREPROCESSING = "preprocessing"
+WINDOW_LOW = "window_low"
+WINDOW_HIGH = "window_high"
+PIXEL_DIGEST = "pixel_digest"
+VECTOR = "vector"
+PROJECTION = "projection"
+RESIDUAL_NORM = "residual_norm"
+PREDICTED = "predicted"
+PROBABILITY = "probability"
+BODY_PART_SOURCE = "body_part_source"
+PIXELS_BATCH = "pixels_batch"
+URI = "uri"
+SIZE = "size"
+MODIFIED = "modified"
+DIGEST = "digest"
+OUTCOME = "outcome"
+REASON = "reason"
+KEY_ID = "key_id"
+QUERY_ID = "query_id"
+RANK = "rank"
+DISTANCE = "distance"
+STATUS = "status"
+PARTITIONS = "partitions"
+CANDIDATES = "candidates"
+HITS = "hits"
+RUN_ID = "run_id"
+JOB = "job"
+
+# Outcomes of an object in SOURCES.
+INGESTED = "ingested"
+DUPLICATE = "duplicate"
+CONFLICT = "conflict"
+NOT_AN_IMAGE = "not_an_image"
+REJECTED = "rejected"
+VANISHED = "vanished"
+DELETED = "deleted"
+OUTCOMES = (INGESTED, DUPLICATE, CONFLICT, NOT_AN_IMAGE, REJECTED, VANISHED, DELETED)
+
+IMAGE_KIND = "image"
+KINDS = (IMAGE_KIND, "localizer", "screen", "whole_slide")
+FROM_TAG, FROM_PREDICTION, FROM_NOTHING = "tag", "predicted", "unknown"
+
+LAKE, VAULT = "lake", "vault"
+
+
+def _required(name: str, kind: DataType) -> StructField:
+    return StructField(name, kind, nullable=False)
+
+
+def _optional(name: str, kind: DataType) -> StructField:
+    return StructField(name, kind, nullable=True)
+
+
+def _one_of(column: str, values: Iterable[str]) -> str:
+    return f"{column} IN ({', '.join(repr(value) for value in sorted(values))})"
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table: where it lives, its columns, how its files are laid out, and what Delta refuses to let in."""
+
+    name: str
+    root: str
+    schema: StructType
+    partitioned_by: tuple[str, ...] = ()
+    constraints: Mapping[str, str] = field(default_factory=dict)
+
+
+_PSEUDONYMS = [
+    _required(IMAGE_ID, StringType()),
+    _required(SERIES_ID, StringType()),
+    _required(STUDY_ID, StringType()),
+    _required(PATIENT_ID, StringType()),
+]
+
+TAGS = Table(
+    name="tags",
+    root=LAKE,
+    schema=StructType(
+        [
+            *_PSEUDONYMS,
+            _required(MODALITY, StringType()),
+            _required(BODY_PART, StringType()),
+            _optional(MODALITY_RAW, StringType()),
+            _optional(BODY_PART_RAW, StringType()),
+            _required(KIND, StringType()),
+            _optional(SEX, StringType()),
+            _optional(AGE_YEARS, DoubleType()),
+            _optional(YEAR, IntegerType()),
+            _optional(LATERALITY, StringType()),
+            _optional(VIEW_POSITION, StringType()),
+            _required(ROWS, IntegerType()),
+            _required(COLUMNS, IntegerType()),
+            _required(FRAMES, IntegerType()),
+            _optional(PIXEL_SPACING_ROW, DoubleType()),
+            _optional(PIXEL_SPACING_COLUMN, DoubleType()),
+            _optional(SLICE_THICKNESS, DoubleType()),
+            _required(PHOTOMETRIC, StringType()),
+            _required(BITS_STORED, IntegerType()),
+            _required(SIGNED, BooleanType()),
+            _required(SAMPLES_PER_PIXEL, IntegerType()),
+            _required(TRANSFER_SYNTAX, StringType()),
+            _required(SOP_CLASS, StringType()),
+            _required(BURNED_IN, StringType()),
+            _required(BATCH, LongType()),
+        ]
+    ),
+    partitioned_by=(BATCH,),
+    constraints={
+        "modality_known": _one_of(MODALITY, vocabulary.MODALITIES),
+        "body_part_known": _one_of(BODY_PART, vocabulary.BODY_PARTS),
+        "kind_known": _one_of(KIND, KINDS),
+        "sex_known": f"{SEX} IS NULL OR {_one_of(SEX, 'MFO')}",
+        # PS3.15 Annex E and HIPAA alike: nobody is told to be older than 90.
+        "age_possible": f"{AGE_YEARS} IS NULL OR ({AGE_YEARS} >= 0 AND {AGE_YEARS} <= 90)",
+        "burned_in_known": _one_of(BURNED_IN, ("YES", "NO", "UNKNOWN")),
+    },
+)
+
+PIXELS = Table(
+    name="pixels",
+    root=LAKE,
+    schema=StructType(
+        [
+            _required(IMAGE_ID, StringType()),
+            _required(FRAME, IntegerType()),
+            _required(PIXELS_COLUMN, BinaryType()),
+            _required(PREPROCESSING, StringType()),
+            _required(WINDOW_LOW, DoubleType()),
+            _required(WINDOW_HIGH, DoubleType()),
+            _required(PIXEL_DIGEST, StringType()),
+            _required(BATCH, LongType()),
+        ]
+    ),
+    partitioned_by=(BATCH,),
+    constraints={"whole_frame": f"octet_length({PIXELS_COLUMN}) = {FRAME_BYTES}", "frame_counted": f"{FRAME} >= 0"},
+)
+
+SOURCES = Table(
+    name="sources",
+    root=VAULT,
+    schema=StructType(
+        [
+            _required(URI, StringType()),
+            _required(SIZE, LongType()),
+            _required(MODIFIED, TimestampType()),
+            _optional(DIGEST, StringType()),
+            _required(OUTCOME, StringType()),
+            _optional(REASON, StringType()),
+            _optional(IMAGE_ID, StringType()),
+            _required(KEY_ID, StringType()),
+            _required(BATCH, LongType()),
+        ]
+    ),
+    constraints={
+        "outcome_known": _one_of(OUTCOME, OUTCOMES),
+        "image_named": f"{OUTCOME} NOT IN ('{INGESTED}', '{DUPLICATE}', '{CONFLICT}') OR {IMAGE_ID} IS NOT NULL",
+        "reason_given": f"{OUTCOME} NOT IN ('{REJECTED}', '{NOT_AN_IMAGE}') OR {REASON} IS NOT NULL",
+    },
+)
+
+FEATURES = Table(
+    name="features",
+    root=LAKE,
+    schema=StructType(
+        [
+            _required(IMAGE_ID, StringType()),
+            _required(FRAME, IntegerType()),
+            _required(VECTOR, ArrayType(FloatType(), containsNull=False)),
+            _required(PROJECTION, ArrayType(FloatType(), containsNull=False)),
+            _required(RESIDUAL_NORM, DoubleType()),
+            _required(PREDICTED, StringType()),
+            _required(PROBABILITY, FloatType()),
+            _required(BODY_PART_SOURCE, StringType()),
+            _required(SERIES_ID, StringType()),
+            _required(STUDY_ID, StringType()),
+            _required(PATIENT_ID, StringType()),
+            _optional(SEX, StringType()),
+            _optional(AGE_YEARS, DoubleType()),
+            _optional(YEAR, IntegerType()),
+            _required(PIXELS_BATCH, LongType()),
+            _required(PIXEL_DIGEST, StringType()),
+            _required(MODALITY, StringType()),
+            _required(BODY_PART, StringType()),
+        ]
+    ),
+    partitioned_by=(MODALITY, BODY_PART),
+    constraints={
+        "modality_known": _one_of(MODALITY, vocabulary.MODALITIES),
+        "body_part_known": _one_of(BODY_PART, vocabulary.BODY_PARTS),
+        "source_known": _one_of(BODY_PART_SOURCE, (FROM_TAG, FROM_PREDICTION, FROM_NOTHING)),
+        "residual_finite": f"{RESIDUAL_NORM} >= 0 AND {RESIDUAL_NORM} < double('infinity')",
+    },
+)
+
+RESULTS_HITS = Table(
+    name="hits",
+    root=LAKE,
+    schema=StructType(
+        [
+            _required(QUERY_ID, StringType()),
+            _required(RANK, IntegerType()),
+            _required(DISTANCE, DoubleType()),
+            _required(IMAGE_ID, StringType()),
+            _required(FRAME, IntegerType()),
+            _required(SERIES_ID, StringType()),
+            _required(STUDY_ID, StringType()),
+            _required(PATIENT_ID, StringType()),
+            _required(MODALITY, StringType()),
+            _required(BODY_PART, StringType()),
+            _required(BODY_PART_SOURCE, StringType()),
+            _required(PREDICTED, StringType()),
+            _optional(SEX, StringType()),
+            _optional(AGE_YEARS, DoubleType()),
+            _optional(YEAR, IntegerType()),
+        ]
+    ),
+)
+
+RESULTS_STATUSES = Table(
+    name="statuses",
+    root=LAKE,
+    schema=StructType(
+        [
+            _required(QUERY_ID, StringType()),
+            _required(STATUS, StringType()),
+            _optional(REASON, StringType()),
+            _required(PARTITIONS, ArrayType(StringType(), containsNull=False)),
+            _required(CANDIDATES, LongType()),
+            _required(HITS, IntegerType()),
+        ]
+    ),
+)
+
+RUNS = Table(
+    name="runs",
+    root=LAKE,
+    schema=StructType(
+        [
+            _required(RUN_ID, StringType()),
+            _required(JOB, StringType()),
+            _required("started", TimestampType()),
+            _required("ended", TimestampType()),
+            _required(OUTCOME, StringType()),
+            _required("counts", MapType(StringType(), LongType(), valueContainsNull=False)),
+            _required("seconds", MapType(StringType(), DoubleType(), valueContainsNull=False)),
+            _required("versions_read", MapType(StringType(), LongType(), valueContainsNull=False)),
+            _required("versions_written", MapType(StringType(), LongType(), valueContainsNull=False)),
+            _required("software", StringType()),
+        ]
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Lake:
+    """The two roots of one installation, as canonical URIs."""
+
+    uri: str
+    vault: str
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Lake":
+        """The lake that the settings name. Raises InputError where a file stands in its place."""
+        uri = storage.canonical(settings.lake.uri)
+        vault = storage.canonical(settings.lake.vault) if settings.lake.vault else storage.join(uri, "vault")
+        for root in (uri, vault):
+            if storage.kind(root, settings.storage) == "file":
+                raise InputError(f"lake {root} is a file: give a folder or prefix, with --lake")
+        return cls(uri, vault)
+
+    @property
+    def is_local(self) -> bool:
+        return storage.is_local(self.uri)
+
+    def path(self, table: Table) -> str:
+        """Where a table lives; FEATURES has one table for each model, see `features`."""
+        return storage.join(self.vault if table.root == VAULT else self.uri, table.name)
+
+    def features(self, model_id: str) -> str:
+        """Where the FEATURES table of one model lives."""
+        return storage.join(self.uri, FEATURES.name, model_id)
+
+    def models(self, model_id: str) -> str:
+        """The folder of a model's weights and manifest that every worker can read."""
+        return storage.join(self.uri, "models", model_id)
+
+    def snapshots(self) -> str:
+        """The folder of training snapshots."""
+        return storage.join(self.uri, "snapshots")
+
+
+@dataclass(frozen=True)
+class Published:
+    """Versions of the three ingest tables that belong together, and the newest batch in them."""
+
+    sources: int
+    tags: int
+    pixels: int
+    batch: int
+
+    def message(self) -> str:
+        """What the commit of SOURCES carries (its own version is the commit's)."""
+        return json.dumps({"tags": self.tags, "pixels": self.pixels, "batch": self.batch})
+
+
+def exists(spark: SparkSession, path: str) -> bool:
+    """Whether a Delta table stands at `path`."""
+    return bool(DeltaTable.isDeltaTable(spark, path))
+
+
+def ensure(spark: SparkSession, table: Table, path: str) -> None:
+    """Create a table with its constraints where it is not there yet."""
+    if not exists(spark, path):
+        builder = DeltaTable.createIfNotExists(spark).location(path).addColumns(table.schema)
+        if table.partitioned_by:
+            builder = builder.partitionedBy(*table.partitioned_by)
+        # Readers other than Spark (deltalake, polars, plain pyarrow) cannot apply deletion vectors.
+        builder = builder.property("delta.enableDeletionVectors", "false")
+        # Statistics say the least and greatest value of a column in a file: of keys that helps no scan.
+        builder = builder.property("delta.dataSkippingNumIndexedCols", "0")
+        builder.execute()
+    missing = set(table.constraints) - _constraints(spark, path)
+    for name in sorted(missing):
+        spark.sql(f"ALTER TABLE delta.`{path}` ADD CONSTRAINT {name} CHECK ({table.constraints[name]})")
+
+
+def read(spark: SparkSession, path: str, version: int | None = None) -> DataFrame:
+    """A Delta table, at a version where one is given. Raises TableError where there is none."""
+    if not exists(spark, path):
+        raise TableError(f"there is no table at {path}")
+    reader = spark.read.format("delta")
+    if version is not None:
+        reader = reader.option("versionAsOf", version)
+    return reader.load(path)
+
+
+def conform(df: DataFrame, table: Table) -> DataFrame:
+    """`df` with the table's columns in its order. Raises TableError naming missing, extra and mistyped columns."""
+    wanted = {f.name: f.dataType for f in table.schema}
+    given = {f.name: f.dataType for f in df.schema}
+    problems = []
+    if missing := [name for name in wanted if name not in given]:
+        problems.append(f"missing {', '.join(missing)}")
+    if extra := [name for name in given if name not in wanted]:
+        problems.append(f"not in the schema: {', '.join(extra)}")
+    for name, kind in wanted.items():
+        if name in given and _without_nullability(given[name]) != _without_nullability(kind):
+            problems.append(f"{name} is {given[name].simpleString()} instead of {kind.simpleString()}")
+    if problems:
+        raise TableError(f"rows for table {table.name}: {'; '.join(problems)}")
+    return df.select(*wanted)
+
+
+def append(df: DataFrame, table: Table, path: str, message: str = "") -> int:
+    """Append conforming rows in one commit; the version written. `message` travels in the commit."""
+    writer = conform(df, table).write.format("delta").mode("append")
+    writer.option("userMetadata", message).save(path)
+    return version(df.sparkSession, path)
+
+
+def replace_batch(df: DataFrame, table: Table, path: str, batch: int) -> int:
+    """Write one ingest batch; a batch tried again replaces itself. The version written."""
+    writer = conform(df, table).write.format("delta").mode("overwrite")
+    writer.option("replaceWhere", f"{BATCH} = {batch}").save(path)
+    return version(df.sparkSession, path)
+
+
+def delete_images(spark: SparkSession, path: str, images: DataFrame, batches: Iterable[int]) -> int:
+    """Remove the rows of `images` (one column, image_id) from the partitions of `batches`; the version written."""
+    inside = ", ".join(str(batch) for batch in sorted(batches))
+    condition = f"t.{BATCH} IN ({inside}) AND t.{IMAGE_ID} = s.{IMAGE_ID}"
+    merge = DeltaTable.forPath(spark, path).alias("t").merge(images.alias("s"), condition)
+    merge.whenMatchedDelete().execute()
+    return version(spark, path)
+
+
+def merge_sources(spark: SparkSession, lake: Lake, rows: DataFrame, pinned: Published) -> int:
+    """Commit SOURCES by URI, pinning the versions of TAGS and PIXELS that belong to it: this publishes a batch."""
+    target = DeltaTable.forPath(spark, lake.path(SOURCES)).alias("t")
+    merge = target.merge(conform(rows, SOURCES).alias("s"), f"t.{URI} = s.{URI}")
+    with _commit_message(spark, pinned.message()):
+        merge.whenMatchedUpdateAll().whenNotMatchedInsertAll().execute()
+    return version(spark, lake.path(SOURCES))
+
+
+def published(spark: SparkSession, lake: Lake) -> Published | None:
+    """The newest versions that belong together, or None before the first batch is published."""
+    path = lake.path(SOURCES)
+    if not exists(spark, path):
+        return None
+    history = DeltaTable.forPath(spark, path)
+    for limit in (20, None):
+        commits = history.history(limit) if limit else history.history()
+        rows = commits.where(F.col("userMetadata").isNotNull()).orderBy(F.desc("version"))
+        for row in rows.select("version", "userMetadata").take(1):
+            pinned = json.loads(row["userMetadata"])
+            return Published(row["version"], pinned["tags"], pinned["pixels"], pinned["batch"])
+    return None
+
+
+def require_published(spark: SparkSession, lake: Lake) -> Published:
+    """As `published`. Raises TableError saying to ingest first."""
+    found = published(spark, lake)
+    if found is None:
+        raise TableError(f"lake {lake.uri} holds no images yet: run `cbmir ingest` first")
+    return found
+
+
+def roll_back(spark: SparkSession, lake: Lake, pinned: Published) -> list[str]:
+    """Bring TAGS and PIXELS back to what is published, where a job died before it published; the tables mended."""
+    mended = []
+    for table, wanted in ((TAGS, pinned.tags), (PIXELS, pinned.pixels)):
+        path = lake.path(table)
+        if version(spark, path) != wanted:
+            DeltaTable.forPath(spark, path).restoreToVersion(wanted)
+            mended.append(table.name)
+    return mended
+
+
+def version(spark: SparkSession, path: str) -> int:
+    """The newest version of a Delta table."""
+    row = DeltaTable.forPath(spark, path).history(1).select("version").first()
+    if row is None:
+        raise TableError(f"the log of the table at {path} holds no commit")
+    return int(row["version"])
+
+
+def live_files(spark: SparkSession, path: str, version: int | None = None) -> list[str]:
+    """URIs of the Parquet files that are live in a Delta table, sorted."""
+    return sorted(read(spark, path, version).inputFiles())
+
+
+def record_run(
+    spark: SparkSession,
+    lake: Lake,
+    *,
+    run_id: str,
+    job: str,
+    started: datetime,
+    ended: datetime,
+    outcome: str,
+    software: str,
+    counts: Mapping[str, int],
+    seconds: Mapping[str, float],
+    versions_read: Mapping[str, int],
+    versions_written: Mapping[str, int],
+) -> None:
+    """One RUNS row for a job that ended."""
+    values: dict[str, Any] = {
+        RUN_ID: run_id,
+        JOB: job,
+        "started": started,
+        "ended": ended,
+        OUTCOME: outcome,
+        "counts": dict(counts),
+        "seconds": dict(seconds),
+        "versions_read": dict(versions_read),
+        "versions_written": dict(versions_written),
+        "software": software,
+    }
+    path = lake.path(RUNS)
+    ensure(spark, RUNS, path)
+    row = tuple(values[f.name] for f in RUNS.schema)
+    append(spark.createDataFrame([row], RUNS.schema), RUNS, path)
+
+
+def _constraints(spark: SparkSession, path: str) -> set[str]:
+    prefix = "delta.constraints."
+    properties = DeltaTable.forPath(spark, path).detail().select("properties").first()
+    names = properties["properties"] if properties else {}
+    return {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+
+
+def _without_nullability(kind: DataType) -> str:
+    return kind.simpleString()
+
+
+@contextmanager
+def _commit_message(spark: SparkSession, message: str) -> Iterator[None]:
+    """MERGE takes its commit message from the session only, so it is set around one statement."""
+    key = "spark.databricks.delta.commitInfo.userMetadata"
+    spark.conf.set(key, message)
+    try:
+        yield
+    finally:
+        spark.conf.unset(key)

@@ -1,0 +1,58 @@
+"""One Spark session for the whole suite, settings rooted in a test's own folder, and the shared real data."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from pyspark.sql import SparkSession
+
+from cbmir_spark import config, session
+
+REPO = Path(__file__).resolve().parent.parent
+
+# A developer's own settings must not decide what the tests see.
+for name in [name for name in os.environ if name.startswith(config.ENVIRONMENT_PREFIX)]:
+    del os.environ[name]
+
+
+@pytest.fixture(scope="session")
+def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
+    scratch = tmp_path_factory.mktemp("spark")
+    settings = config.load(
+        overrides=[
+            "spark.master=local[2]",
+            "spark.driver_memory=3g",
+            # Tables here have tens of rows: the defaults of 200 and 50 partitions would be all overhead.
+            "spark.conf.spark.sql.shuffle.partitions=2",
+            "spark.conf.spark.databricks.delta.snapshotPartitions=2",
+            "spark.conf.spark.sql.sources.parallelPartitionDiscovery.parallelism=4",
+            f"spark.conf.spark.sql.warehouse.dir={scratch / 'warehouse'}",
+            f"spark.conf.spark.local.dir={scratch / 'local'}",
+        ]
+    )
+    built = session.build(settings, "tests")
+    yield built
+    built.stop()
+
+
+MakeSettings = Callable[..., config.Settings]
+
+
+@pytest.fixture
+def make_settings(tmp_path: Path) -> MakeSettings:
+    """Settings whose lake is a fresh folder; further `section.key=value` overrides are arguments."""
+
+    def make(*overrides: str) -> config.Settings:
+        return config.load(overrides=[f"lake.uri={tmp_path / 'lake'}", *overrides], environ={})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real images beside the checkout, which is not part of the project."""
+    folder = REPO.parent / "shared" / "data"
+    if not (folder / "dicom_index.csv").is_file():
+        pytest.skip(f"the shared real images are not at {folder}")
+    return folder
