@@ -283,7 +283,7 @@ def _set(values: dict[str, Any], keys: list[str], text: str, place: str) -> None
             continue
         rest = keys[position + 1 :]
         try:
-            value = text if _only_text(field.annotation) else yaml.safe_load(text)
+            value = _as_text(text, field.annotation) if _is_text(field.annotation) else yaml.safe_load(text)
         except yaml.YAMLError:
             raise ConfigError(f"{place}: the value is not valid YAML") from None
         if not rest:
@@ -312,11 +312,14 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
-def _only_text(annotation: Any) -> bool:
-    """Whether a setting takes text as it stands: a key of digits must not become a number."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        return any(part is SecretStr for part in get_args(annotation))
-    return annotation in (str, SecretStr)
+def _is_text(annotation: Any) -> bool:
+    """Whether a setting takes text as it stands: a key of digits or a folder called `on` must stay text."""
+    parts = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    return all(part in (str, SecretStr, type(None)) for part in parts)
+
+
+def _as_text(text: str, annotation: Any) -> str | None:
+    return None if text == "null" and type(None) in get_args(annotation) else text
 
 
 def _nearest(key: str, model: type[BaseModel]) -> str:

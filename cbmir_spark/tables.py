@@ -8,7 +8,7 @@ pinned versions, so a job killed between two tables is never seen.
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -363,16 +363,22 @@ class Lake:
 
 @dataclass(frozen=True)
 class Published:
-    """Versions of the three ingest tables that belong together, and the newest batch in them."""
+    """Versions of the three ingest tables that belong together, and what all their rows have in common.
+
+    `batch` is the newest one in them (0: none yet), `key_id` names the key of their pseudonyms, `preprocessing` is the
+    version of their pixels.
+    """
 
     sources: int
     tags: int
     pixels: int
     batch: int
+    key_id: str
+    preprocessing: str
 
     def message(self) -> str:
-        """What the commit of SOURCES carries (its own version is the commit's)."""
-        return json.dumps({"tags": self.tags, "pixels": self.pixels, "batch": self.batch})
+        """What the commit of SOURCES carries; its own version is the commit's."""
+        return json.dumps({name: value for name, value in asdict(self).items() if name != SOURCES.name})
 
 
 def exists(spark: SparkSession, path: str) -> bool:
@@ -446,13 +452,29 @@ def delete_images(spark: SparkSession, path: str, images: DataFrame, batches: It
     return version(spark, path)
 
 
-def merge_sources(spark: SparkSession, lake: Lake, rows: DataFrame, pinned: Published) -> int:
-    """Commit SOURCES by URI, pinning the versions of TAGS and PIXELS that belong to it: this publishes a batch."""
+def publish_empty(spark: SparkSession, lake: Lake, key_id: str, preprocessing: str) -> Published:
+    """Create TAGS, PIXELS and SOURCES where missing and publish that they are empty: batch 0."""
+    for table in (TAGS, PIXELS, SOURCES):
+        ensure(spark, table, lake.path(table))
+    pinned = Published(
+        sources=-1,
+        tags=version(spark, lake.path(TAGS)),
+        pixels=version(spark, lake.path(PIXELS)),
+        batch=0,
+        key_id=key_id,
+        preprocessing=preprocessing,
+    )
+    nothing = spark.createDataFrame([], SOURCES.schema)
+    return replace(pinned, sources=append(nothing, SOURCES, lake.path(SOURCES), pinned.message()))
+
+
+def publish(spark: SparkSession, lake: Lake, rows: DataFrame, pinned: Published) -> Published:
+    """Commit SOURCES by URI, pinning the versions of TAGS and PIXELS that belong to it; readers see the batch now."""
     target = DeltaTable.forPath(spark, lake.path(SOURCES)).alias("t")
     merge = target.merge(conform(rows, SOURCES).alias("s"), f"t.{URI} = s.{URI}")
     with _commit_message(spark, pinned.message()):
         merge.whenMatchedUpdateAll().whenNotMatchedInsertAll().execute()
-    return version(spark, lake.path(SOURCES))
+    return replace(pinned, sources=version(spark, lake.path(SOURCES)))
 
 
 def published(spark: SparkSession, lake: Lake) -> Published | None:
@@ -465,15 +487,14 @@ def published(spark: SparkSession, lake: Lake) -> Published | None:
         commits = history.history(limit) if limit else history.history()
         rows = commits.where(F.col("userMetadata").isNotNull()).orderBy(F.desc("version"))
         for row in rows.select("version", "userMetadata").take(1):
-            pinned = json.loads(row["userMetadata"])
-            return Published(row["version"], pinned["tags"], pinned["pixels"], pinned["batch"])
+            return Published(sources=row["version"], **json.loads(row["userMetadata"]))
     return None
 
 
 def require_published(spark: SparkSession, lake: Lake) -> Published:
-    """As `published`. Raises TableError saying to ingest first."""
+    """As `published`, with at least one batch. Raises TableError saying to ingest first."""
     found = published(spark, lake)
-    if found is None:
+    if found is None or found.batch == 0:
         raise TableError(f"lake {lake.uri} holds no images yet: run `cbmir ingest` first")
     return found
 

@@ -1,0 +1,688 @@
+"""list → compare → parse → SOURCES, TAGS, PIXELS: every object of an archive gets exactly one outcome.
+
+A run lists the archive, compares the listing with SOURCES by URI, size and time, and reads only what is new or
+changed, in batches that are each published by themselves. What tasks parsed is staged as Parquet first: all three
+tables are written from the same bytes, whatever is lost and computed again in between.
+"""
+
+import hashlib
+import math
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from functools import lru_cache
+
+import pyarrow as pa
+from pyspark.sql import Column, DataFrame, SparkSession, Window
+from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import to_arrow_schema
+from pyspark.sql.types import (
+    ArrayType,
+    LongType,
+    StringType,
+    StructField,
+    StructType,
+    TimestampType,
+)
+
+from cbmir_spark import __version__, pseudonyms, storage
+from cbmir_spark import tables as t
+from cbmir_spark.config import IngestSettings, Settings, StorageSettings
+from cbmir_spark.decoder import Decoder
+from cbmir_spark.dicom import Instance, NotAnImage, Preprocessing, Rejected
+from cbmir_spark.errors import InputError, TableError
+from cbmir_spark.pseudonyms import Pseudonyms
+from cbmir_spark.vocabulary import Vocabulary
+
+# Folders are listed by tasks once the driver has found this many; fewer would leave cores idle.
+LISTING_TASKS = 32
+# Frames in one file of PIXELS: 128 MB before compression.
+FRAMES_PER_FILE = 2048
+TAGS_PER_FILE = 200_000
+
+TOO_LARGE = "TOO_LARGE"
+UNREADABLE = "UNREADABLE"
+GONE = "GONE"
+REPLACED = "REPLACED_WHILE_READ"
+
+PARSED = "parsed"
+SLICE = "slice"
+PROMOTED = "promoted"
+ACTION = "action"
+READ, UNCHANGED, MISSING = "read", "unchanged", "missing"
+
+_LISTING = StructType(
+    [
+        StructField(t.URI, StringType(), False),
+        StructField(t.SIZE, LongType(), False),
+        StructField(t.MODIFIED, TimestampType(), False),
+    ]
+)
+_TAGS_OF_INSTANCE = StructType([f for f in t.TAGS.schema if f.name != t.BATCH])
+_FRAME = StructType([f for f in t.PIXELS.schema if f.name not in (t.IMAGE_ID, t.BATCH)])
+_STAGED = StructType(
+    [
+        *_LISTING,
+        StructField(t.DIGEST, StringType()),
+        StructField(t.OUTCOME, StringType(), False),
+        StructField(t.REASON, StringType()),
+        StructField(t.IMAGE_ID, StringType()),
+        StructField("tags", _TAGS_OF_INSTANCE),
+        StructField("frames", ArrayType(_FRAME, containsNull=False)),
+    ]
+)
+
+Progress = Callable[[int, int, Mapping[str, int]], None]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run did: outcomes of the objects read, those left alone, and the law that both must obey."""
+
+    archive: str
+    listed: int
+    unchanged: int
+    outcomes: Mapping[str, int]
+    reasons: Mapping[str, int]
+    deleted: int
+    frames: int
+    batches: int
+    seconds: Mapping[str, float]
+    published: t.Published
+    mended: tuple[str, ...]
+
+    @property
+    def read(self) -> int:
+        """Objects that were new or changed."""
+        return sum(self.outcomes.values())
+
+
+@dataclass(frozen=True)
+class Parser:
+    """Everything a task needs to turn an object into a staged row; carries the key's path, never the key."""
+
+    storage: StorageSettings
+    limits: IngestSettings
+    preprocessing: Preprocessing
+    vocabulary: Vocabulary
+    pseudonyms: Pseudonyms
+
+    def decoder(self) -> Decoder:
+        """The decoding process of this Python worker, started once and kept for its later tasks."""
+        return _decoder(self.preprocessing, self.vocabulary, self.limits.decoder_memory_mb, self.limits.decoder_seconds)
+
+
+def preprocessing_of(settings: Settings) -> Preprocessing:
+    """The one reading of the `pixels` settings: archive, queries and training all see pictures made by it."""
+    return Preprocessing(
+        aspect=settings.pixels.aspect,
+        windows=settings.pixels.windows,
+        percentiles=settings.pixels.percentiles,
+        max_frames=settings.pixels.max_frames,
+    )
+
+
+def compare(listing: DataFrame, known: DataFrame) -> DataFrame:
+    """What to do with each object: (uri, size, modified, action), action one of read, unchanged, missing.
+
+    `listing` is (uri, size, modified); `known` are rows of SOURCES below the same archive. An object that vanished
+    last time is read again when it is listed; one already marked deleted and still absent is left out.
+    """
+    before = known.select(
+        t.URI,
+        F.col(t.SIZE).alias("known_size"),
+        F.col(t.MODIFIED).alias("known_modified"),
+        F.col(t.OUTCOME).alias("known_outcome"),
+    )
+    same = (
+        (F.col(t.SIZE) == F.col("known_size"))
+        & (F.col(t.MODIFIED) == F.col("known_modified"))
+        & ~F.col("known_outcome").isin(t.VANISHED, t.DELETED)
+    )
+    action = F.when(F.col(t.SIZE).isNull(), MISSING).when(same, UNCHANGED).otherwise(READ)
+    return (
+        listing.join(before, on=t.URI, how="full_outer")
+        .where(F.col(t.SIZE).isNotNull() | (F.col("known_outcome") != t.DELETED))
+        .select(
+            t.URI,
+            F.coalesce(t.SIZE, "known_size").alias(t.SIZE),
+            F.coalesce(t.MODIFIED, "known_modified").alias(t.MODIFIED),
+            action.alias(ACTION),
+        )
+    )
+
+
+def promote(actions: DataFrame, sources: DataFrame) -> DataFrame:
+    """Survivors to read again, because the object whose rows stand for their SOP instance changed or is gone.
+
+    Returns (uri, size, modified, cause): duplicates and conflict losers of the same image, with the URI that made
+    them matter.
+    """
+    moved = actions.where(F.col(ACTION) != UNCHANGED).select(t.URI)
+    causes = (
+        sources.where(F.col(t.OUTCOME) == t.INGESTED)
+        .join(moved, on=t.URI, how="left_semi")
+        .select(F.col(t.URI).alias("cause"), t.IMAGE_ID)
+    )
+    survivors = sources.where(F.col(t.OUTCOME).isin(t.DUPLICATE, t.CONFLICT)).join(moved, on=t.URI, how="left_anti")
+    return survivors.join(causes, on=t.IMAGE_ID, how="inner").select(t.URI, t.SIZE, t.MODIFIED, "cause")
+
+
+def slices(actions: DataFrame, promoted: DataFrame, count: int) -> DataFrame:
+    """The work in `count` batches: (uri, size, modified, action, promoted, slice).
+
+    Objects are spread by a hash of their URI, so that no sort is needed; what is missing goes first, and a promoted
+    survivor goes with its cause, since its image must not be without rows in between.
+    """
+
+    def by(column: Column) -> Column:
+        return F.pmod(F.xxhash64(column), F.lit(count)).cast("int")
+
+    missing = F.col(ACTION) == MISSING
+    work = actions.where(F.col(ACTION) != UNCHANGED).select(
+        t.URI,
+        t.SIZE,
+        t.MODIFIED,
+        ACTION,
+        F.lit(False).alias(PROMOTED),
+        F.when(missing, 0).otherwise(by(F.col(t.URI))).alias(SLICE),
+    )
+    gone = actions.where(missing).select(F.col(t.URI).alias("cause"), F.lit(True).alias("gone"))
+    raised = promoted.join(gone, on="cause", how="left").select(
+        t.URI,
+        t.SIZE,
+        t.MODIFIED,
+        F.lit(READ).alias(ACTION),
+        F.lit(True).alias(PROMOTED),
+        F.when(F.col("gone"), 0).otherwise(by(F.col("cause"))).alias(SLICE),
+    )
+    return work.unionByName(raised)
+
+
+def resolve(staged: DataFrame, sources: DataFrame, work: DataFrame, slice_: int) -> DataFrame:
+    """Who stands for each SOP instance that this slice touches.
+
+    Contenders are what was just parsed and the known rows of the same images whose objects no slice reads again.
+    The content written last wins, then the one with the larger digest; among objects of that content the oldest
+    stands for it. So the answer depends on what storage holds and never on the order in which it was read.
+
+    Returns one row for each contender: (uri, size, modified, digest, image_id, outcome, winner_digest, current_digest,
+    current_batch), plus one with a null uri for each image without any contender left.
+    """
+    of_slice = work.where(F.col(SLICE) == slice_).select(t.URI)
+    stands = F.col(t.OUTCOME).isin(t.INGESTED, t.DUPLICATE, t.CONFLICT)
+    parsed = staged.where(F.col(t.OUTCOME) == PARSED).select(t.URI, t.SIZE, t.MODIFIED, t.DIGEST, t.IMAGE_ID)
+    known = sources.where(stands)
+    touched = (
+        parsed.select(t.IMAGE_ID)
+        .unionByName(known.join(of_slice, on=t.URI, how="left_semi").select(t.IMAGE_ID))
+        .distinct()
+    )
+    settled = (
+        known.join(touched, on=t.IMAGE_ID, how="left_semi")
+        .join(work.select(t.URI), on=t.URI, how="left_anti")
+        .select(t.URI, t.SIZE, t.MODIFIED, t.DIGEST, t.IMAGE_ID)
+    )
+    current = (
+        known.where(F.col(t.OUTCOME) == t.INGESTED)
+        .join(touched, on=t.IMAGE_ID, how="left_semi")
+        .groupBy(t.IMAGE_ID)
+        .agg(F.max(F.struct(t.BATCH, t.DIGEST)).alias("current"))
+        .select(
+            t.IMAGE_ID,
+            F.col(f"current.{t.DIGEST}").alias("current_digest"),
+            F.col(f"current.{t.BATCH}").alias("current_batch"),
+        )
+    )
+    content = Window.partitionBy(t.IMAGE_ID, t.DIGEST)
+    best = Window.partitionBy(t.IMAGE_ID).orderBy(
+        F.desc("content_time"), F.desc(t.DIGEST), F.asc(t.MODIFIED), F.asc(t.URI)
+    )
+    whole = best.rowsBetween(Window.unboundedPreceding, Window.unboundedFollowing)
+    ranked = (
+        parsed.unionByName(settled)
+        .withColumn("content_time", F.max(t.MODIFIED).over(content))
+        .withColumn("place", F.row_number().over(best))
+        .withColumn("winner_digest", F.first(t.DIGEST).over(whole))
+    )
+    outcome = (
+        F.when(F.col("place") == 1, t.INGESTED)
+        .when(F.col(t.DIGEST) == F.col("winner_digest"), t.DUPLICATE)
+        .otherwise(t.CONFLICT)
+    )
+    return (
+        touched.join(ranked, on=t.IMAGE_ID, how="left")
+        .join(current, on=t.IMAGE_ID, how="left")
+        .select(
+            t.URI,
+            t.SIZE,
+            t.MODIFIED,
+            t.DIGEST,
+            t.IMAGE_ID,
+            F.when(F.col(t.URI).isNotNull(), outcome).alias(t.OUTCOME),
+            "winner_digest",
+            "current_digest",
+            "current_batch",
+        )
+    )
+
+
+def superseded(resolved: DataFrame) -> DataFrame:
+    """Images whose rows must go: (image_id, current_batch), since other content won or nothing is left."""
+    lost = F.col("winner_digest").isNull() | (F.col("winner_digest") != F.col("current_digest"))
+    return (
+        resolved.where(F.col("current_digest").isNotNull() & lost)
+        .select(t.IMAGE_ID, F.col("current_batch").alias(t.BATCH))
+        .distinct()
+    )
+
+
+def newcomers(resolved: DataFrame) -> DataFrame:
+    """Images whose winning content is not in the tables yet: (image_id, digest)."""
+    absent = F.col("current_digest").isNull() | (F.col("winner_digest") != F.col("current_digest"))
+    return (
+        resolved.where(F.col("winner_digest").isNotNull() & absent)
+        .select(t.IMAGE_ID, F.col("winner_digest").alias(t.DIGEST))
+        .distinct()
+    )
+
+
+def arrivals(staged: DataFrame, resolved: DataFrame) -> DataFrame:
+    """Staged rows whose content won and is not in the tables yet: one for each image."""
+    wanted = newcomers(resolved)
+    first = Window.partitionBy(t.IMAGE_ID).orderBy(t.URI)
+    return (
+        staged.where(F.col(t.OUTCOME) == PARSED)
+        .join(wanted, on=[t.IMAGE_ID, t.DIGEST], how="left_semi")
+        .withColumn("place", F.row_number().over(first))
+        .where(F.col("place") == 1)
+        .drop("place")
+    )
+
+
+def tag_rows(arrived: DataFrame, batch: int) -> DataFrame:
+    """Rows of TAGS."""
+    return arrived.select("tags.*", F.lit(batch).cast("bigint").alias(t.BATCH))
+
+
+def pixel_rows(arrived: DataFrame, batch: int) -> DataFrame:
+    """Rows of PIXELS: one for each frame."""
+    return arrived.select(t.IMAGE_ID, F.explode("frames").alias("f")).select(
+        t.IMAGE_ID, "f.*", F.lit(batch).cast("bigint").alias(t.BATCH)
+    )
+
+
+def source_rows(staged: DataFrame, resolved: DataFrame, gone: DataFrame, key_id: str, batch: int) -> DataFrame:
+    """Rows of SOURCES for all that this slice decided on; `batch` of an ingested object is where its rows lie."""
+    here = F.lit(batch).cast("bigint")
+    kept = F.col("winner_digest") == F.col("current_digest")
+    decided = resolved.where(F.col(t.URI).isNotNull()).select(
+        t.URI,
+        t.SIZE,
+        t.MODIFIED,
+        t.DIGEST,
+        t.OUTCOME,
+        F.lit(None).cast("string").alias(t.REASON),
+        t.IMAGE_ID,
+        F.when(kept, F.col("current_batch")).otherwise(here).alias(t.BATCH),
+    )
+    unusable = staged.where(F.col(t.OUTCOME) != PARSED).select(
+        t.URI,
+        t.SIZE,
+        t.MODIFIED,
+        t.DIGEST,
+        t.OUTCOME,
+        t.REASON,
+        F.lit(None).cast("string").alias(t.IMAGE_ID),
+        here.alias(t.BATCH),
+    )
+    deleted = gone.select(
+        t.URI,
+        t.SIZE,
+        t.MODIFIED,
+        F.lit(None).cast("string").alias(t.DIGEST),
+        F.lit(t.DELETED).alias(t.OUTCOME),
+        F.lit(None).cast("string").alias(t.REASON),
+        F.lit(None).cast("string").alias(t.IMAGE_ID),
+        here.alias(t.BATCH),
+    )
+    rows = decided.unionByName(unusable).unionByName(deleted)
+    return rows.withColumn(t.KEY_ID, F.lit(key_id)).select(*[f.name for f in t.SOURCES.schema])
+
+
+def parse(objects: DataFrame, parser: Parser) -> DataFrame:
+    """Read and decode each object: (uri, size, modified) → staged rows. Runs per task, lazily."""
+    arrow = to_arrow_schema(_STAGED)
+
+    def stage(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            for row in batch.to_pylist():
+                # One batch for each object: an enhanced instance alone may carry 32 MB of frames.
+                yield pa.RecordBatch.from_pylist([parse_object(row, parser)], schema=arrow)
+
+    return objects.select(t.URI, t.SIZE, t.MODIFIED).mapInArrow(stage, _STAGED)
+
+
+def parse_object(listed: Mapping[str, object], parser: Parser) -> dict[str, object]:
+    """One object as a staged row. Whatever the object holds, the row says what became of it. Runs per task."""
+    row: dict[str, object] = dict.fromkeys(_STAGED.names) | dict(listed)
+    uri, size = str(listed[t.URI]), int(str(listed[t.SIZE]))
+    if size > parser.limits.max_object_mb * 2**20:
+        return row | {t.OUTCOME: t.REJECTED, t.REASON: TOO_LARGE}
+    try:
+        content = storage.read_bytes(uri, parser.storage)
+    except FileNotFoundError:
+        return row | {t.OUTCOME: t.VANISHED, t.REASON: GONE}
+    except OSError:
+        return row | {t.OUTCOME: t.REJECTED, t.REASON: UNREADABLE}
+    if len(content) != size:
+        # Replaced since it was listed: the next run sees its new size and time, and reads it then.
+        return row | {t.OUTCOME: t.VANISHED, t.REASON: REPLACED}
+    row[t.DIGEST] = hashlib.sha256(content).hexdigest()
+    try:
+        instance = parser.decoder().read(content)
+    except NotAnImage as error:
+        return row | {t.OUTCOME: t.NOT_AN_IMAGE, t.REASON: str(error.reason)}
+    except Rejected as error:
+        return row | {t.OUTCOME: t.REJECTED, t.REASON: str(error.reason)}
+    tags = tags_of(instance, parser.pseudonyms)
+    frames = [
+        {
+            t.FRAME: frame.number,
+            t.PIXELS_COLUMN: (pixels := frame.pixels.tobytes()),
+            t.PREPROCESSING: parser.preprocessing.version,
+            t.WINDOW_LOW: frame.low,
+            t.WINDOW_HIGH: frame.high,
+            t.PIXEL_DIGEST: hashlib.sha256(pixels).hexdigest(),
+        }
+        for frame in instance.frames
+    ]
+    return row | {t.OUTCOME: PARSED, t.IMAGE_ID: tags[t.IMAGE_ID], "tags": tags, "frames": frames}
+
+
+def tags_of(instance: Instance, names: Pseudonyms) -> dict[str, object]:
+    """The TAGS row of an instance without its batch: identifiers become pseudonyms, and nothing else is kept.
+
+    An empty identifier must not make one patient, study or series of all who lack it: the next one below stands in.
+    """
+    values = asdict(instance.tags)
+    image = str(values["sop_instance_uid"])
+    series = str(values["series_instance_uid"] or image)
+    study = str(values["study_instance_uid"] or series)
+    patient = str(values["patient_id_raw"] or study)
+    ids = {
+        t.IMAGE_ID: names.image(image),
+        t.SERIES_ID: names.series(series),
+        t.STUDY_ID: names.study(study),
+        t.PATIENT_ID: names.patient(patient),
+    }
+    return ids | {f.name: values[f.name] for f in _TAGS_OF_INSTANCE if f.name not in ids}
+
+
+def list_archive(spark: SparkSession, archive: str, settings: StorageSettings) -> DataFrame:
+    """Every object below an archive, hidden names included: (uri, size, modified).
+
+    The driver goes down folder by folder until there are enough of them to share out; tasks list the rest.
+    """
+    found: list[storage.StoredObject] = []
+    folders = [archive]
+    while folders and len(folders) < LISTING_TASKS:
+        deeper: list[str] = []
+        for folder in folders:
+            below, objects = storage.list_folder(folder, settings)
+            deeper += below
+            found += objects
+        folders = deeper
+    here = spark.createDataFrame([(o.uri, o.size, o.modified) for o in found], _LISTING)
+    if not folders:
+        return here
+    arrow = to_arrow_schema(_LISTING)
+
+    def list_below(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            for folder in batch.column(0).to_pylist():
+                rows = [asdict(o) for o in storage.list_objects(folder, settings)]
+                yield pa.RecordBatch.from_pylist(rows, schema=arrow)
+
+    shared = spark.createDataFrame([(folder,) for folder in folders], "folder string")
+    return here.unionByName(shared.repartition(LISTING_TASKS, "folder").mapInArrow(list_below, _LISTING))
+
+
+def run(spark: SparkSession, settings: Settings, progress: Progress | None = None) -> Report:
+    """Ingest what is new in `ingest.archive`; a second run over the same archive writes nothing but its RUNS row.
+
+    Raises InputError for an archive that is not there, TableError for a lake made with another key or other pixel
+    settings.
+    """
+    started = datetime.now(UTC)
+    clock = _Clock()
+    archive = _archive(settings)
+    lake = t.Lake.of(settings)
+    if storage.is_below(lake.uri, archive) or lake.uri == archive:
+        raise InputError(f"lake {lake.uri} lies inside archive {archive}: give a lake elsewhere, with --lake")
+    preprocessing = preprocessing_of(settings)
+    names = pseudonyms.of(settings, storage.local_path(lake.vault) if storage.is_local(lake.vault) else None)
+    pinned, mended = _open_tables(spark, lake, names.key_id, preprocessing.version)
+    parser = Parser(settings.storage, settings.ingest, preprocessing, Vocabulary(settings.vocabulary.body_parts), names)
+    staging = storage.join(lake.vault, "staging")
+    storage.delete_folder(staging, settings.storage)
+    try:
+        report = _ingest(spark, settings, lake, archive, parser, pinned, mended, staging, clock, progress)
+    finally:
+        storage.delete_folder(staging, settings.storage)
+    t.record_run(
+        spark,
+        lake,
+        run_id=uuid.uuid4().hex,
+        job="ingest",
+        started=started,
+        ended=datetime.now(UTC),
+        outcome="done",
+        software=__version__,
+        counts={"listed": report.listed, UNCHANGED: report.unchanged, "frames": report.frames}
+        | {t.DELETED: report.deleted, **report.outcomes},
+        seconds=report.seconds,
+        versions_read={"sources": pinned.sources, "tags": pinned.tags, "pixels": pinned.pixels},
+        versions_written={
+            "sources": report.published.sources,
+            "tags": report.published.tags,
+            "pixels": report.published.pixels,
+        },
+    )
+    return report
+
+
+def _ingest(
+    spark: SparkSession,
+    settings: Settings,
+    lake: t.Lake,
+    archive: str,
+    parser: Parser,
+    pinned: t.Published,
+    mended: list[str],
+    staging: str,
+    clock: "_Clock",
+    progress: Progress | None,
+) -> Report:
+    with clock.stage("list"):
+        listing_path = storage.join(staging, "listing")
+        list_archive(spark, archive, settings.storage).write.parquet(listing_path)
+        listing = spark.read.schema(_LISTING).parquet(listing_path)
+    with clock.stage("compare"):
+        sources = t.read(spark, lake.path(t.SOURCES), pinned.sources)
+        known = sources.where(F.startswith(F.col(t.URI), F.lit(archive + "/")))
+        actions_path = storage.join(staging, "actions")
+        compare(listing, known).write.parquet(actions_path)
+        actions = spark.read.parquet(actions_path)
+        counted = {row[ACTION]: row["count"] for row in actions.groupBy(ACTION).count().collect()}
+    to_read, unchanged, missing = (counted.get(action, 0) for action in (READ, UNCHANGED, MISSING))
+    listed = listing.count()
+    _obey_law(listed, unchanged + to_read, "compared with SOURCES")
+    if listed == 0 and missing > 0:
+        raise InputError(
+            f"archive {archive} is empty, yet {missing} objects are known in it: is it mounted? Nothing was deleted"
+        )
+    batches = math.ceil(to_read / settings.ingest.max_files_per_batch) or int(missing > 0)
+    outcomes: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    frames = 0
+    published = pinned
+    if batches:
+        with clock.stage("compare"):
+            work_path = storage.join(staging, "work")
+            slices(actions, promote(actions, sources), batches).write.partitionBy(SLICE).parquet(work_path)
+    for number in range(batches):
+        work = spark.read.parquet(work_path)
+        done = _ingest_slice(spark, settings, lake, parser, published, work, number, staging, clock)
+        published = done.published
+        outcomes.update(done.outcomes)
+        reasons.update(done.reasons)
+        frames += done.frames
+        if progress is not None:
+            progress(sum(outcomes.values()), to_read, outcomes)
+    _obey_law(listed, unchanged + sum(outcomes.values()), "given an outcome")
+    return Report(
+        archive=archive,
+        listed=listed,
+        unchanged=unchanged,
+        outcomes=dict(outcomes),
+        reasons=dict(reasons),
+        deleted=missing,
+        frames=frames,
+        batches=batches,
+        seconds=clock.seconds,
+        published=published,
+        mended=tuple(mended),
+    )
+
+
+@dataclass(frozen=True)
+class _Done:
+    published: t.Published
+    outcomes: Mapping[str, int]
+    reasons: Mapping[str, int]
+    frames: int
+
+
+def _ingest_slice(
+    spark: SparkSession,
+    settings: Settings,
+    lake: t.Lake,
+    parser: Parser,
+    pinned: t.Published,
+    work: DataFrame,
+    number: int,
+    staging: str,
+    clock: "_Clock",
+) -> _Done:
+    """Read, stage, resolve and publish one batch; nothing is visible before its commit of SOURCES."""
+    batch = pinned.batch + 1
+    of_slice = work.where(F.col(SLICE) == number)
+    objects = of_slice.where(F.col(ACTION) == READ)
+    with clock.stage("parse"):
+        planned = objects.count()
+        tasks = max(1, math.ceil(planned / settings.ingest.files_per_task))
+        staged_path = storage.join(staging, f"parsed-{number}")
+        parse(objects.repartition(tasks, t.URI), parser).write.parquet(staged_path)
+        staged = spark.read.schema(_STAGED).parquet(staged_path)
+        _obey_law(planned, staged.count(), "parsed")
+    with clock.stage("resolve"):
+        sources = t.read(spark, lake.path(t.SOURCES), pinned.sources)
+        resolved_path = storage.join(staging, f"resolved-{number}")
+        resolve(staged, sources, work, number).write.parquet(resolved_path)
+        resolved = spark.read.parquet(resolved_path)
+        leaving = superseded(resolved)
+        leaving_batches = [row[t.BATCH] for row in leaving.select(t.BATCH).distinct().collect()]
+        arrived = arrivals(staged, resolved)
+        counts = arrived.select(F.count("*").alias("images"), F.sum(F.size("frames")).alias("frames")).first()
+        images, frames = (counts["images"], counts["frames"] or 0) if counts else (0, 0)
+        _obey_law(newcomers(resolved).count(), images, "found among the parsed")
+    with clock.stage("write"):
+        tags_path, pixels_path = lake.path(t.TAGS), lake.path(t.PIXELS)
+        versions = {tags_path: pinned.tags, pixels_path: pinned.pixels}
+        if images:
+            tag_files, pixel_files = math.ceil(images / TAGS_PER_FILE), math.ceil(frames / FRAMES_PER_FILE)
+            rows = tag_rows(arrived, batch).coalesce(tag_files)
+            versions[tags_path] = t.replace_batch(rows, t.TAGS, tags_path, batch)
+            rows = pixel_rows(arrived, batch).repartition(pixel_files, t.IMAGE_ID)
+            versions[pixels_path] = t.replace_batch(rows, t.PIXELS, pixels_path, batch)
+        if leaving_batches:
+            gone_images = leaving.select(t.IMAGE_ID)
+            for path in versions:
+                versions[path] = t.delete_images(spark, path, gone_images, leaving_batches)
+    with clock.stage("publish"):
+        gone = of_slice.where(F.col(ACTION) == MISSING)
+        rows = source_rows(staged, resolved, gone, parser.pseudonyms.key_id, batch)
+        belongs = replace(pinned, tags=versions[tags_path], pixels=versions[pixels_path], batch=batch)
+        published = t.publish(spark, lake, rows, belongs)
+        read = of_slice.where(~F.col(PROMOTED)).where(F.col(ACTION) == READ).select(t.URI)
+        ended = t.read(spark, lake.path(t.SOURCES), published.sources).join(read, on=t.URI, how="left_semi")
+        tally = ended.groupBy(t.OUTCOME, t.REASON).count().collect()
+    outcomes: Counter[str] = Counter()
+    for row in tally:
+        outcomes[row[t.OUTCOME]] += row["count"]
+    reasons = {row[t.REASON]: row["count"] for row in tally if row[t.REASON] is not None}
+    return _Done(published, outcomes, reasons, frames)
+
+
+def _archive(settings: Settings) -> str:
+    if settings.ingest.archive is None:
+        raise InputError("no archive named: give --archive URI, the folder or prefix that holds the .dcm objects")
+    archive = storage.canonical(settings.ingest.archive)
+    found = storage.kind(archive, settings.storage)
+    if found != "folder":
+        problem = "is a file, not a folder" if found == "file" else "does not exist"
+        raise InputError(f"archive {archive} {problem}: give the folder or prefix that holds the .dcm objects")
+    return archive
+
+
+def _open_tables(spark: SparkSession, lake: t.Lake, key_id: str, preprocessing: str) -> tuple[t.Published, list[str]]:
+    """Tables created where missing, brought back to what is published, and checked to belong to these settings."""
+    pinned = t.published(spark, lake)
+    if pinned is None:
+        return t.publish_empty(spark, lake, key_id, preprocessing), []
+    if pinned.key_id != key_id:
+        raise TableError(
+            f"lake {lake.uri} was made with pseudonym key {pinned.key_id}, the settings give {key_id}: "
+            "use its own key, or the same image would get a second identity"
+        )
+    if pinned.preprocessing != preprocessing:
+        raise TableError(
+            f"lake {lake.uri} holds pixels of preprocessing {pinned.preprocessing}, the `pixels` settings give "
+            f"{preprocessing}: put the settings back, or ingest into another lake"
+        )
+    return pinned, t.roll_back(spark, lake, pinned)
+
+
+def _obey_law(expected: int, found: int, step: str) -> None:
+    """Each object has exactly one outcome; a count that does not match stops the job before it publishes."""
+    if expected != found:
+        raise TableError(f"{expected} objects, yet {found} were {step}: nothing was published; run ingest again")
+
+
+class _Clock:
+    """Seconds by stage, added up over batches."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._stage: tuple[str, float] | None = None
+
+    def stage(self, name: str) -> "_Clock":
+        self._stage = (name, time.monotonic())
+        return self
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        if self._stage is not None:
+            name, began = self._stage
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+
+
+@lru_cache(maxsize=1)
+def _decoder(preprocessing: Preprocessing, vocabulary: Vocabulary, memory_mb: int, seconds: float) -> Decoder:
+    return Decoder(preprocessing, vocabulary, memory_mb=memory_mb, seconds=seconds)
