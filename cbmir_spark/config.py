@@ -211,26 +211,28 @@ def load(
     Raises ConfigError naming the layer, the key and, for a typing slip, the nearest known key.
     """
     values = _read_yaml(conf_folder() / "base.yaml")
-    _check_keys(values, Settings, "conf/base.yaml")
+    origins = dict.fromkeys(_check_keys(values, Settings, "conf/base.yaml"), "conf/base.yaml")
     if file is not None:
         chosen = _read_yaml(Path(file))
-        _check_keys(chosen, Settings, str(file))
+        origins |= dict.fromkeys(_check_keys(chosen, Settings, str(file)), str(file))
         _merge(values, chosen, Settings)
     for name, text in sorted((os.environ if environ is None else environ).items()):
         if name.startswith(ENVIRONMENT_PREFIX):
             keys = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
-            _set(values, keys, text, f"environment variable {name}")
+            place = f"environment variable {name}"
+            origins[_set(values, keys, text, place)] = place
     for override in overrides:
         dotted, equals, text = override.partition("=")
         if not equals:
             raise ConfigError(f"--set {override}: give it as section.key=value")
-        _set(values, dotted.strip().split("."), text, f"--set {override}")
+        origins[_set(values, dotted.strip().split("."), text, f"--set {override}")] = "the command line"
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"setting {place}: {first['msg'].removeprefix('Value error, ')}") from None
+        key = ".".join(str(part) for part in first["loc"])
+        origin = origins.get(".".join(str(part) for part in first["loc"][:2]), "no file: a section is missing")
+        raise ConfigError(f"{key}, set by {origin}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
 def conf_folder() -> Path:
@@ -257,7 +259,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _check_keys(values: Mapping[str, Any], model: type[BaseModel], place: str, prefix: str = "") -> None:
+def _check_keys(values: Mapping[str, Any], model: type[BaseModel], place: str, prefix: str = "") -> list[str]:
+    """The dotted keys that a file sets; unknown ones are refused."""
+    found = []
     for key, value in values.items():
         field = model.model_fields.get(str(key))
         if field is None:
@@ -266,11 +270,17 @@ def _check_keys(values: Mapping[str, Any], model: type[BaseModel], place: str, p
         if section is not None:
             if not isinstance(value, dict):
                 raise ConfigError(f"{place}: {prefix}{key} is a section and needs keys below it")
-            _check_keys(value, section, place, f"{prefix}{key}.")
+            found += _check_keys(value, section, place, f"{prefix}{key}.")
+        else:
+            found.append(f"{prefix}{key}")
+    return found
 
 
-def _set(values: dict[str, Any], keys: list[str], text: str, place: str) -> None:
-    """Put one value at its place; below a mapping setting the rest of the name is one key, dots and all."""
+def _set(values: dict[str, Any], keys: list[str], text: str, place: str) -> str:
+    """Put one value at its place and return its setting's dotted name.
+
+    Below a mapping setting, such as `spark.conf`, the rest of the name is one key, dots and all.
+    """
     model: type[BaseModel] = Settings
     target = values
     for position, key in enumerate(keys):
@@ -292,7 +302,7 @@ def _set(values: dict[str, Any], keys: list[str], text: str, place: str) -> None
             target[key] = {**target.get(key, {}), ".".join(rest): value}
         else:
             raise ConfigError(f"{place}: {'.'.join(keys[: position + 1])} has no keys below it")
-        return
+        return ".".join(keys[: position + 1])
     raise ConfigError(f"{place}: {'.'.join(keys)} is a section; name one of its keys")
 
 

@@ -10,7 +10,7 @@ import math
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -357,7 +357,7 @@ def parse(objects: DataFrame, parser: Parser) -> DataFrame:
     """Read and decode each object: (uri, size, modified) → staged rows. Runs per task, lazily."""
     arrow = to_arrow_schema(_STAGED)
 
-    def stage(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    def stage(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
             for row in batch.to_pylist():
                 # One batch for each object: an enhanced instance alone may carry 32 MB of frames.
@@ -441,7 +441,7 @@ def list_archive(spark: SparkSession, archive: str, settings: StorageSettings) -
         return here
     arrow = to_arrow_schema(_LISTING)
 
-    def list_below(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    def list_below(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
             for folder in batch.column(0).to_pylist():
                 rows = [asdict(o) for o in storage.list_objects(folder, settings)]

@@ -135,9 +135,8 @@ def _jars() -> dict[str, str]:
 
 
 def _check_delta(spark: SparkSession) -> None:
-    jvm = spark.sparkContext._jvm
     try:
-        jvm.java.lang.Thread.currentThread().getContextClassLoader().loadClass("io.delta.tables.DeltaTable")
+        spark._jvm.java.lang.Thread.currentThread().getContextClassLoader().loadClass("io.delta.tables.DeltaTable")
     except Py4JJavaError:
         raise EnvironmentProblem(
             "Delta's jars are not on Spark's class path: run deploy/fetch_jars.py for this Spark, "

@@ -1,0 +1,45 @@
+# Everything a fresh machine needs: Python 3.11, Java 17 and make. Each target sets up what it uses.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup check-machine demo test lint bench notebook clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(READY) ## create .venv, install the locked dependencies, resolve Delta's jars
+
+demo: $(READY) ## make a small archive and run ingest, train, index, retrieve, evaluate over it
+	$(BIN)/cbmir demo
+
+test: lint ## ruff, mypy and every test
+	$(BIN)/python -m pytest
+
+lint: $(READY) ## ruff and mypy alone
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY) ## measure against the alternatives, side by side; results go to tests/benchmarks/results
+	$(BIN)/python -m tests.benchmarks
+
+notebook: $(READY) ## run the notebook over the demo's lake
+	$(BIN)/jupytext --to ipynb --execute --output demo/demo_lake.ipynb notebooks/demo_lake.py
+
+clean: ## remove the environment and all that the targets made
+	rm -rf $(VENV) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+check-machine:
+	@bash deploy/check_machine.sh "$(PYTHON)"
+
+# The stamp makes a second `make` start at once, and a changed lock or jar list install again.
+$(READY): pyproject.toml requirements.lock conf/spark-defaults.conf deploy/fetch_jars.py | check-machine
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python deploy/fetch_jars.py
+	@touch $@

@@ -1,0 +1,317 @@
+"""`cbmir <job>`: argv → config → session → <module>.run, and what a person sees of it."""
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from cbmir_spark import __version__, config
+from cbmir_spark.errors import CbmirError
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+app = typer.Typer(
+    name="cbmir",
+    help="Find the images of a DICOM archive that look like the ones in a list.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="Settings file over conf/base.yaml.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="One setting: section.key=value. Repeatable.")]
+LakeUri = Annotated[str | None, typer.Option("--lake", help="Folder or s3a: prefix of the tables.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+
+
+@app.command()
+def ingest(
+    archive: Annotated[str | None, typer.Option(help="Folder or s3a: prefix of the .dcm objects.")] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    lake: LakeUri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read new and changed objects of an archive into SOURCES, TAGS and PIXELS."""
+    settings = _settings(config, overrides, {"lake.uri": lake, "ingest.archive": archive})
+    from cbmir_spark import ingest as room
+
+    with _session(settings, "ingest") as spark, _progress("objects", as_json) as progress:
+        report = room.run(spark, settings, progress)
+    if as_json:
+        return _print_json(report)
+    rows = {"listed": report.listed, "unchanged": report.unchanged, **report.outcomes, "deleted": report.deleted}
+    _print_counts(f"Ingested {report.archive}", rows)
+    if report.reasons:
+        _print_counts("Reasons", dict(sorted(report.reasons.items())))
+    return None
+
+
+@app.command()
+def train(
+    preset: Annotated[str | None, typer.Option(help="alexnet (the paper's network) or alexnet-small.")] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    lake: LakeUri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train the network on the lake's own labels; the new version becomes `candidate`."""
+    settings = _settings(config, overrides, {"lake.uri": lake, "training.preset": preset})
+    from cbmir_spark import training as room
+
+    with _session(settings, "train") as spark, _progress("epochs", as_json) as progress:
+        report = room.run(spark, settings, progress)
+    return _print_json(report) if as_json else _print_report("Trained", report)
+
+
+@app.command()
+def index(
+    model: Annotated[str | None, typer.Option(help="models:/name@alias, models:/name/3, runs:/id or a folder.")] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    lake: LakeUri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Embed the frames that the model's FEATURES table lacks; a verified index becomes `champion`."""
+    settings = _settings(config, overrides, {"lake.uri": lake, "index.model": model})
+    from cbmir_spark import features as room
+
+    with _session(settings, "index") as spark:
+        report = room.run(spark, settings)
+    return _print_json(report) if as_json else _print_report("Indexed", report)
+
+
+@app.command()
+def retrieve(
+    queries: Annotated[str | None, typer.Option(help="CSV or Parquet: query_id and uri, image_id or UID.")] = None,
+    k: Annotated[int | None, typer.Option("--k", help="Hits for each query.")] = None,
+    prefilter: Annotated[str | None, typer.Option(help="tags, predicted, modality or none.")] = None,
+    to: Annotated[str | None, typer.Option("--out", help="Folder for hits, statuses and gallery.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The model whose index is searched; its champion if left out.")
+    ] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    lake: LakeUri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a list of query images with the nearest images of the archive."""
+    flags = {"queries": queries, "k": k, "prefilter": prefilter, "out": to, "model": model}
+    settings = _settings(
+        config, overrides, {"lake.uri": lake} | {f"retrieval.{name}": value for name, value in flags.items()}
+    )
+    from cbmir_spark import retrieval as room
+
+    with _session(settings, "retrieve") as spark:
+        report = room.run(spark, settings)
+    return _print_json(report) if as_json else _print_report("Answered", report)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str | None, typer.Option(help="The model to judge; the champion if left out.")] = None,
+    to: Annotated[str | None, typer.Option("--out", help="Folder for figures and report.")] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    lake: LakeUri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure classification and retrieval with the patients that training never saw."""
+    settings = _settings(config, overrides, {"lake.uri": lake, "retrieval.model": model, "evaluation.out": to})
+    from cbmir_spark import evaluation as room
+
+    with _session(settings, "evaluate") as spark:
+        report = room.run(spark, settings)
+    return _print_json(report) if as_json else _print_report("Evaluated", report)
+
+
+@app.command()
+def wrap(
+    images: Annotated[Path, typer.Option(help="Folder of the pictures.")],
+    labels: Annotated[Path, typer.Option(help="CSV with file, modality, body_part, group.")],
+    archive: Annotated[Path, typer.Option(help="Folder to write the .dcm files to.")],
+    as_json: AsJson = False,
+) -> None:
+    """Wrap labelled PNG or JPEG pictures as DICOM Secondary Capture: real pixels, label-derived tags."""
+    from cbmir_spark import synthesis
+
+    report = synthesis.wrap_pictures(labels, images, archive)
+    return _print_json(report) if as_json else _print_report("Wrapped", report)
+
+
+@app.command()
+def features(
+    files: Annotated[bool, typer.Option("--files", help="List the live Parquet files, one URI a line.")] = False,
+    model: Annotated[str | None, typer.Option(help="The model whose index is meant; the champion if left out.")] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    lake: LakeUri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Where a model's vectors are: any Parquet reader can open the files."""
+    settings = _settings(config, overrides, {"lake.uri": lake, "retrieval.model": model})
+    from cbmir_spark import features as room
+
+    with _session(settings, "features") as spark:
+        table, uris = room.live_files(spark, settings)
+    if as_json:
+        return _print_json({"table": table, "files": uris})
+    for line in uris if files else [table, f"{len(uris)} live files; --files lists them"]:
+        sys.stdout.write(line + "\n")
+    return None
+
+
+@app.command("config")
+def show_config(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    lake: LakeUri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the effective settings, secrets masked."""
+    values = _settings(config, overrides, {"lake.uri": lake}).masked()
+    if as_json:
+        return _print_json(values)
+    sys.stdout.write(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    return None
+
+
+@app.command()
+def doctor(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    lake: LakeUri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look for what this machine and these settings lack."""
+    settings = _settings(config, overrides, {"lake.uri": lake})
+    from cbmir_spark import doctor as room
+
+    checks = room.run(settings)
+    if as_json:
+        _print_json({"checks": [asdict(check) for check in checks]})
+    else:
+        table = Table(title="cbmir doctor", title_justify="left")
+        for heading in ("", "looked at", "found"):
+            table.add_column(heading, overflow="fold")
+        for check in checks:
+            table.add_row("[green]ok[/]" if check.ok else "[red]mend[/]", check.name, check.found)
+        out.print(table)
+    if not all(check.ok for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    sys.stdout.write(f"cbmir_spark {__version__}\n")
+
+
+def main(job: str | None = None) -> None:
+    """The console script, and with `job` a spark-submit entry point that takes the same flags."""
+    if not sys.warnoptions:
+        # Of libraries that we pin and cannot mend; the tests turn every one of them into an error.
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    arguments = sys.argv[1:] if job is None else [job, *sys.argv[1:]]
+    try:
+        app(args=arguments, prog_name="cbmir")
+    except CbmirError as error:
+        err.print(f"[bold red]cbmir:[/] {_plain(str(error))}", soft_wrap=True, highlight=False)
+        raise SystemExit(error.exit_code) from None
+
+
+def _settings(file: Path | None, overrides: list[str] | None, flags: Mapping[str, object]) -> config.Settings:
+    given = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    return config.load(file, [*(overrides or []), *given])
+
+
+@contextmanager
+def _session(settings: config.Settings, job: str) -> Iterator["SparkSession"]:
+    """Java and pyspark are only looked for by the jobs that need them: `config` and `doctor` work without."""
+    from cbmir_spark import session
+
+    spark = session.build(settings, job)
+    try:
+        yield spark
+    finally:
+        spark.stop()
+
+
+@contextmanager
+def _progress(what: str, quiet: bool) -> Iterator[Callable[[int, int, Mapping[str, Any]], None]]:
+    """A bar on a terminal, a line now and then in a log, nothing beside JSON."""
+    if quiet or not err.is_terminal:
+
+        def line(done: int, total: int, detail: Mapping[str, Any]) -> None:
+            if not quiet:
+                err.print(f"{done} of {total} {what}: {_detail(detail)}", soft_wrap=True, highlight=False)
+
+        yield line
+        return
+    columns = (SpinnerColumn(), TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("{task.fields[detail]}"), console=err, transient=True) as bar:
+        task = bar.add_task(what, total=None, detail="")
+
+        def move(done: int, total: int, detail: Mapping[str, Any]) -> None:
+            bar.update(task, completed=done, total=total, detail=_detail(detail))
+
+        yield move
+
+
+def _detail(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+
+
+def _print_json(report: Any) -> None:
+    values = asdict(report) if is_dataclass(report) and not isinstance(report, type) else report
+    sys.stdout.write(json.dumps(values, default=str) + "\n")
+
+
+def _print_counts(title: str, counts: Mapping[str, int]) -> None:
+    table = Table(title=_plain(title), title_justify="left", show_header=False)
+    table.add_column("what")
+    table.add_column("count", justify="right")
+    for name, count in counts.items():
+        table.add_row(name, f"{count:,}")
+    out.print(table)
+
+
+def _print_report(title: str, report: Any) -> None:
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column("what")
+    table.add_column("value", overflow="fold")
+    for name, value in asdict(report).items():
+        if value is None or value == {} or value == []:
+            continue
+        table.add_row(name.replace("_", " "), _plain(_value(value)))
+    out.print(table)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return _detail(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_value(item) for item in value)
+    return str(value)
+
+
+def _plain(text: str) -> str:
+    """Text that may come from outside, with rich's markup and control characters taken out of effect."""
+    return "".join(c if c.isprintable() or c == "\n" else "�" for c in text).replace("[", "\\[")
