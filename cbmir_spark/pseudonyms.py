@@ -77,7 +77,7 @@ def _digest(key: bytes, domain: str, identifier: str) -> str:
 @lru_cache(maxsize=4)
 def _key(key_file: str | None) -> bytes:
     if key_file is None:
-        key = os.environ.get(KEY_VARIABLE, "").encode()
+        key = os.environ.get(KEY_VARIABLE, "").strip().encode()
         place = f"environment variable {KEY_VARIABLE}"
     else:
         place = key_file
