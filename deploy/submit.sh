@@ -55,6 +55,8 @@ export PYSPARK_DRIVER_PYTHON="$python"
 export PYSPARK_PYTHON="${PYSPARK_PYTHON:-$python}"
 
 options=(--master "$master")
+# The driver's Spark log goes as it does under `cbmir`: errors only. The jobs report progress themselves.
+options+=(--driver-java-options "\"-Dlog4j2.configurationFile=file:$repo/conf/log4j2.properties\"")
 if ! compgen -G "$SPARK_HOME/jars/delta-spark_*.jar" >/dev/null; then
   options+=(--properties-file "$repo/conf/spark-defaults.conf")
 fi
