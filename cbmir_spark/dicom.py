@@ -185,7 +185,7 @@ class Instance:
     frames: tuple[Frame, ...]
 
 
-def read_instance(content: bytes, preprocessing: Preprocessing, vocabulary: Vocabulary) -> Instance:
+def read_instance(content: bytes | bytearray, preprocessing: Preprocessing, vocabulary: Vocabulary) -> Instance:
     """Tags and frames of one object.
 
     Raises NotAnImage or Rejected with their reason. Whatever else it raises is an error of ours, but for
@@ -200,7 +200,7 @@ def read_instance(content: bytes, preprocessing: Preprocessing, vocabulary: Voca
         return Instance(tags, tuple(_frames(ds, layout, stored, tags, preprocessing, wanted)))
 
 
-def decode_frames(content: bytes) -> Iterator[Array]:
+def decode_frames(content: bytes | bytearray) -> Iterator[Array]:
     """Gray stored values (rows, columns) of every frame of anything with pixel data, whatever its class or UID."""
     with _quiet():
         ds, layout, _ = _open(content)
@@ -216,7 +216,7 @@ def decode_frames(content: bytes) -> Iterator[Array]:
         yield gray
 
 
-def picture(content: bytes, frame: int) -> NDArray[np.uint8]:
+def picture(content: bytes | bytearray, frame: int) -> NDArray[np.uint8]:
     """(256, 256) uint8 of one frame with the header's own contrast, aspect kept: for people, never for the network.
 
     Raises NotAnImage or Rejected; IndexError where the object has no such frame.
@@ -255,7 +255,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _open(content: bytes) -> tuple[Dataset, Layout, str]:
+def _open(content: bytes | bytearray) -> tuple[Dataset, Layout, str]:
     """The header as pydicom reads it (everything before the pixel data), its layout and its SOP class."""
     layout = examine(content)
     end = min((layout.elements[t].header for t in PIXEL_DATA_TAGS if t in layout.elements), default=len(layout.data))

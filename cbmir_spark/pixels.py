@@ -43,7 +43,7 @@ _PHOTOMETRIC = {
     3: ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_422", "YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT"),
 }
 # ITU-R BT.601, the luma that PS3.3 section C.7.6.3.1.2 uses for YBR_FULL: Y needs no conversion back to RGB.
-_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+_LUMA = (np.float32(0.299), np.float32(0.587), np.float32(0.114))
 
 
 def value(ds: Dataset, keyword: str) -> Any:
@@ -321,7 +321,7 @@ def luminance(array: Array, photometric: str, ds: Dataset, little_endian: bool) 
     if array.ndim == 2:
         return array
     if photometric == "RGB":
-        return array.astype(np.float32) @ _LUMA
+        return _luma(array[..., 0], array[..., 1], array[..., 2])
     luma: Array = array[..., 0].astype(np.float32)
     if photometric.startswith("YBR_PARTIAL"):
         # PS3.3 section C.7.6.3.1.2 (retired): Y runs from 16 to 235.
@@ -351,9 +351,14 @@ def _palette_luma(array: Array, ds: Dataset, little_endian: bool) -> Floats:
     if array.dtype.kind == "i" and first >= 2**15:
         first -= 2**16
     index = np.clip(array.astype(np.int64) - first, 0, length - 1)
-    rgb = np.stack([table[:length] for table in colors], axis=1).astype(np.float32)
-    luma: Floats = (rgb @ _LUMA)[index]
+    luma: Floats = _luma(*(table[:length] for table in colors))[index]
     return luma
+
+
+def _luma(red: Array, green: Array, blue: Array) -> Floats:
+    """Element by element: a matrix product would sum in an order that depends on the machine's threads."""
+    gray: Floats = red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2]
+    return gray.astype(np.float32, copy=False)
 
 
 def _table(raw: Any, entries: int | None, bits: int, little_endian: bool) -> Array:

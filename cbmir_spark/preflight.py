@@ -47,11 +47,15 @@ class NotAnImage(Exception):
 
 
 class Rejected(Exception):
-    """An object that should hold an image and gives none; `reason` says why. The message carries no tag value."""
+    """An object that should hold an image and gives none; `reason` says why. The message carries no tag value.
 
-    def __init__(self, reason: Reason) -> None:
-        super().__init__(reason.value)
+    `detail` is the type and place in the code of an INTERNAL error, else "".
+    """
+
+    def __init__(self, reason: Reason, detail: str = "") -> None:
+        super().__init__(f"{reason.value} ({detail})" if detail else reason.value)
         self.reason = reason
+        self.detail = detail
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ _UNDEFINED = 0xFFFFFFFF
 _LONG_VRS = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"))
 
 
-def examine(content: bytes) -> Layout:
+def examine(content: bytes | bytearray) -> Layout:
     """Walk a file from its first byte to its last.
 
     Raises Rejected (EMPTY, TRUNCATED, MALFORMED, TOO_LARGE, UNSUPPORTED) or NotAnImage (NOT_DICOM). The 128 bytes
