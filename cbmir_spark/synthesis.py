@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
-import gdcm
 import numpy as np
 import pydicom.data
 from numpy.typing import NDArray
@@ -757,6 +756,9 @@ def _encapsulate(ds: Dataset, codestream: bytes, syntax: uid.UID) -> None:
 
 def _gdcm_codestream(content: bytes, syntax: uid.UID) -> bytes:
     """Pixels of a native file in JPEG-LS or lossless JPEG, for which pydicom has no encoder. GDCM reads files only."""
+    # Its import makes all symbols of its codecs global; only who draws an archive should pay for that.
+    import gdcm
+
     wanted = {
         uid.JPEGLSLossless: gdcm.TransferSyntax.JPEGLSLossless,
         uid.JPEGLosslessSV1: gdcm.TransferSyntax.JPEGLosslessProcess14_1,
