@@ -120,16 +120,6 @@ class Decoder:
         raise AssertionError("a fresh child is never asked twice")
 
 
-_shared: dict[tuple[int, str], Decoder] = {}
-
-
-def shared(preprocessing: Preprocessing, vocabulary: Vocabulary, memory_mb: int, seconds: float) -> Decoder:
-    """The one decoder of this process for these settings: kept from task to task, it ends with the worker."""
-    decoder = Decoder(preprocessing, vocabulary, memory_mb, seconds)
-    # The process id too: a forked copy must not talk to its parent's child.
-    return _shared.setdefault((os.getpid(), json.dumps(decoder._setup, sort_keys=True)), decoder)
-
-
 def _instance(header: Mapping[str, Any], pixels: bytes) -> Instance:
     if "not_an_image" in header:
         raise NotAnImage(Reason(header["not_an_image"]))

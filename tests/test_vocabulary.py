@@ -1,0 +1,160 @@
+"""Raw codes as archives write them, mapped to the closed list; no Spark."""
+
+import re
+
+import pytest
+from pydicom.sr._snomed_dict import mapping as snomed
+
+from cbmir_spark import vocabulary
+from cbmir_spark.vocabulary import BODY_PARTS, MODALITIES, UNKNOWN, Vocabulary
+
+VOCABULARY = Vocabulary({})
+
+
+@pytest.mark.parametrize(
+    ("raw", "term"),
+    [
+        ("CHEST", "CHEST"),
+        ("chest ", "CHEST"),
+        ("Thorax", "CHEST"),
+        ("THORAX^ROUTINE", "CHEST"),
+        ("TH CT CHEST WO C", "CHEST"),
+        ("CHEST (THORAX) W", "CHEST"),
+        ("BD CT ABD WO_W C", "ABDOMEN"),
+        ("CHESTABDPELVIS", "CHESTABDPELVIS"),
+        ("CHEST/ABD/PELVIS", "CHESTABDPELVIS"),
+        ("Chest Abdomen", "CHESTABDOMEN"),
+        ("ABDOMEN AND PELVIS", "ABDOMENPELVIS"),
+        ("LUNG", "LUNG"),
+        ("CHEST LUNG", "LUNG"),
+        ("HEAD", "HEAD"),
+        ("BRAIN", "BRAIN"),
+        ("HEADNECK", "HEADNECK"),
+        ("Head & Neck", "HEADNECK"),
+        ("head neck", "HEADNECK"),
+        ("L SPINE", "LSPINE"),
+        ("C-SPINE", "CSPINE"),
+        ("LUMBAR SPINE", "LSPINE"),
+        ("Left Breast", "BREAST"),
+        ("RT KNEE", "KNEE"),
+        ("KNEE_R", "KNEE"),
+        ("BONYPELVIS", "PELVIS"),
+        ("WHOLE BODY", "WHOLEBODY"),
+        ("Lower extremity", "LOWERLIMB"),
+        ("Prostata", "PROSTATE"),
+        ("ABDÓMEN", "ABDOMEN"),
+        ("HEART LIVER", UNKNOWN),
+        ("OUTSIDE FIL", UNKNOWN),
+        ("WO INTER", UNKNOWN),
+        ("CT", UNKNOWN),
+        ("OTHER", UNKNOWN),
+        ("../../etc", UNKNOWN),
+        ("", UNKNOWN),
+        (None, UNKNOWN),
+    ],
+)
+def test_body_parts_as_archives_write_them(raw: str | None, term: str) -> None:
+    assert VOCABULARY.body_part(raw) == term
+
+
+def test_the_paper_classes_are_terms_of_their_own() -> None:
+    classes = [
+        "Brain",
+        "Breast",
+        "Liver",
+        "Stomach",
+        "Leg",
+        "Kidney",
+        "Chest",
+        "Heart",
+        "Cervix",
+        "Uterus",
+        "Thyroid",
+        "Rectum",
+        "Prostate",
+        "Phantom",
+        "Pancreas",
+        "Ovary",
+        "Lung",
+        "Head neck",
+        "Head",
+        "Colon",
+        "Bladder",
+    ]
+    terms = [VOCABULARY.body_part(name) for name in classes]
+    assert UNKNOWN not in terms
+    assert len(set(terms)) == len(classes) == 21
+
+
+@pytest.mark.parametrize(
+    ("raw", "term"),
+    [
+        ("CT", "CT"),
+        (" mr ", "MR"),
+        ("XR", "DX"),
+        ("MRI", "MR"),
+        ("PET", "PT"),
+        ("DSA", "XA"),
+        ("SPECT", "NM"),
+        ("EC", "US"),
+        ("ZZ", UNKNOWN),
+        ("CT/../..", "CT"),
+        ("", UNKNOWN),
+        (None, UNKNOWN),
+    ],
+)
+def test_modalities(raw: str | None, term: str) -> None:
+    assert VOCABULARY.modality(raw) == term
+
+
+def test_every_term_maps_to_itself_and_can_name_a_folder() -> None:
+    for term in BODY_PARTS:
+        assert VOCABULARY.body_part(term) == term
+    for term in MODALITIES:
+        assert VOCABULARY.modality(term) == term
+    assert all(re.fullmatch(r"[A-Z0-9_]+", term) for term in {*BODY_PARTS, *MODALITIES})
+    assert len(set(BODY_PARTS)) == len(BODY_PARTS)
+
+
+def test_every_synonym_leads_to_a_term() -> None:
+    """A table entry that names no term, or that another entry hides, would never be noticed."""
+    for raw, term in vocabulary._SYNONYMS.items():
+        assert VOCABULARY.body_part(raw) == term, raw
+    for raw, term in vocabulary._MODALITY_SYNONYMS.items():
+        assert VOCABULARY.modality(raw) == term, raw
+    for table in (vocabulary._COMBINATIONS, vocabulary._REGION_CODES):
+        assert set(table.values()) <= set(BODY_PARTS)
+
+
+def test_region_codes_agree_with_the_published_map_from_srt_to_snomed() -> None:
+    checked = 0
+    for code, term in vocabulary._REGION_CODES.items():
+        twin = snomed["SRT"].get(code) or snomed["SCT"].get(code)
+        if twin in vocabulary._REGION_CODES:
+            assert vocabulary._REGION_CODES[twin] == term, code
+            checked += 1
+    assert checked > 200
+
+
+def test_the_coded_region_takes_the_first_known_code() -> None:
+    assert VOCABULARY.region(["0000", "T-32000"]) == "HEART"
+    assert VOCABULARY.region(["774007"]) == "HEADNECK"
+    assert VOCABULARY.region(["t-a0100 "]) == "BRAIN"
+    assert VOCABULARY.region([]) == UNKNOWN
+
+
+def test_a_site_adds_its_own_spellings() -> None:
+    site = Vocabulary({"Schädel nativ": "HEAD", "THORAX": "LUNG"})
+    assert site.body_part("SCHAEDEL NATIV") == UNKNOWN
+    assert site.body_part("SCHADEL  NATIV") == "HEAD"
+    assert site.body_part("thorax") == "LUNG"
+    assert VOCABULARY.body_part("thorax") == "CHEST"
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [({"KOPF": "KOPF"}, "'KOPF'"), ({"x": "head"}, "'head'"), ({"x": "../HEAD"}, "HEAD"), ({"--": "HEAD"}, "--")],
+)
+def test_a_term_outside_the_closed_list_is_refused(extra: dict[str, str], named: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(named)):
+        Vocabulary(extra)
