@@ -1,0 +1,345 @@
+"""Snapshots split by patient and written once; loaders that give every row once and every process equal steps."""
+
+import contextlib
+import itertools
+import pickle
+import random
+import threading
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pyspark.sql import SparkSession
+
+from cbmir_spark import dataset, storage
+from cbmir_spark import tables as t
+from cbmir_spark.config import Settings, StorageSettings
+from cbmir_spark.dataset import TEST, TRAIN, VALIDATION, DataFile, Loader, Snapshot, split_patients
+from cbmir_spark.errors import TrainingError
+from tests.tiny_lake import Drawn, draw, pseudonym, publish
+
+LOCAL = StorageSettings(endpoint=None, region="us-east-1", path_style=True)
+
+
+def images_of(patients: dict[str, list[str]]) -> pd.DataFrame:
+    rows = [(patient, label, 3) for label, members in patients.items() for patient in members]
+    return pd.DataFrame(rows, columns=["patient_id", "label", "n"])
+
+
+# The split
+
+
+def test_split_takes_the_asked_share_of_each_class_and_keeps_lonely_patients_in_train() -> None:
+    patients = {"CT/CHEST": [f"a{i}" for i in range(20)], "MR/HEAD": [f"b{i}" for i in range(10)], "US/LIVER": ["c"]}
+    side = split_patients(images_of(patients), test_fraction=0.3, validation_fraction=0.1, seed=1)
+    count = {label: Counter(side[p] for p in members) for label, members in patients.items()}
+    assert count["CT/CHEST"] == {TEST: 6, VALIDATION: 2, TRAIN: 12}
+    assert count["MR/HEAD"] == {TEST: 3, VALIDATION: 1, TRAIN: 6}
+    assert count["US/LIVER"] == {TRAIN: 1}
+
+
+def test_split_depends_on_seed_and_ids_alone() -> None:
+    frame = images_of({"A": [f"p{i}" for i in range(30)], "B": [f"p{i}" for i in range(20, 50)]})
+    shuffled = frame.sample(frac=1.0, random_state=3)
+    assert split_patients(frame, 0.3, 0.0, 1) == split_patients(shuffled, 0.3, 0.0, 1)
+    assert split_patients(frame, 0.3, 0.0, 1) != split_patients(frame, 0.3, 0.0, 2)
+
+
+@pytest.mark.parametrize("seed", range(1, 41))
+def test_split_keeps_every_class_in_train_and_in_test_wherever_one_move_could(seed: int) -> None:
+    """Random overlaps of classes: patients may have several labels, as with CT of chest and abdomen."""
+    draws = random.Random(seed)
+    names = [f"p{i}" for i in range(draws.randint(2, 12))]
+    patients = {label: draws.sample(names, draws.randint(1, min(4, len(names)))) for label in "ABCDE"}
+    side = split_patients(images_of(patients), 0.3, 0.15, seed)
+    assert set(side) == {p for members in patients.values() for p in members}
+    in_train = {label: {p for p in members if side[p] == TRAIN} for label, members in patients.items()}
+    assert all(in_train.values())
+    for label, members in patients.items():
+        if len(members) > 1 and not any(side[p] == TEST for p in members):
+            # Each patient who could serve is the last one in train of some class.
+            for p in in_train[label]:
+                assert any(in_train[other] == {p} for other, who in patients.items() if p in who)
+
+
+def test_split_first_takes_who_serves_several_classes() -> None:
+    """Both classes share one patient: whichever is looked at first, one test patient can serve both."""
+    side = split_patients(images_of({"A": ["both", "a"], "B": ["both", "b"]}), 0.3, 0.0, 1)
+    assert side == {"both": TEST, "a": TRAIN, "b": TRAIN}
+
+
+# The loader
+
+
+def write_split(folder: Path, files: list[list[int]]) -> Snapshot:
+    """A snapshot whose train split has one file per list, with row groups of the listed sizes; rows are numbered."""
+    number, data = 0, []
+    (folder / "train").mkdir(parents=True)
+    for index, groups in enumerate(files):
+        path = f"train/part-{index:05d}.parquet"
+        schema = pa.schema([("target", pa.int64()), ("pixels", pa.binary())])
+        with pq.ParquetWriter(folder / path, schema) as writer:
+            for rows in groups:
+                pixels = np.zeros((rows, 65_536), dtype=np.uint8)
+                pixels[:, :2] = np.arange(number, number + rows, dtype="<u2").reshape(-1, 1).view(np.uint8)
+                targets = [(number + row) % 3 for row in range(rows)]
+                writer.write_table(
+                    pa.table([targets, [row.tobytes() for row in pixels]], schema=schema), row_group_size=rows
+                )
+                number += rows
+        data.append(DataFile(path, tuple(groups), "-"))
+    return Snapshot(
+        format=dataset.FORMAT,
+        digest="d",
+        uri=storage.canonical(str(folder)),
+        label="body_part",
+        classes=("A", "B", "C"),
+        possible={},
+        preprocessing="px1",
+        images={},
+        patients={},
+        lonely=(),
+        left_out={},
+        versions={},
+        files={TRAIN: tuple(data), VALIDATION: (), TEST: ()},
+    )
+
+
+def numbers(loader: Loader, epoch: int = 0) -> list[list[int]]:
+    """The row numbers of each batch, after a check that each row came with its own class."""
+    batches = []
+    for pixels, targets in loader.epoch(epoch):
+        assert pixels.shape[1:] == (256, 256) and len(pixels) == len(targets)
+        rows = pixels.reshape(len(pixels), -1)[:, :2].contiguous().numpy().view("<u2").ravel()
+        assert [int(row) % 3 for row in rows] == targets.tolist()
+        batches.append([int(row) for row in rows])
+    return batches
+
+
+def flat(batches: list[list[int]]) -> list[int]:
+    return list(itertools.chain.from_iterable(batches))
+
+
+def test_loader_gives_every_row_once_an_epoch_in_even_batches(tmp_path: Path) -> None:
+    snapshot = write_split(tmp_path, [[40, 25], [3]])
+    loader = Loader(snapshot, TRAIN, LOCAL, batch_size=16, seed=1)
+    batches = numbers(loader)
+    assert loader.steps == len(batches) == 5
+    assert sorted(map(len, batches)) == [13, 13, 14, 14, 14]
+    assert sorted(flat(batches)) == list(range(68))
+
+
+def test_loader_shuffles_by_seed_and_epoch_and_repeats_itself(tmp_path: Path) -> None:
+    snapshot = write_split(tmp_path, [[20] * 6])
+
+    def order(seed: int, epoch: int) -> list[int]:
+        return flat(numbers(Loader(snapshot, TRAIN, LOCAL, batch_size=16, seed=seed), epoch))
+
+    first = order(1, 0)
+    assert first == order(1, 0)
+    assert first != order(1, 1) and first != order(2, 0)
+    # Both the row groups and the rows within them are out of order.
+    assert [row // 20 for row in first[::20]] != sorted(row // 20 for row in first[::20])
+    assert first[:20] != sorted(first[:20])
+    straight = Loader(snapshot, TRAIN, LOCAL, batch_size=16, seed=1, shuffle=False)
+    assert flat(numbers(straight)) == list(range(120))
+
+
+def test_uneven_shards_have_equal_steps_and_lose_no_row(tmp_path: Path) -> None:
+    snapshot = write_split(tmp_path, [[100, 37]])
+    shards = [Loader(snapshot, TRAIN, LOCAL, batch_size=32, seed=1, rank=rank, world=2) for rank in (0, 1)]
+    assert [loader.rows for loader in shards] == [100, 37]
+    batches = [numbers(loader) for loader in shards]
+    assert [len(own) for own in batches] == [4, 4] == [loader.steps for loader in shards]
+    assert sorted(flat(batches[0]) + flat(batches[1])) == list(range(137))
+
+
+def test_no_batch_has_a_single_row(tmp_path: Path) -> None:
+    """65 rows in batches of 64 would end in one row, of which batch normalisation knows no variance."""
+    loader = Loader(write_split(tmp_path, [[65]]), TRAIN, LOCAL, batch_size=64, seed=1)
+    assert sorted(map(len, numbers(loader))) == [32, 33]
+
+
+def test_leaving_an_epoch_early_ends_the_readers_threads(tmp_path: Path) -> None:
+    loader = Loader(write_split(tmp_path, [[10] * 20]), TRAIN, LOCAL, batch_size=5, seed=1)
+    before = threading.active_count()
+    epoch = loader.epoch(0)
+    next(epoch)
+    assert threading.active_count() > before
+    epoch.close()
+    assert threading.active_count() == before
+    assert len(numbers(loader, 1)) == loader.steps
+
+
+def test_seed_zero_and_more_processes_than_row_groups_are_refused(tmp_path: Path) -> None:
+    snapshot = write_split(tmp_path, [[10]])
+    with pytest.raises(TrainingError, match=r"seed 0.*1 up"):
+        Loader(snapshot, TRAIN, LOCAL, batch_size=4, seed=0)
+    with pytest.raises(TrainingError, match=r"1 row group\(s\) for 2 processes"):
+        Loader(snapshot, TRAIN, LOCAL, batch_size=4, seed=1, rank=0, world=2)
+
+
+def test_files_with_fewer_rows_than_the_manifest_says_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset, "_STALLED_SECONDS", 0.2)
+    snapshot = write_split(tmp_path, [[10, 10]])
+    other = write_split(tmp_path / "other", [[10, 9]])
+    (tmp_path / "train/part-00000.parquet").write_bytes((tmp_path / "other/train/part-00000.parquet").read_bytes())
+    assert other.rows(TRAIN) == 19
+    with pytest.raises(TrainingError, match=r"gave 19 of 20 rows"):
+        numbers(Loader(snapshot, TRAIN, LOCAL, batch_size=4, seed=1))
+
+
+class _Hostile:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return eval, (f"open({str(self.path)!r}, 'w').close()",)
+
+
+def test_a_pickle_planted_in_the_folder_is_never_run(tmp_path: Path) -> None:
+    """Petastorm unpickles the schema it finds in a folder's `_common_metadata`; it is never given a folder."""
+    snapshot = write_split(tmp_path, [[10]])
+    bait = tmp_path / "executed"
+    schema = pa.schema([("target", pa.int64())]).with_metadata(
+        {b"dataset-toolkit.unischema.v1": pickle.dumps(_Hostile(bait))}
+    )
+    for folder in (tmp_path, tmp_path / "train"):
+        pq.write_metadata(schema, folder / "_common_metadata")
+    assert len(numbers(Loader(snapshot, TRAIN, LOCAL, batch_size=5, seed=1))) == 2
+    assert not bait.exists()
+    # The bait is a real one: a folder is all it takes.
+    with contextlib.suppress(Exception):
+        dataset.make_batch_reader((tmp_path / "train").as_uri())
+    assert bait.exists()
+
+
+# The snapshot
+
+
+def some_images() -> list[Drawn]:
+    plain = [
+        Drawn(f"{modality}{part}{patient}{number}", f"{modality}{part}{patient}", modality, part)
+        for modality, part, patients in (("CT", "CHEST", 4), ("MR", "HEAD", 3), ("US", "LIVER", 1))
+        for patient in range(patients)
+        for number in range(3)
+    ]
+    kept_out = [
+        Drawn("burned", "x", "CT", "CHEST", burned_in="YES"),
+        Drawn("scout", "x", "CT", "CHEST", kind="localizer"),
+        Drawn("untagged", "x", "MR", "UNKNOWN"),
+        Drawn("rare", "x", "CT", "KNEE"),
+    ]
+    return [*plain, Drawn("volume", "CTCHEST0", "CT", "CHEST", frames=5), *kept_out]
+
+
+@pytest.fixture(scope="module")
+def lake_and_settings(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> tuple[t.Lake, Settings]:
+    from cbmir_spark import config
+
+    folder = tmp_path_factory.mktemp("lake")
+    overrides = [f"lake.uri={folder / 'lake'}", "dataset.min_images=3", "dataset.rows_per_group=4"]
+    settings = config.load(overrides=overrides, environ={})
+    return publish(spark, settings, some_images()), settings
+
+
+def make(spark: SparkSession, lake: t.Lake, settings: Settings) -> Snapshot:
+    return dataset.snapshot(spark, lake, t.require_published(spark, lake), settings.dataset, settings.storage)
+
+
+def content(snapshot: Snapshot, split: str) -> pd.DataFrame:
+    folder = Path(storage.local_path(snapshot.uri))
+    return pd.concat([pq.read_table(folder / file.path).to_pandas() for file in snapshot.files[split]])
+
+
+def test_snapshot_holds_every_usable_frame_once_and_no_patient_twice(
+    spark: SparkSession, lake_and_settings: tuple[t.Lake, Settings]
+) -> None:
+    snapshot = make(spark, *lake_and_settings)
+    assert snapshot.classes == ("CT/CHEST", "MR/HEAD", "US/LIVER")
+    assert snapshot.possible == {"CT": ("CT/CHEST",), "MR": ("MR/HEAD",), "US": ("US/LIVER",)}
+    assert snapshot.lonely == ("US/LIVER",) and snapshot.left_out == {"CT/KNEE": 1}
+    train, test = content(snapshot, TRAIN), content(snapshot, TEST)
+    assert not set(train.patient_id) & set(test.patient_id)
+    assert set(test.label) == {"CT/CHEST", "MR/HEAD"}
+    rows = pd.concat([train, test])
+    expected = {
+        (pseudonym(image.name), frame): draw(image, frame).tobytes()
+        for image in some_images()[:-4]
+        for frame in range(image.frames)
+    }
+    assert len(rows) == len(expected) == snapshot.rows(TRAIN) + snapshot.rows(TEST)
+    assert {(row.image_id, row.frame): row.pixels for row in rows.itertuples()} == expected
+    assert all(snapshot.classes[row.target] == row.label for row in rows.itertuples())
+    # Rows lie in random order: a row group is a fair sample, not one class.
+    assert any(a != b for a, b in zip(train.label, sorted(train.label), strict=True))
+
+
+def test_snapshot_manifest_says_what_the_files_hold(
+    spark: SparkSession, lake_and_settings: tuple[t.Lake, Settings]
+) -> None:
+    snapshot = make(spark, *lake_and_settings)
+    folder = Path(storage.local_path(snapshot.uri))
+    for split in (TRAIN, TEST):
+        for file in snapshot.files[split]:
+            footer = pq.read_metadata(folder / file.path)
+            groups = [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
+            assert groups == list(file.groups) and max(groups) <= 4
+        assert sum(snapshot.images[split].values()) == snapshot.rows(split)
+    assert Snapshot.from_json((folder / "manifest.json").read_bytes(), snapshot.uri) == snapshot
+
+
+def test_snapshot_is_written_once_and_found_again(
+    spark: SparkSession, lake_and_settings: tuple[t.Lake, Settings]
+) -> None:
+    lake, settings = lake_and_settings
+    first = make(spark, lake, settings)
+    folder = Path(storage.local_path(first.uri))
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    # A batch with nothing to learn from moves the Delta versions and leaves the rows as they are.
+    publish(spark, settings, [Drawn("late scout", "y", "CT", "CHEST", kind="localizer")], batch=2)
+    again = make(spark, lake, settings)
+    assert again == first
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_an_unfinished_snapshot_is_written_again_to_the_same_bytes(
+    spark: SparkSession, lake_and_settings: tuple[t.Lake, Settings]
+) -> None:
+    first = make(spark, *lake_and_settings)
+    folder = Path(storage.local_path(first.uri))
+    (folder / "manifest.json").unlink()
+    (folder / "train" / "part-00099.parquet").write_bytes(b"left by a killed job")
+    again = make(spark, *lake_and_settings)
+    assert again.files == first.files
+    assert not (folder / "train" / "part-00099.parquet").exists()
+
+
+def test_snapshot_errors_name_the_cause(
+    spark: SparkSession, lake_and_settings: tuple[t.Lake, Settings], tmp_path: Path
+) -> None:
+    lake, settings = lake_and_settings
+
+    def ask(where: t.Lake, **changes: object) -> None:
+        chosen = settings.model_copy(update={"dataset": settings.dataset.model_copy(update=changes)})
+        make(spark, where, chosen)
+
+    with pytest.raises(TrainingError, match=r"1 class\(es\).*\(CT/CHEST\).*MR/HEAD \(9\).*Two are needed"):
+        ask(lake, min_images=10)
+    with pytest.raises(TrainingError, match=r"0 class\(es\).*\(none\).*US/LIVER \(3\)"):
+        ask(lake, min_images=100)
+    small = settings.model_copy(update={"lake": settings.lake.model_copy(update={"uri": str(tmp_path / "lake")})})
+    own = publish(spark, small, [Drawn(name, name, "CT", "UNKNOWN") for name in "abc"])
+    with pytest.raises(TrainingError, match="every body part is UNKNOWN"):
+        ask(own)
+    publish(spark, small, [Drawn("d", "d", "CT", "CHEST"), Drawn("e", "e", "MR", "HEAD")], batch=2)
+    with pytest.raises(TrainingError, match="the test split is empty: no class has enough patients"):
+        ask(own, min_images=1)
+    with pytest.raises(TrainingError, match=r"validation split is empty.*validation_fraction=0"):
+        ask(own, min_images=1, test_fraction=0.0, validation_fraction=0.2)

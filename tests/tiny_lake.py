@@ -1,0 +1,95 @@
+"""A published lake of a few drawn frames, for tests that begin where ingest ends."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+from numpy.typing import NDArray
+from pyspark.sql import SparkSession
+
+from cbmir_spark import tables as t
+from cbmir_spark.config import Settings
+
+PREPROCESSING = "px1-test"
+KEY_ID = "test"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One image to be: its frames come from `draw`."""
+
+    name: str
+    patient: str
+    modality: str
+    body_part: str
+    kind: str = "image"
+    burned_in: str = "NO"
+    frames: int = 1
+
+
+def pseudonym(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def draw(image: Drawn, frame: int) -> NDArray[np.uint8]:
+    """(256, 256) uint8: stripes whose direction and width belong to modality and body part, and noise."""
+    label = hashlib.sha256(f"{image.modality}/{image.body_part}".encode()).digest()
+    rows, columns = np.mgrid[0:256, 0:256]
+    angle, width = label[0] / 40.0, 6.0 + label[1] % 24
+    stripes = 90.0 * np.sin((rows * np.cos(angle) + columns * np.sin(angle)) / width) + 128.0
+    own = int.from_bytes(hashlib.sha256(f"{image.name}:{frame}".encode()).digest()[:4], "big")
+    noise = np.random.default_rng(own).normal(0.0, 12.0, stripes.shape)
+    return np.clip(stripes + noise, 0, 255).astype(np.uint8)
+
+
+def publish(spark: SparkSession, settings: Settings, images: Sequence[Drawn], batch: int = 1) -> t.Lake:
+    """Write TAGS and PIXELS of the images as one batch and publish it, as ingest does."""
+    lake = t.Lake.of(settings)
+    known = t.published(spark, lake) or t.publish_empty(spark, lake, KEY_ID, PREPROCESSING)
+    tags, pixels = [], []
+    for image in images:
+        image_id, patient_id = pseudonym(image.name), pseudonym(image.patient)
+        values = {
+            t.IMAGE_ID: image_id,
+            t.SERIES_ID: pseudonym("series " + image.name),
+            t.STUDY_ID: pseudonym("study " + image.patient),
+            t.PATIENT_ID: patient_id,
+            t.MODALITY: image.modality,
+            t.BODY_PART: image.body_part,
+            t.KIND: image.kind,
+            t.SEX: "F",
+            t.AGE_YEARS: 40.0,
+            t.YEAR: 2020,
+            t.ROWS: 256,
+            t.COLUMNS: 256,
+            t.FRAMES: image.frames,
+            t.PHOTOMETRIC: "MONOCHROME2",
+            t.BITS_STORED: 8,
+            t.SIGNED: False,
+            t.SAMPLES_PER_PIXEL: 1,
+            t.TRANSFER_SYNTAX: "1.2.840.10008.1.2.1",
+            t.SOP_CLASS: "1.2.840.10008.5.1.4.1.1.7",
+            t.BURNED_IN: image.burned_in,
+            t.BATCH: batch,
+        }
+        tags.append(tuple(values.get(field.name) for field in t.TAGS.schema))
+        for frame in range(image.frames):
+            content = draw(image, frame).tobytes()
+            digest = hashlib.sha256(content).hexdigest()
+            pixels.append((image_id, frame, bytearray(content), PREPROCESSING, 0.0, 255.0, digest, batch))
+    pinned = dataclasses.replace(
+        known,
+        batch=batch,
+        tags=t.replace_batch(spark.createDataFrame(tags, t.TAGS.schema), t.TAGS, lake.path(t.TAGS), batch),
+        pixels=t.replace_batch(spark.createDataFrame(pixels, t.PIXELS.schema), t.PIXELS, lake.path(t.PIXELS), batch),
+    )
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    sources = [
+        (f"file:///archive/{i.name}.dcm", 1, now, pseudonym(i.name), t.INGESTED, None, pseudonym(i.name), KEY_ID, batch)
+        for i in images
+    ]
+    t.publish(spark, lake, spark.createDataFrame(sources, t.SOURCES.schema), pinned)
+    return lake
