@@ -43,9 +43,8 @@ __all__ = [
 # Bump with any change of the code that changes a pixel: index, training and queries must agree on it.
 PIXELS_REVISION = 1
 
-# pydicom's messages quote the values they complain about; no handler of anyone's may see them.
-logging.getLogger("pydicom").propagate = False
-logging.getLogger("pydicom").addHandler(logging.NullHandler())
+# pydicom's log quotes the values it complains about; nobody's handler may see them.
+logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
 
 Kind = Literal["image", "localizer", "screen", "whole_slide"]
 

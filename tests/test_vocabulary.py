@@ -58,29 +58,9 @@ def test_body_parts_as_archives_write_them(raw: str | None, term: str) -> None:
 
 
 def test_the_paper_classes_are_terms_of_their_own() -> None:
-    classes = [
-        "Brain",
-        "Breast",
-        "Liver",
-        "Stomach",
-        "Leg",
-        "Kidney",
-        "Chest",
-        "Heart",
-        "Cervix",
-        "Uterus",
-        "Thyroid",
-        "Rectum",
-        "Prostate",
-        "Phantom",
-        "Pancreas",
-        "Ovary",
-        "Lung",
-        "Head neck",
-        "Head",
-        "Colon",
-        "Bladder",
-    ]
+    names = "Brain, Breast, Liver, Stomach, Leg, Kidney, Chest, Heart, Cervix, Uterus, Thyroid, Rectum, Prostate, "
+    names += "Phantom, Pancreas, Ovary, Lung, Head neck, Head, Colon, Bladder"
+    classes = names.split(", ")
     terms = [VOCABULARY.body_part(name) for name in classes]
     assert UNKNOWN not in terms
     assert len(set(terms)) == len(classes) == 21
