@@ -107,12 +107,11 @@ class Parser:
     storage: StorageSettings
     limits: IngestSettings
     preprocessing: Preprocessing
-    vocabulary: Vocabulary
+    body_parts: Mapping[str, str]
     pseudonyms: Pseudonyms
 
-    def decoder(self) -> Decoder:
-        """The decoding process of this Python worker, started once and kept for its later tasks."""
-        return _decoder(self.preprocessing, self.vocabulary, self.limits.decoder_memory_mb, self.limits.decoder_seconds)
+    def __hash__(self) -> int:
+        return hash((self.preprocessing.version, self.pseudonyms))
 
 
 def preprocessing_of(settings: Settings) -> Preprocessing:
@@ -205,7 +204,7 @@ def slices(actions: DataFrame, promoted: DataFrame, count: int) -> DataFrame:
 def resolve(staged: DataFrame, sources: DataFrame, work: DataFrame, slice_: int) -> DataFrame:
     """Who stands for each SOP instance that this slice touches.
 
-    Contenders are what was just parsed and the known rows of the same images whose objects no slice reads again.
+    Contenders are what was just parsed and the known rows of the same images that no slice is yet to read again.
     The content written last wins, then the one with the larger digest; among objects of that content the oldest
     stands for it. So the answer depends on what storage holds and never on the order in which it was read.
 
@@ -223,7 +222,7 @@ def resolve(staged: DataFrame, sources: DataFrame, work: DataFrame, slice_: int)
     )
     settled = (
         known.join(touched, on=t.IMAGE_ID, how="left_semi")
-        .join(work.select(t.URI), on=t.URI, how="left_anti")
+        .join(work.where(F.col(SLICE) >= slice_).select(t.URI), on=t.URI, how="left_anti")
         .select(t.URI, t.SIZE, t.MODIFIED, t.DIGEST, t.IMAGE_ID)
     )
     current = (
@@ -383,7 +382,7 @@ def parse_object(listed: Mapping[str, object], parser: Parser) -> dict[str, obje
         return row | {t.OUTCOME: t.VANISHED, t.REASON: REPLACED}
     row[t.DIGEST] = hashlib.sha256(content).hexdigest()
     try:
-        instance = parser.decoder().read(content)
+        instance = _decoder(parser).read(content)
     except NotAnImage as error:
         return row | {t.OUTCOME: t.NOT_AN_IMAGE, t.REASON: str(error.reason)}
     except Rejected as error:
@@ -466,7 +465,7 @@ def run(spark: SparkSession, settings: Settings, progress: Progress | None = Non
     preprocessing = preprocessing_of(settings)
     names = pseudonyms.of(settings, storage.local_path(lake.vault) if storage.is_local(lake.vault) else None)
     pinned, mended = _open_tables(spark, lake, names.key_id, preprocessing.version)
-    parser = Parser(settings.storage, settings.ingest, preprocessing, Vocabulary(settings.vocabulary.body_parts), names)
+    parser = Parser(settings.storage, settings.ingest, preprocessing, settings.vocabulary.body_parts, names)
     staging = storage.join(lake.vault, "staging")
     storage.delete_folder(staging, settings.storage)
     try:
@@ -684,5 +683,11 @@ class _Clock:
 
 
 @lru_cache(maxsize=1)
-def _decoder(preprocessing: Preprocessing, vocabulary: Vocabulary, memory_mb: int, seconds: float) -> Decoder:
-    return Decoder(preprocessing, vocabulary, memory_mb=memory_mb, seconds=seconds)
+def _decoder(parser: Parser) -> Decoder:
+    """The decoding process of this Python worker, started once and kept for its later tasks."""
+    return Decoder(
+        parser.preprocessing,
+        Vocabulary(parser.body_parts),
+        memory_mb=parser.limits.decoder_memory_mb,
+        seconds=parser.limits.decoder_seconds,
+    )

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyspark
 from py4j.protocol import Py4JJavaError
@@ -71,6 +72,8 @@ def properties(settings: Settings) -> dict[str, str]:
         "spark.sql.execution.arrow.pyspark.enabled": "true",
         # A commit whose reply was lost is recognised when it is tried again, instead of landing twice.
         "spark.databricks.delta.commit.idempotencyCheck.enabled": "true",
+        # Delta takes file:///x and file:/x, which Hadoop writes for it, for two places of one new table.
+        "spark.databricks.delta.legacy.allowAmbiguousPathsInCreateTable": "true",
         # A speculative copy of a task would decode or embed everything twice.
         "spark.speculation": "false",
         # The progress bar draws over log files; the jobs report progress themselves.
@@ -135,8 +138,9 @@ def _jars() -> dict[str, str]:
 
 
 def _check_delta(spark: SparkSession) -> None:
+    jvm: Any = spark.sparkContext._jvm
     try:
-        spark._jvm.java.lang.Thread.currentThread().getContextClassLoader().loadClass("io.delta.tables.DeltaTable")
+        jvm.java.lang.Thread.currentThread().getContextClassLoader().loadClass("io.delta.tables.DeltaTable")
     except Py4JJavaError:
         raise EnvironmentProblem(
             "Delta's jars are not on Spark's class path: run deploy/fetch_jars.py for this Spark, "

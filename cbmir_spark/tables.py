@@ -387,19 +387,19 @@ def exists(spark: SparkSession, path: str) -> bool:
 
 
 def ensure(spark: SparkSession, table: Table, path: str) -> None:
-    """Create a table with its constraints where it is not there yet."""
-    if not exists(spark, path):
-        builder = DeltaTable.createIfNotExists(spark).location(path).addColumns(table.schema)
-        if table.partitioned_by:
-            builder = builder.partitionedBy(*table.partitioned_by)
-        # Readers other than Spark (deltalake, polars, plain pyarrow) cannot apply deletion vectors.
-        builder = builder.property("delta.enableDeletionVectors", "false")
-        # Statistics say the least and greatest value of a column in a file: of keys that helps no scan.
-        builder = builder.property("delta.dataSkippingNumIndexedCols", "0")
-        builder.execute()
-    missing = set(table.constraints) - _constraints(spark, path)
-    for name in sorted(missing):
-        spark.sql(f"ALTER TABLE delta.`{path}` ADD CONSTRAINT {name} CHECK ({table.constraints[name]})")
+    """Create a table with its constraints, in one commit, where it is not there yet."""
+    if exists(spark, path):
+        return
+    builder = DeltaTable.createIfNotExists(spark).location(path).addColumns(table.schema)
+    if table.partitioned_by:
+        builder = builder.partitionedBy(*table.partitioned_by)
+    # Readers other than Spark (deltalake, polars, plain pyarrow) cannot apply deletion vectors.
+    builder = builder.property("delta.enableDeletionVectors", "false")
+    # Statistics hold the least and greatest value of a column in a file: a leak, and of random keys no help.
+    builder = builder.property("delta.dataSkippingNumIndexedCols", "0")
+    for name, condition in table.constraints.items():
+        builder = builder.property(f"delta.constraints.{name}", condition)
+    builder.execute()
 
 
 def read(spark: SparkSession, path: str, version: int | None = None) -> DataFrame:
@@ -555,13 +555,6 @@ def record_run(
     ensure(spark, RUNS, path)
     row = tuple(values[f.name] for f in RUNS.schema)
     append(spark.createDataFrame([row], RUNS.schema), RUNS, path)
-
-
-def _constraints(spark: SparkSession, path: str) -> set[str]:
-    prefix = "delta.constraints."
-    properties = DeltaTable.forPath(spark, path).detail().select("properties").first()
-    names = properties["properties"] if properties else {}
-    return {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
 
 
 def _without_nullability(kind: DataType) -> str:

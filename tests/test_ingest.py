@@ -1,0 +1,379 @@
+"""Ingest: one outcome for each object, one winner for each SOP instance, nothing twice, nothing half."""
+
+import itertools
+import os
+import random
+import shutil
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pydicom
+import pytest
+from pydicom.config import disable_value_validation
+from pydicom.data import get_testdata_file
+from pyspark.sql import DataFrame, SparkSession
+
+from cbmir_spark import config, ingest, storage
+from cbmir_spark import tables as t
+from cbmir_spark.errors import InputError, TableError
+from tests.conftest import MakeSettings
+
+NIGHT = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def at(hours: int) -> datetime:
+    return NIGHT + timedelta(hours=hours)
+
+
+def _listing(spark: SparkSession, *rows: tuple[str, int, int]) -> DataFrame:
+    return spark.createDataFrame([(u, s, at(h)) for u, s, h in rows], "uri string, size bigint, modified timestamp")
+
+
+def _sources(spark: SparkSession, *rows: tuple[str, int, int, str | None, str, str | None, int]) -> DataFrame:
+    """(uri, size, hour, digest, outcome, image_id, batch)"""
+    full = [(u, s, at(h), d, o, None, i, "key", b) for u, s, h, d, o, i, b in rows]
+    return spark.createDataFrame(full, t.SOURCES.schema)
+
+
+def _staged(spark: SparkSession, *rows: tuple[str, int, str, str]) -> DataFrame:
+    """(uri, hour, digest, image_id), all parsed"""
+    schema = (
+        "uri string, size bigint, modified timestamp, digest string, outcome string, reason string, image_id string"
+    )
+    return spark.createDataFrame([(u, 1, at(h), d, ingest.PARSED, None, i) for u, h, d, i in rows], schema)
+
+
+def _work(spark: SparkSession, *rows: tuple[str, bool, int]) -> DataFrame:
+    return spark.createDataFrame(list(rows), "uri string, promoted boolean, slice int")
+
+
+def test_compare_reads_only_what_is_new_or_changed(spark: SparkSession) -> None:
+    listing = _listing(spark, ("same", 1, 1), ("new", 1, 1), ("longer", 2, 1), ("later", 1, 2), ("back", 1, 1))
+    known = _sources(
+        spark,
+        ("same", 1, 1, "d", t.INGESTED, "i", 1),
+        ("longer", 1, 1, None, t.REJECTED, None, 1),
+        ("later", 1, 1, None, t.NOT_AN_IMAGE, None, 1),
+        ("back", 1, 1, None, t.VANISHED, None, 1),
+        ("gone", 1, 1, "d", t.DUPLICATE, "i", 1),
+        ("long gone", 1, 1, None, t.DELETED, None, 1),
+    )
+
+    actions = {row["uri"]: row["action"] for row in ingest.compare(listing, known).collect()}
+    assert actions == {
+        "same": "unchanged",
+        "new": "read",
+        "longer": "read",
+        "later": "read",
+        "back": "read",
+        "gone": "missing",
+    }
+
+
+def _winner(resolved: DataFrame) -> dict[str, str]:
+    return {row["uri"]: row["outcome"] for row in resolved.collect() if row["uri"] is not None}
+
+
+def test_the_winner_does_not_depend_on_the_order_of_arrival(spark: SparkSession) -> None:
+    objects = [("a", 1, "x", "i"), ("b", 3, "y", "i"), ("c", 5, "x", "i"), ("d", 5, "w", "i"), ("e", 2, "x", "i")]
+    expected = {"a": t.INGESTED, "b": t.CONFLICT, "c": t.DUPLICATE, "d": t.CONFLICT, "e": t.DUPLICATE}
+    shuffled = random.Random(7)
+    for _ in range(3):
+        order = shuffled.sample(objects, len(objects))
+        cut = shuffled.randrange(len(order))
+        first, second = order[:cut], order[cut:]
+        known: list[tuple[str, int, int, str | None, str, str | None, int]] = []
+        if first:
+            work = _work(spark, *[(o[0], False, 0) for o in first])
+            resolved = ingest.resolve(_staged(spark, *first), _sources(spark), work, 0).collect()
+            known = [(r["uri"], 1, r["modified"].hour, r["digest"], r["outcome"], "i", 1) for r in resolved]
+        if second:
+            work = _work(spark, *[(o[0], False, 0) for o in second])
+            resolved_df = ingest.resolve(_staged(spark, *second), _sources(spark, *known), work, 0)
+            assert _winner(resolved_df) == expected
+
+
+def test_a_duplicate_of_known_content_rewrites_nothing(spark: SparkSession) -> None:
+    known = _sources(spark, ("a", 1, 1, "x", t.INGESTED, "i", 4))
+    staged = _staged(spark, ("b", 9, "x", "i"))
+    resolved = ingest.resolve(staged, known, _work(spark, ("b", False, 0)), 0)
+    assert _winner(resolved) == {"a": t.INGESTED, "b": t.DUPLICATE}
+    assert ingest.superseded(resolved).count() == 0
+    assert ingest.newcomers(resolved).count() == 0
+
+
+def test_a_survivor_takes_the_place_of_what_is_gone(spark: SparkSession) -> None:
+    known = _sources(
+        spark,
+        ("a", 1, 5, "x", t.INGESTED, "i", 4),
+        ("b", 1, 1, "y", t.CONFLICT, "i", 4),
+        ("c", 1, 5, "z", t.INGESTED, "j", 4),
+    )
+    actions = ingest.compare(_listing(spark, ("b", 1, 1)), known)
+    promoted = ingest.promote(actions, known)
+    assert [(r["uri"], r["cause"]) for r in promoted.collect()] == [("b", "a")]
+    work = ingest.slices(actions, promoted, 3)
+    assert {(r["uri"], r["action"], r["promoted"], r["slice"]) for r in work.collect()} == {
+        ("a", "missing", False, 0),
+        ("c", "missing", False, 0),
+        ("b", "read", True, 0),
+    }
+    resolved = ingest.resolve(_staged(spark, ("b", 1, "y", "i")), known, work, 0)
+    assert _winner(resolved) == {"b": t.INGESTED}
+    assert {(r["image_id"], r["batch"]) for r in ingest.superseded(resolved).collect()} == {("i", 4), ("j", 4)}
+    assert [(r["image_id"], r["digest"]) for r in ingest.newcomers(resolved).collect()] == [("i", "y")]
+
+
+def _sample(folder: Path, name: str, source: str = "CT_small.dcm", hour: int = 0, **changes: str) -> Path:
+    """A real test file of pydicom, with tags changed, written at `hour` of one night."""
+    ds = pydicom.dcmread(str(get_testdata_file(source)))
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with disable_value_validation():
+        for keyword, value in changes.items():
+            setattr(ds, keyword, value)
+            if keyword == "SOPInstanceUID":
+                ds.file_meta.MediaStorageSOPInstanceUID = value
+        ds.save_as(path)
+    os.utime(path, (at(hour).timestamp(),) * 2)
+    return path
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    """Twelve objects: three images in five objects, a non-image, and six that cannot be used."""
+    folder = tmp_path / "archive"
+    _sample(folder, "ct/one.dcm", hour=1)
+    shutil.copy2(folder / "ct/one.dcm", folder / "ct/one again.dcm")
+    _sample(folder, "ct/two.dcm", hour=1, SOPInstanceUID="1.2.3.2", PatientSex="F")
+    _sample(folder, "ct/two corrected.dcm", hour=2, SOPInstanceUID="1.2.3.2", PatientSex="M")
+    _sample(folder, "mr/three.dcm", source="MR_small.dcm", hour=1)
+    shutil.copy(str(get_testdata_file("reportsi.dcm")), folder / "report.dcm")
+    whole = (folder / "ct/one.dcm").read_bytes()
+    (folder / "cut.dcm").write_bytes(whole[:-700])
+    (folder / "empty.dcm").touch()
+    (folder / ".hidden").write_text("not DICOM at all")
+    (folder / "_notes.txt").write_text("nor this")
+    (folder / "zeros.dcm").write_bytes(bytes(5000))
+    _sample(folder, "nameless.dcm", SOPInstanceUID="not.a.uid")
+    return folder
+
+
+def _live(spark: SparkSession, settings: config.Settings) -> dict[str, list[tuple[object, ...]]]:
+    """The live rows of the three tables without what depends on the run."""
+    lake = t.Lake.of(settings)
+    pinned = t.require_published(spark, lake)
+    found = {}
+    for table, version in ((t.TAGS, pinned.tags), (t.PIXELS, pinned.pixels), (t.SOURCES, pinned.sources)):
+        rows = t.read(spark, lake.path(table), version).drop(t.BATCH, t.KEY_ID).collect()
+        found[table.name] = sorted((tuple(row) for row in rows), key=repr)
+    return found
+
+
+def _outcomes(spark: SparkSession, settings: config.Settings) -> dict[str, str]:
+    sources = t.read(spark, t.Lake.of(settings).path(t.SOURCES))
+    return {row["uri"].rsplit("/archive/", 1)[1]: row["outcome"] for row in sources.collect()}
+
+
+def test_each_object_gets_one_outcome_and_a_second_run_writes_nothing(
+    spark: SparkSession, make_settings: MakeSettings, archive: Path
+) -> None:
+    settings = make_settings(f"ingest.archive={archive}", "ingest.max_files_per_batch=5")
+    report = ingest.run(spark, settings)
+    assert report.listed == 12 == report.read
+    assert report.batches == 3
+    assert _outcomes(spark, settings) == {
+        "ct/one.dcm": t.DUPLICATE if _first(archive, "ct/one again.dcm") else t.INGESTED,
+        "ct/one again.dcm": t.INGESTED if _first(archive, "ct/one again.dcm") else t.DUPLICATE,
+        "ct/two.dcm": t.CONFLICT,
+        "ct/two corrected.dcm": t.INGESTED,
+        "mr/three.dcm": t.INGESTED,
+        "report.dcm": t.NOT_AN_IMAGE,
+        "cut.dcm": t.REJECTED,
+        "empty.dcm": t.REJECTED,
+        ".hidden": t.NOT_AN_IMAGE,
+        "_notes.txt": t.NOT_AN_IMAGE,
+        "zeros.dcm": t.NOT_AN_IMAGE,
+        "nameless.dcm": t.REJECTED,
+    }
+    live = _live(spark, settings)
+    assert len(live["tags"]) == 3 == len(live["pixels"])
+    lake = t.Lake.of(settings)
+    tags = t.read(spark, lake.path(t.TAGS), report.published.tags)
+    assert {row["sex"] for row in tags.where("modality = 'CT'").collect()} == {"M", "O"}
+    versions = [t.version(spark, lake.path(table)) for table in (t.TAGS, t.PIXELS, t.SOURCES)]
+    again = ingest.run(spark, settings)
+    assert (again.read, again.unchanged, again.deleted, again.batches) == (0, 12, 0, 0)
+    assert versions == [t.version(spark, lake.path(table)) for table in (t.TAGS, t.PIXELS, t.SOURCES)]
+    runs = t.read(spark, lake.path(t.RUNS)).orderBy("started").collect()
+    assert [row["counts"]["listed"] for row in runs] == [12, 12]
+    assert not (Path(storage.local_path(lake.vault)) / "staging").exists()
+
+
+def _first(archive: Path, name: str) -> bool:
+    """Whether the copy sorts before the original: same content and time, so the URI decides."""
+    return f"{archive}/{name}" < f"{archive}/ct/one.dcm"
+
+
+def test_what_left_the_archive_leaves_the_tables_and_a_survivor_stands_in(
+    spark: SparkSession, make_settings: MakeSettings, archive: Path
+) -> None:
+    settings = make_settings(f"ingest.archive={archive}")
+    ingest.run(spark, settings)
+    (archive / "ct/two corrected.dcm").unlink()
+    (archive / "mr/three.dcm").unlink()
+    _sample(archive, "ct/one.dcm", hour=3, PatientSex="M")
+    report = ingest.run(spark, settings)
+    assert (report.read, report.deleted) == (1, 2)
+    outcomes = _outcomes(spark, settings)
+    assert outcomes["ct/two corrected.dcm"] == outcomes["mr/three.dcm"] == t.DELETED
+    assert outcomes["ct/two.dcm"] == t.INGESTED
+    assert outcomes["ct/one.dcm"] == t.INGESTED
+    assert outcomes["ct/one again.dcm"] == t.CONFLICT
+    lake = t.Lake.of(settings)
+    tags = t.read(spark, lake.path(t.TAGS), report.published.tags).collect()
+    assert sorted(row["sex"] for row in tags) == ["F", "M"]
+    fresh = make_settings(f"ingest.archive={archive}", f"lake.uri={archive.parent / 'other'}", _key_of(lake))
+    ingest.run(spark, fresh)
+    mended, undisturbed = _live(spark, settings), _live(spark, fresh)
+    assert mended["tags"] == undisturbed["tags"]
+    assert mended["pixels"] == undisturbed["pixels"]
+
+
+def _key_of(lake: t.Lake) -> str:
+    return f"privacy.key_file={storage.local_path(lake.vault)}/pseudonym.key"
+
+
+def test_a_job_that_died_before_it_published_is_never_seen_and_the_next_converges(
+    spark: SparkSession, make_settings: MakeSettings, archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = make_settings(f"ingest.archive={archive}")
+    ingest.run(spark, settings)
+    before = _live(spark, settings)
+    _sample(archive, "ct/four.dcm", hour=4, SOPInstanceUID="1.2.3.4")
+    (archive / "mr/three.dcm").unlink()
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(t, "publish", die)
+        with pytest.raises(KeyboardInterrupt):
+            ingest.run(spark, settings)
+    assert _live(spark, settings) == before
+    lake = t.Lake.of(settings)
+    assert t.version(spark, lake.path(t.TAGS)) > t.require_published(spark, lake).tags
+    report = ingest.run(spark, settings)
+    assert set(report.mended) == {"tags", "pixels"}
+    assert (report.read, report.deleted) == (1, 1)
+    fresh = make_settings(f"ingest.archive={archive}", f"lake.uri={archive.parent / 'other'}", _key_of(lake))
+    ingest.run(spark, fresh)
+    assert _live(spark, settings)["tags"] == _live(spark, fresh)["tags"]
+
+
+def test_bad_archives_and_lakes_are_refused_before_anything_is_made(
+    spark: SparkSession, make_settings: MakeSettings, archive: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    for overrides, said in [
+        ((), "no archive named"),
+        ((f"ingest.archive={tmp_path / 'absent'}",), "does not exist"),
+        ((f"ingest.archive={tmp_path / 'file'}",), "is a file"),
+        ((f"ingest.archive={archive}", f"lake.uri={tmp_path / 'file'}"), "is a file"),
+        ((f"ingest.archive={archive}", f"lake.uri={archive / 'lake'}"), "lies inside archive"),
+    ]:
+        with pytest.raises(InputError, match=said):
+            ingest.run(spark, make_settings(*overrides))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["archive", "file"]
+
+
+def test_an_archive_that_lost_everything_is_taken_for_a_lost_mount(
+    spark: SparkSession, make_settings: MakeSettings, archive: Path
+) -> None:
+    settings = make_settings(f"ingest.archive={archive}")
+    ingest.run(spark, settings)
+    before = _live(spark, settings)
+    shutil.rmtree(archive)
+    archive.mkdir()
+    with pytest.raises(InputError, match="is it mounted"):
+        ingest.run(spark, settings)
+    assert _live(spark, settings) == before
+
+
+def test_another_key_or_other_pixels_are_refused(
+    spark: SparkSession, make_settings: MakeSettings, archive: Path, tmp_path: Path
+) -> None:
+    settings = make_settings(f"ingest.archive={archive}")
+    ingest.run(spark, settings)
+    other = tmp_path / "other.key"
+    other.write_text("another key, just as long")
+    with pytest.raises(TableError, match="pseudonym key"):
+        ingest.run(spark, make_settings(f"ingest.archive={archive}", f"privacy.key_file={other}"))
+    with pytest.raises(TableError, match="preprocessing"):
+        ingest.run(spark, make_settings(f"ingest.archive={archive}", "pixels.aspect=stretch"))
+
+
+def test_nothing_of_a_person_is_in_the_lake(spark: SparkSession, make_settings: MakeSettings, tmp_path: Path) -> None:
+    """A token in each identifying attribute, and in the object's name, is found in no table outside the vault."""
+    token = "ZQXJVTOKEN"
+    folder = tmp_path / "archive"
+    _sample(
+        folder,
+        f"{token}/one.dcm",
+        PatientName=token,
+        PatientID=token,
+        AccessionNumber=token,
+        InstitutionName=token,
+        ReferringPhysicianName=token,
+        StudyDescription=token,
+        SeriesDescription=token,
+        ImageComments=token,
+        BodyPartExamined=token.lower(),
+    )
+    settings = make_settings(f"ingest.archive={folder}", f"lake.vault={tmp_path / 'vault'}")
+    ingest.run(spark, settings)
+    lake = t.Lake.of(settings)
+    for table in (t.TAGS, t.PIXELS, t.RUNS):
+        for row in t.read(spark, lake.path(table)).collect():
+            assert token.lower() not in repr(row).lower(), table.name
+    logs = [p.read_bytes() for p in (tmp_path / "lake").rglob("*") if p.is_file()]
+    assert logs
+    assert not any(token.encode() in content for content in logs)
+    assert token in repr(t.read(spark, lake.path(t.SOURCES)).collect())
+
+
+def test_real_files_have_the_outcome_that_their_index_predicts(
+    spark: SparkSession, make_settings: MakeSettings, shared_data: Path
+) -> None:
+    """Every file below the folder gets exactly one outcome, and whatever decodes yields frames or a reason."""
+    settings = make_settings(f"ingest.archive={shared_data / 'dicom'}")
+    report = ingest.run(spark, settings)
+    files = sorted(str(p) for p in (shared_data / "dicom").rglob("*") if p.is_file())
+    lake = t.Lake.of(settings)
+    rows = t.read(spark, lake.path(t.SOURCES)).collect()
+    assert sorted(storage.local_path(row["uri"]) for row in rows) == [os.path.abspath(f) for f in files]
+    assert report.listed == len(files) == sum(report.outcomes.values())
+    images = [row["image_id"] for row in rows if row["outcome"] == t.INGESTED]
+    assert len(images) == len(set(images)) > 150
+    pixels = t.read(spark, lake.path(t.PIXELS), report.published.pixels)
+    assert {row["image_id"] for row in pixels.select("image_id").distinct().collect()} == set(images)
+    assert "INTERNAL" not in report.reasons
+    again = ingest.run(spark, settings)
+    assert (again.read, again.unchanged) == (0, len(files))
+
+
+def test_the_order_of_slices_does_not_matter(
+    spark: SparkSession, make_settings: MakeSettings, archive: Path, tmp_path: Path
+) -> None:
+    found = []
+    key = ""
+    for size in (2, 100):
+        lake = tmp_path / f"lake-{size}"
+        overrides: Sequence[str] = [f"lake.uri={lake}", f"ingest.max_files_per_batch={size}"]
+        settings = make_settings(f"ingest.archive={archive}", *overrides, *([key] if key else []))
+        ingest.run(spark, settings)
+        key = key or _key_of(t.Lake.of(settings))
+        found.append(_live(spark, settings))
+    for one, other in itertools.pairwise(found):
+        assert one == other
