@@ -72,9 +72,11 @@ def train(
     """Train the network on the lake's own labels; the new version becomes `candidate`."""
     settings = _settings(config, overrides, {"lake.uri": lake, "training.preset": preset})
     from cbmir_spark import training as room
+    from cbmir_spark.model import preset_of
 
+    epochs = settings.training.epochs or preset_of(settings.training.preset).epochs
     with _session(settings, "train") as spark, _progress("epochs", as_json) as progress:
-        report = room.run(spark, settings, progress)
+        report = room.run(spark, settings, lambda epoch: progress(epoch.number, epochs, epoch.metrics()))
     return _print_json(report) if as_json else _print_report("Trained", report)
 
 
