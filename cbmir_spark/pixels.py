@@ -553,8 +553,10 @@ def to_unit(values: Floats, low: float, high: float) -> Floats:
     """Values from `low` to `high` → 0 to 1, clipped; a window without width gives 0."""
     if not low < high:
         return np.zeros(values.shape, dtype=np.float32)
-    unit = np.clip((values - np.float32(low)) * np.float32(1.0 / (high - low)), 0.0, 1.0)
-    return np.nan_to_num(unit, nan=0.0).astype(np.float32, copy=False)
+    unit = values - np.float32(low)
+    unit *= np.float32(1.0 / (high - low))
+    np.clip(unit, 0.0, 1.0, out=unit)
+    return np.nan_to_num(unit, copy=False, nan=0.0)
 
 
 def voi(values: Floats, mask: NDArray[np.bool_] | None, ds: Dataset, frame: int, little_endian: bool) -> Floats:

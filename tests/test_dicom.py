@@ -905,11 +905,10 @@ def deflate_bomb() -> bytes:
     content = written(ds)
     start = 132 + 12 + header(content).file_meta.FileMetaInformationGroupLength
     squeeze = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
-    bomb = squeeze.compress(struct.pack("<HH2sxxL", 0x0009, 0x1001, b"OB", 2**30))
-    zeros = bytes(2**24)
-    for _ in range(64):
-        bomb += squeeze.compress(zeros)
-    return content[:start] + bomb + squeeze.flush()
+    opening = squeeze.compress(struct.pack("<HH2sxxL", 0x0009, 0x1001, b"OB", 2**30)) + squeeze.flush(zlib.Z_FULL_FLUSH)
+    # After a full flush a block stands alone, so one of 16 MiB can be said 64 times.
+    zeros = squeeze.compress(bytes(2**24)) + squeeze.flush(zlib.Z_FULL_FLUSH)
+    return content[:start] + opening + zeros * 64 + squeeze.flush()
 
 
 def encapsulated(frames: int, **elements: object) -> bytes:
