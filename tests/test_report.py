@@ -274,3 +274,62 @@ def test_long_answers_are_cut_and_empty_ones_are_a_page_too(
     none = write_results(tmp_path / "none", [], queries=0)
     page = storage.read_bytes(report.gallery(spark, settings, none), settings.storage).decode("utf-8")
     assert "the file is not there" in page
+
+
+# --- evaluation ---
+
+
+def evaluation_of(text: str) -> dict[str, object]:
+    measures = dict.fromkeys(
+        ("precision_at_k", "precision_at_min", "recall_at_k", "average_precision", "reciprocal_rank"), 0.25
+    )
+    of_class = {"precision": 0.5, "recall": 0.75, "f1": 0.6, "images": 4, "patients": 2}
+    macro = {"precision": 0.5, "recall": 0.75, "f1": 0.6, "classes": 1}
+    space = {"candidates": 12.0, "share": 0.125, "partitions": 1.5}
+    mode = {
+        "answered": 3,
+        "mean": measures,
+        "macro": measures,
+        "macro_of_many": dict.fromkeys(measures),
+        "space": space,
+    }
+    return {
+        "model_id": text,
+        "label": text,
+        "snapshot": text,
+        "queries": 4,
+        "patients": 2,
+        "indexed": 96,
+        "k": 10,
+        "depth": 1000,
+        "many": 5,
+        "classification": {
+            "accuracy": 0.875,
+            "macro": macro,
+            "macro_of_many": {**macro, "recall": None, "classes": 0},
+            "by_class": {text: of_class, "CT/CHEST": of_class},
+        },
+        "retrieval": {
+            "none": {**mode, "circular": "no", "by_class": {"CT/CHEST": measures}},
+            "tags": {**mode, "circular": "yes", "by_class": {"CT/CHEST": measures}},
+        },
+        "notes": [text],
+    }
+
+
+def test_an_evaluation_reads_at_a_glance() -> None:
+    page = report.render_evaluation(evaluation_of("alexnet-small-0123"), {"a figure": b"\x89PNG"})
+    text = " ".join(_Seen(page).text.split())
+    for said in ("0.875 accuracy", "0.750 macro recall", "mean over 1 classes", "12.5 %", "3 of 4", "tags circular"):
+        assert said in text, said
+    # What cannot be computed is a dash, not a zero: no class has five patients, and one was never searched for.
+    assert text.count("–") == 1 + 2 + 2
+    assert "data:image/png;base64," in page and "none circular" not in text
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_an_evaluation_of_a_model_with_a_hostile_name_is_a_page_like_any_other(payload: str) -> None:
+    calm = _Seen(report.render_evaluation(evaluation_of("m"), {"f": b""}))
+    seen = _Seen(report.render_evaluation(evaluation_of(payload), {payload: b""}))
+    assert (seen.tags, seen.attributes) == (calm.tags, calm.attributes)
+    assert seen.text.count(report.visible(payload)) >= 5
