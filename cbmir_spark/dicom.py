@@ -22,9 +22,10 @@ from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
 
 from cbmir_spark import pixels
+from cbmir_spark.errors import ConfigError
 from cbmir_spark.pixels import SIDE, Array, Floats, Stored, functional_group, items, number, value
 from cbmir_spark.preflight import PIXEL_DATA_TAGS, SOP_CLASS, Layout, NotAnImage, Reason, Rejected, examine
-from cbmir_spark.vocabulary import UNKNOWN, Vocabulary
+from cbmir_spark.vocabulary import BODY_PARTS, MODALITIES, UNKNOWN, Vocabulary
 
 __all__ = [
     "SIDE",
@@ -101,6 +102,14 @@ class Preprocessing:
     percentiles: tuple[float, float]
     max_frames: int
     frames: Literal["auto", "all", "middle"] = "auto"
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a window that no image could ever take: a slip there would pass unseen."""
+        for modality, parts in self.windows.items():
+            if modality not in MODALITIES:
+                raise ConfigError(f"pixels.windows: {modality!r} is no modality of the vocabulary")
+            if unknown := [part for part in parts if part != "*" and part not in BODY_PARTS]:
+                raise ConfigError(f"pixels.windows.{modality}: {unknown[0]!r} is no body part of the vocabulary")
 
     @property
     def version(self) -> str:
@@ -218,6 +227,7 @@ def decode_frames(content: bytes | bytearray) -> Iterator[Array]:
 def picture(content: bytes | bytearray, frame: int) -> NDArray[np.uint8]:
     """(256, 256) uint8 of one frame with the header's own contrast, aspect kept: for people, never for the network.
 
+    Ultrasound is cropped to its regions here too: text burned in around them names patients.
     Raises NotAnImage or Rejected; IndexError where the object has no such frame.
     """
     with _quiet():
@@ -228,13 +238,15 @@ def picture(content: bytes | bytearray, frame: int) -> NDArray[np.uint8]:
             raise IndexError(f"frame {frame} of {stored.frames}")
         _, array, photometric = next(pixels.decode(ds, layout, stored, [frame]))
         gray = pixels.luminance(array, photometric, ds, layout.little_endian)
-        if photometric not in _GRAY:
+        mask = None
+        if photometric in _GRAY:
+            mask = pixels.padding_mask(gray, stored, ds)
+            values = pixels.modality_values(gray, ds, frame, layout.little_endian)
+            unit = pixels.voi(values, mask, ds, frame, layout.little_endian)
+        else:
             unit = pixels.to_unit(gray.astype(np.float32), 0.0, _full_scale(gray))
-            return _finish(unit, None, ds, stored, frame, "keep")
-        mask = pixels.padding_mask(gray, stored, ds)
-        values = pixels.modality_values(gray, ds, frame, layout.little_endian)
-        unit = pixels.voi(values, mask, ds, frame, layout.little_endian)
-        return _finish(unit, mask, ds, stored, frame, "keep")
+        box = pixels.crop_box(ds, stored.rows, stored.columns)
+        return _finish(unit, mask, ds, stored, frame, "keep", box)
 
 
 _GRAY = ("MONOCHROME1", "MONOCHROME2")

@@ -63,7 +63,7 @@ def number(ds: Dataset, keyword: str) -> float | None:
 def numbers(ds: Dataset, keyword: str) -> tuple[float, ...]:
     """All values of a numeric element; empty unless every one is a finite number."""
     found = value(ds, keyword)
-    if found is None:
+    if found is None or isinstance(found, bytes):
         return ()
     try:
         many = tuple(
