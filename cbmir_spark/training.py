@@ -7,6 +7,8 @@ MLflow is imported where it is used: training processes on executors have no nee
 only `cbmir/manifest.json` and `cbmir/weights.safetensors` are ever loaded again; neither can carry code.
 """
 
+import contextlib
+import io
 import logging
 import math
 import os
@@ -14,7 +16,6 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -182,7 +183,7 @@ def fit(
             sums = torch.zeros(4, dtype=torch.float64)
             rate = float(schedule.get_last_lr()[0])
             model.train()
-            with closing(loaders.train.epoch(number)) as batches:
+            with contextlib.closing(loaders.train.epoch(number)) as batches:
                 for _ in range(loaders.train.steps):
                     asked = time.perf_counter()
                     pixels, targets = next(batches)
@@ -267,7 +268,7 @@ def confusion_of(model: Network, source: BatchSource, weights: torch.Tensor) -> 
     counts = torch.zeros(classes * classes, dtype=torch.int64, device=device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     model.eval()
-    with torch.inference_mode(), closing(source.epoch(0)) as batches:
+    with torch.inference_mode(), contextlib.closing(source.epoch(0)) as batches:
         for pixels, targets in batches:
             targets = targets.to(device)
             logits = model(model.to_input(pixels.to(device)))
@@ -292,7 +293,7 @@ def run(
     seconds: dict[str, float] = {}
     lake = t.Lake.of(settings)
     preset = preset_of(settings.training.preset)
-    place = _tracking_of(settings)
+    place = _tracking_of(settings, lake)
     pinned = t.require_published(spark, lake)
     with _timed(seconds, "snapshot"):
         snapshot = dataset.snapshot(spark, lake, pinned, settings.dataset, settings.storage)
@@ -422,7 +423,7 @@ def log_evaluation(
 
     None where no registered version has this model id: a model that was taken from a folder has no run.
     """
-    place = _tracking_of(settings)
+    place = _tracking_of(settings, t.Lake.of(settings))
     if place.database is not None and not place.database.is_file():
         return None
     with _mlflow_at(place) as mlflow, TemporaryDirectory(prefix="cbmir-evaluation-") as folder:
@@ -452,6 +453,8 @@ def train_process(job: Mapping[str, Any]) -> dict[str, Any]:
     Takes and gives plain values and bytes. Runs on an executor, or beside the driver with a local master.
     """
     device = _device(job)
+    if job["threads"]:
+        torch.set_num_threads(job["threads"])
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         model, history = _fit_here(job, device, dist.get_rank(), dist.get_world_size(), lambda epoch: None)
@@ -472,10 +475,14 @@ def _fit_in(spark: SparkSession, job: Mapping[str, Any], on_epoch: Callable[[Epo
     # It tells each start and end on the terminal.
     logging.getLogger("TorchDistributor").setLevel(logging.WARNING)
     distributor = TorchDistributor(job["processes"], local_mode=local, use_gpu=job["use_gpu"])
+    threads = max(1, (os.cpu_count() or 1) // job["processes"]) if local else None
+    # It prints whatever its processes print, and says only there why one of them failed.
+    printed = io.StringIO()
     try:
-        result: Any = distributor.run(train_process, dict(job))
+        with contextlib.redirect_stdout(printed):
+            result: Any = distributor.run(train_process, {**job, "threads": threads})
     except RuntimeError as error:
-        raise TrainingError(_cause(str(error))) from error
+        raise TrainingError(_cause(printed.getvalue() + str(error))) from error
     model = build(job["preset"], len(job["fitting"]["class_weights"]))
     model.load_state_dict(safetensors.torch.load(result["weights"]))
     epochs = tuple(Epoch(**epoch) for epoch in result["history"]["epochs"])
@@ -526,7 +533,7 @@ def _train_features(
 ) -> Iterator[NDArray[np.float32]]:
     model.eval()
     seen = 0
-    with closing(_loader(snapshot, dataset.TRAIN, job, shuffle=False).epoch(0)) as batches:
+    with contextlib.closing(_loader(snapshot, dataset.TRAIN, job, shuffle=False).epoch(0)) as batches:
         for pixels, _ in batches:
             with torch.inference_mode():
                 yield model.embed(model.to_input(pixels)).numpy()
@@ -580,7 +587,7 @@ def _cause(text: str) -> str:
     return f"a training process failed: {(own or errors or lines)[-1].strip()}"
 
 
-@contextmanager
+@contextlib.contextmanager
 def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
@@ -599,9 +606,8 @@ class _Tracking:
     database: Path | None
 
 
-def _tracking_of(settings: Settings) -> _Tracking:
+def _tracking_of(settings: Settings, lake: t.Lake) -> _Tracking:
     """Where runs are recorded. Raises ConfigError for an object-store lake without `mlflow.tracking_uri`."""
-    lake = t.Lake.of(settings)
     folder = storage.join(lake.uri, "mlflow")
     given = settings.mlflow.tracking_uri
     if given is None:
@@ -618,7 +624,7 @@ def _tracking_of(settings: Settings) -> _Tracking:
     return _Tracking(given, storage.join(folder, "artifacts").replace("s3a://", "s3://", 1), None)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _mlflow_at(place: _Tracking) -> Iterator[Any]:
     """MLflow, quiet, pointed at `place` and afterwards back at what it pointed at before."""
     for name, value in (
@@ -650,10 +656,10 @@ def _mlflow_at(place: _Tracking) -> Iterator[Any]:
         mlflow.set_tracking_uri(before)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _existing_mlflow(wanted: str, settings: Settings) -> Iterator[Any]:
     """As `_mlflow_at`, but a lake that was never trained on is said to be so, and gets no empty database."""
-    place = _tracking_of(settings)
+    place = _tracking_of(settings, t.Lake.of(settings))
     if place.database is not None and not place.database.is_file():
         raise ModelError(f"model {wanted} is not there: nothing was trained on this lake; run `cbmir train` first")
     with _mlflow_at(place) as mlflow:

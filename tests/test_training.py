@@ -1,7 +1,6 @@
 """The loop on one process and two, what MLflow holds afterwards, and how models are found again."""
 
 import json
-import logging
 import math
 import os
 from collections.abc import Generator
@@ -218,8 +217,8 @@ def test_the_candidate_is_a_pickle_free_model_with_a_signature(trained: Trained)
     assert version.run_id == report.run_id and version.tags["model_id"] == report.model_id
     with training._existing_mlflow("the candidate", settings):
         info = get_model_info("models:/cbmir@candidate")
-    assert info.signature.inputs.to_dict()[0]["tensor-spec"] == {"dtype": "uint8", "shape": [-1, 256, 256]}
-    assert info.signature.outputs.to_dict()[0]["tensor-spec"] == {"dtype": "float32", "shape": [-1, 3]}
+    assert info.signature.inputs.to_dict()[0]["tensor-spec"] == {"dtype": "uint8", "shape": (-1, 256, 256)}
+    assert info.signature.outputs.to_dict()[0]["tensor-spec"] == {"dtype": "float32", "shape": (-1, 3)}
     assert info.flavors["pytorch"]["serialization_format"] == "pt2"
     assert info.saved_input_example_info is not None
 
@@ -277,19 +276,24 @@ def test_models_that_are_not_there_are_named_and_nothing_is_made(trained: Traine
 
 def test_an_object_store_lake_needs_a_tracking_server() -> None:
     settings = config.load(overrides=["lake.uri=s3a://bucket/lake"], environ={})
+    lake = t.Lake(uri="s3a://bucket/lake", vault="s3a://vault")
     with pytest.raises(ConfigError, match=r"mlflow\.tracking_uri is not set.*s3a://bucket/lake"):
-        training._tracking_of(
-            settings.model_copy(update={"lake": settings.lake.model_copy(update={"uri": "s3a://bucket/lake"})})
-        )
+        training._tracking_of(settings, lake)
+    told = settings.mlflow.model_copy(update={"tracking_uri": "http://127.0.0.1:5000"})
+    assert training._tracking_of(settings.model_copy(update={"mlflow": told}), lake).uri == "http://127.0.0.1:5000"
 
 
+# pyspark does not close the pipe on which it reads what torchrun prints.
+leaves_pipe = pytest.mark.filterwarnings(r"ignore:unclosed file <_io\.BufferedReader:ResourceWarning")
+
+
+@leaves_pipe
 def test_two_processes_train_one_model(
     spark: SparkSession, trained: Trained, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Through TorchDistributor, each process on its own row groups, gradients averaged over gloo."""
     settings, report, _, _ = trained
     two = settings.model_copy(update={"training": settings.training.model_copy(update={"processes": 2})})
-    logging.getLogger("TorchDistributor").setLevel(logging.WARNING)
     second = training.run(spark, two)
     assert second.snapshot == report.snapshot and second.model_uri == "models:/cbmir/2"
     assert second.model_id != report.model_id
@@ -301,6 +305,7 @@ def test_two_processes_train_one_model(
     assert capfd.readouterr().out == ""
 
 
+@leaves_pipe
 def test_a_process_that_fails_names_its_cause(spark: SparkSession, trained: Trained) -> None:
     settings, _, _, _ = trained
     diverging = settings.training.model_copy(update={"processes": 2, "learning_rate": 1e30, "epochs": 3})
