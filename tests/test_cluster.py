@@ -1,40 +1,43 @@
-"""Every job on a real standalone cluster, by spark-submit, with the same results as `local[2]` by `cbmir`.
+"""Every job on a real standalone cluster, by spark-submit, with the same results as `local[2]`.
 
 Master and worker come from the installed pyspark, on loopback and on ports that the system chooses. Tables are read
 back without Spark, so that nothing in the comparison runs on what is compared.
 """
 
+import csv
 import hashlib
+import importlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pydicom
 import pyspark
 import pytest
 import yaml
 from deltalake import DeltaTable
+from pyspark.sql import SparkSession
 
-from cbmir_spark import synthesis
+from cbmir_spark import config, synthesis
 from cbmir_spark import tables as t
 
 pytestmark = pytest.mark.timeout(600)
 
 REPO = Path(__file__).resolve().parent.parent
 SPARK_HOME = Path(pyspark.__file__).parent
-CBMIR = Path(sysconfig.get_path("scripts")) / "cbmir"
 START_SECONDS = 60
 JOB_SECONDS = 240
-QUERIES = 6
 
 
 class Cluster(NamedTuple):
@@ -67,6 +70,8 @@ def environment(**more: str) -> dict[str, str]:
         "SPARK_LOCAL_IP": "127.0.0.1",
         "PYSPARK_PYTHON": sys.executable,
         "PYSPARK_DRIVER_PYTHON": sys.executable,
+        # These JVMs live for seconds: the optimising compiler would take more time than it could give back.
+        "JAVA_TOOL_OPTIONS": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
         **more,
     }
 
@@ -136,13 +141,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
             }
         },
     }
-    config = folder / "site.yaml"
-    config.write_text(yaml.safe_dump(settings))
+    file = folder / "site.yaml"
+    file.write_text(yaml.safe_dump(settings))
     archive = folder / "archive"
     synthesis.write_demo_archive(archive, images_per_class=6, seed=7)
     # What happens to pydicom's own files is the subject of other tests; here they would only cost time.
     shutil.rmtree(archive / "pydicom")
-    return Site(archive, config, folder)
+    return Site(archive, file, folder)
 
 
 def finish(command: Sequence[str | Path], env: dict[str, str], cwd: Path) -> dict[str, Any]:
@@ -188,9 +193,14 @@ def by_spark_submit(cluster: Cluster, site: Site, job: str, *flags: str | Path) 
     return printed
 
 
-def by_cbmir(site: Site, job: str, *flags: str | Path) -> dict[str, Any]:
-    command = [CBMIR, job, "--config", site.config, "--set", "spark.master=local[2]", "--lake", site.on_local]
-    return finish([*command, "--json", *flags], environment(), site.folder)
+def by_local(spark: SparkSession, site: Site, job: str, **flags: str | Path) -> dict[str, Any]:
+    """The same job in this process, in the suite's own `local[2]`, as its report would be printed."""
+    given = [f"lake.uri={site.on_local}", *(f"{key.replace('__', '.')}={value}" for key, value in flags.items())]
+    rooms = {"train": "training", "index": "features", "retrieve": "retrieval", "evaluate": "evaluation"}
+    room = importlib.import_module(f"cbmir_spark.{rooms.get(job, job)}")
+    report = room.run(spark, config.load(site.config, given, environ={}))
+    printed: dict[str, Any] = json.loads(json.dumps(asdict(report), default=str))
+    return printed
 
 
 def rows(table: Path, *without: str) -> list[dict[str, Any]]:
@@ -207,9 +217,9 @@ def digest(found: list[dict[str, Any]]) -> str:
 
 
 @pytest.fixture(scope="module")
-def ingested(cluster: Cluster, site: Site) -> Site:
+def ingested(cluster: Cluster, spark: SparkSession, site: Site) -> Site:
     submitted = by_spark_submit(cluster, site, "ingest", "--archive", site.archive)
-    local = by_cbmir(site, "ingest", "--archive", site.archive)
+    local = by_local(spark, site, "ingest", ingest__archive=site.archive)
     assert submitted["outcomes"] == local["outcomes"]
     return site
 
@@ -221,3 +231,88 @@ def test_ingest_gives_the_same_rows(ingested: Site) -> None:
         assert submitted == local, path
     outcomes = {row[t.OUTCOME] for row in rows(ingested.on_cluster / "vault" / "sources")}
     assert {t.INGESTED, t.DUPLICATE, t.CONFLICT, t.REJECTED, t.NOT_AN_IMAGE} <= outcomes
+
+
+@pytest.fixture(scope="module")
+def trained(cluster: Cluster, spark: SparkSession, ingested: Site) -> tuple[dict[str, Any], dict[str, Any]]:
+    return by_spark_submit(cluster, ingested, "train"), by_local(spark, ingested, "train")
+
+
+def test_train_gives_the_same_model(trained: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    submitted, local = trained
+    # The id ends in a digest of the weights: they agree to the last bit.
+    for figure in ("model_id", "snapshot", "images", "patients", "test"):
+        assert submitted[figure] == local[figure], figure
+    assert submitted["images"]["test"] > 0
+
+
+@pytest.fixture(scope="module")
+def indexed(
+    cluster: Cluster, spark: SparkSession, ingested: Site, trained: tuple[dict[str, Any], dict[str, Any]]
+) -> Site:
+    by_spark_submit(cluster, ingested, "index", "--model", "models:/cbmir@candidate")
+    by_local(spark, ingested, "index", index__model="models:/cbmir@candidate")
+    return ingested
+
+
+def test_index_gives_the_same_vectors(indexed: Site, trained: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    model_id = trained[0]["model_id"]
+    submitted, local = (
+        rows(lake / "features" / model_id, t.PIXELS_BATCH) for lake in (indexed.on_cluster, indexed.on_local)
+    )
+    assert digest(submitted) == digest(local)
+    images = {row[t.IMAGE_ID] for row in submitted}
+    shown = {row[t.IMAGE_ID] for row in rows(indexed.on_cluster / "tags") if row[t.KIND] == t.IMAGE_KIND}
+    assert images == shown
+
+
+@pytest.fixture(scope="module")
+def queries(indexed: Site) -> Path:
+    """A query of each kind for each of some phantoms, and one that nobody can answer."""
+    file = indexed.folder / "queries.csv"
+    phantoms = sorted((indexed.archive / "phantoms").rglob("*.dcm"))
+    images = [row[t.IMAGE_ID] for row in rows(indexed.on_cluster / "tags") if row[t.KIND] == t.IMAGE_KIND]
+    with file.open("w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(["query_id", "uri", "image_id", "sop_instance_uid"])
+        for number, path in enumerate(phantoms[::10]):
+            writer.writerow([f"uri-{number}", path, "", ""])
+            writer.writerow([f"uid-{number}", "", "", pydicom.dcmread(path, stop_before_pixels=True).SOPInstanceUID])
+        for number, image in enumerate(images[::10]):
+            writer.writerow([f"image-{number}", "", image, ""])
+        writer.writerow(["nobody", "", "0" * 32, ""])
+    return file
+
+
+def in_order(folder: Path, *by: str) -> bytes:
+    """Rows of a Parquet folder in the order of some columns, as the bytes of one Arrow batch."""
+    read = pq.read_table(folder).sort_by([(column, "ascending") for column in by]).combine_chunks()
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, read.schema) as stream:
+        stream.write_table(read)
+    written: bytes = sink.getvalue().to_pybytes()
+    return written
+
+
+def test_retrieve_gives_the_same_hits(cluster: Cluster, spark: SparkSession, indexed: Site, queries: Path) -> None:
+    submitted, local = indexed.folder / "submitted-answers", indexed.folder / "local-answers"
+    flags = ("--queries", queries, "--k", "5", "--prefilter", "tags", "--out", submitted)
+    by_spark_submit(cluster, indexed, "retrieve", *flags)
+    by_local(spark, indexed, "retrieve", retrieval__queries=queries, retrieval__k="5", retrieval__out=local)
+    assert in_order(submitted / "hits", t.QUERY_ID, t.RANK) == in_order(local / "hits", t.QUERY_ID, t.RANK)
+    assert in_order(submitted / "statuses", t.QUERY_ID) == in_order(local / "statuses", t.QUERY_ID)
+
+    asked = [row["query_id"] for row in csv.DictReader(queries.read_text().splitlines())]
+    statuses = {row[t.QUERY_ID]: row for row in pq.read_table(submitted / "statuses").to_pylist()}
+    assert sorted(statuses) == sorted(asked)
+    found = {query: status[t.HITS] for query, status in statuses.items()}
+    assert found.pop("nobody") == 0
+    assert min(found.values()) > 0
+
+
+def test_evaluate_gives_the_same_figures(cluster: Cluster, spark: SparkSession, indexed: Site) -> None:
+    submitted = by_spark_submit(cluster, indexed, "evaluate", "--out", indexed.folder / "submitted-evaluation")
+    local = by_local(spark, indexed, "evaluate", evaluation__out=indexed.folder / "local-evaluation")
+    for figure in ("queries", "patients", "accuracy", "by_class", "retrieval"):
+        assert submitted[figure] == local[figure], figure
+    assert submitted["queries"] > 0
