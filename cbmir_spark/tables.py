@@ -386,8 +386,8 @@ def exists(spark: SparkSession, path: str) -> bool:
     return bool(DeltaTable.isDeltaTable(spark, path))
 
 
-def ensure(spark: SparkSession, table: Table, path: str) -> None:
-    """Create a table with its constraints, in one commit, where it is not there yet."""
+def ensure(spark: SparkSession, table: Table, path: str, properties: Mapping[str, str] | None = None) -> None:
+    """Create a table with its constraints and further `properties`, in one commit, where it is not there yet."""
     if exists(spark, path):
         return
     builder = DeltaTable.createIfNotExists(spark).location(path).addColumns(table.schema)
@@ -399,7 +399,15 @@ def ensure(spark: SparkSession, table: Table, path: str) -> None:
     builder = builder.property("delta.dataSkippingNumIndexedCols", "0")
     for name, condition in table.constraints.items():
         builder = builder.property(f"delta.constraints.{name}", condition)
+    for name, value in (properties or {}).items():
+        builder = builder.property(name, value)
     builder.execute()
+
+
+def properties(spark: SparkSession, path: str) -> dict[str, str]:
+    """The properties of a Delta table, ours among them."""
+    detail = DeltaTable.forPath(spark, path).detail().select("properties").first()
+    return dict(detail["properties"]) if detail else {}
 
 
 def read(spark: SparkSession, path: str, version: int | None = None) -> DataFrame:
@@ -429,9 +437,12 @@ def conform(df: DataFrame, table: Table) -> DataFrame:
     return df.select(*wanted)
 
 
-def append(df: DataFrame, table: Table, path: str, message: str = "") -> int:
-    """Append conforming rows in one commit; the version written. `message` travels in the commit."""
-    writer = conform(df, table).write.format("delta").mode("append")
+def append(df: DataFrame, table: Table, path: str, message: str = "", rows_per_file: int = 0) -> int:
+    """Append conforming rows in one commit; the version written. `message` travels in the commit.
+
+    `rows_per_file` bounds the rows of one file (0: no bound).
+    """
+    writer = conform(df, table).write.format("delta").mode("append").option("maxRecordsPerFile", rows_per_file)
     writer.option("userMetadata", message).save(path)
     return version(df.sparkSession, path)
 
@@ -452,10 +463,21 @@ def delete_images(spark: SparkSession, path: str, images: DataFrame, batches: It
     return version(spark, path)
 
 
+def delete_rows(spark: SparkSession, path: str, rows: DataFrame, within: str) -> int:
+    """Remove what equals one of `rows` in all their columns; the version written.
+
+    `within` is a condition on partition columns of the table, here called `t`, that bounds the files looked at.
+    """
+    same = " AND ".join(f"t.{column} = s.{column}" for column in rows.columns)
+    merge = DeltaTable.forPath(spark, path).alias("t").merge(rows.alias("s"), f"({within}) AND {same}")
+    merge.whenMatchedDelete().execute()
+    return version(spark, path)
+
+
 def publish_empty(spark: SparkSession, lake: Lake, key_id: str, preprocessing: str) -> Published:
-    """Create TAGS, PIXELS and SOURCES where missing and publish that they are empty: batch 0."""
-    for table in (TAGS, PIXELS, SOURCES):
-        ensure(spark, table, lake.path(table))
+    """Create TAGS, PIXELS and at last SOURCES, whose first commit publishes that they are empty: batch 0."""
+    ensure(spark, TAGS, lake.path(TAGS))
+    ensure(spark, PIXELS, lake.path(PIXELS))
     pinned = Published(
         sources=-1,
         tags=version(spark, lake.path(TAGS)),
@@ -464,8 +486,9 @@ def publish_empty(spark: SparkSession, lake: Lake, key_id: str, preprocessing: s
         key_id=key_id,
         preprocessing=preprocessing,
     )
-    nothing = spark.createDataFrame([], SOURCES.schema)
-    return replace(pinned, sources=append(nothing, SOURCES, lake.path(SOURCES), pinned.message()))
+    with _commit_message(spark, pinned.message()):
+        ensure(spark, SOURCES, lake.path(SOURCES))
+    return replace(pinned, sources=version(spark, lake.path(SOURCES)))
 
 
 def publish(spark: SparkSession, lake: Lake, rows: DataFrame, pinned: Published) -> Published:
@@ -519,8 +542,8 @@ def version(spark: SparkSession, path: str) -> int:
 
 
 def live_files(spark: SparkSession, path: str, version: int | None = None) -> list[str]:
-    """URIs of the Parquet files that are live in a Delta table, sorted."""
-    return sorted(read(spark, path, version).inputFiles())
+    """Canonical URIs of the Parquet files that are live in a Delta table, sorted."""
+    return sorted(storage.canonical(uri) for uri in read(spark, path, version).inputFiles())
 
 
 def record_run(
@@ -563,7 +586,7 @@ def _without_nullability(kind: DataType) -> str:
 
 @contextmanager
 def _commit_message(spark: SparkSession, message: str) -> Iterator[None]:
-    """MERGE takes its commit message from the session only, so it is set around one statement."""
+    """MERGE and CREATE take a commit's message from the session only, so it is set around one statement."""
     key = "spark.databricks.delta.commitInfo.userMetadata"
     spark.conf.set(key, message)
     try:
