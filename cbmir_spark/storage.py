@@ -105,7 +105,8 @@ def list_objects(uri: str, storage: StorageSettings) -> Iterator[StoredObject]:
 def read_bytes(uri: str, storage: StorageSettings) -> bytes:
     """The whole content of an object. Raises FileNotFoundError where it is gone, OSError where it cannot be read."""
     filesystem, path = _open(uri, storage)
-    with filesystem.open_input_stream(path) as stream:
+    # Without compression=None pyarrow unpacks whatever is called .gz or .bz2.
+    with filesystem.open_input_stream(path, compression=None) as stream:
         content: bytes = stream.read()
     return content
 
@@ -114,7 +115,7 @@ def write_bytes(uri: str, content: bytes, storage: StorageSettings) -> None:
     """Write an object so that readers see all of it or nothing of it."""
     filesystem, path = _open(uri, storage)
     if not is_local(uri):
-        with filesystem.open_output_stream(path) as stream:
+        with filesystem.open_output_stream(path, compression=None) as stream:
             stream.write(content)
         return
     os.makedirs(os.path.dirname(path), exist_ok=True)

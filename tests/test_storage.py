@@ -1,5 +1,6 @@
 """Locations: one spelling each, and nothing outside a root passes for something inside it."""
 
+import gzip
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,10 @@ def test_writing_replaces_whole_objects(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["object"]
     assert storage.kind(uri, STORAGE) == "file"
     assert storage.kind(uri + "x", STORAGE) == "nothing"
+
+
+@pytest.mark.parametrize("name", ["scan.gz", "scan.bz2", "scan.dcm.zst", "scan.lz4"])
+def test_an_object_is_read_as_it_lies_whatever_its_name_says(tmp_path: Path, name: str) -> None:
+    for content in (b"not packed at all", gzip.compress(b"packed")):
+        (tmp_path / name).write_bytes(content)
+        assert storage.read_bytes(storage.canonical(str(tmp_path / name)), STORAGE) == content
