@@ -28,7 +28,8 @@ bench: $(READY) ## measure against the alternatives, side by side; results go to
 	$(BIN)/python -m tests.benchmarks
 
 notebook: $(READY) ## run the notebook over the demo's lake
-	$(BIN)/jupytext --to ipynb --execute --output demo/demo_lake.ipynb notebooks/demo_lake.py
+	$(BIN)/jupytext --quiet --to ipynb --output demo/demo_lake.ipynb notebooks/demo_lake.py
+	$(BIN)/jupyter-execute --inplace demo/demo_lake.ipynb
 
 clean: ## remove the environment and all that the targets made
 	rm -rf $(VENV) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache
