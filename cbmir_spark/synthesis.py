@@ -335,36 +335,49 @@ def _mr_spine(c: _Canvas) -> Plane:
 
 
 def _us_liver(c: _Canvas) -> Plane:
-    echo = 0.42 + 0.05 * c.texture(14)
-    depth = np.clip((c.y + 1) / 2, 0, 1)
-    for _ in range(6):
-        x, y = c.body.uniform(-0.6, 0.6), c.body.uniform(-0.3, 0.5)
-        turn, length = c.body.uniform(0, np.pi), c.vary(0.22, 0.5)
-        dx, dy = length * np.cos(turn), length * np.sin(turn)
-        echo = _paint(echo, c.bar(x - dx, y - dy, x + dx, y + dy, 0.05), 0.72)
-        echo = _paint(echo, c.bar(x - dx, y - dy, x + dx, y + dy, 0.032), 0.04)
+    echo = _vessels(0.42 + 0.05 * c.texture(14), c, 6)
+    # The right kidney often lies in view below the liver, which keeps this class from being too easy.
+    if c.body.random() < 0.5:
+        echo = _kidney(echo, c, c.body.uniform(-0.3, 0.3), 0.42, c.vary(0.62))
     arc = np.abs(np.hypot(c.x + 0.1, c.y - 0.1 - 0.1 * c.level) - c.vary(0.78, 0.04))
-    below = _step(0.035 - arc, 0.02) * (c.y > 0.15)
-    echo = _paint(echo, below, 1.0)
-    return _speckle(echo * (1 - 0.35 * depth), c)
+    echo = _paint(echo, _step(0.035 - arc, 0.02) * (c.y > 0.15), c.vary(0.9))
+    return _speckle(echo * (1 - 0.35 * np.clip((c.y + 1) / 2, 0, 1)), c)
 
 
 def _us_kidney(c: _Canvas) -> Plane:
     echo = 0.4 + 0.1 * c.texture(9)
+    if c.body.random() < 0.5:
+        echo = _vessels(echo, c, 4)
+    echo = _kidney(echo, c, c.body.uniform(-0.15, 0.15), c.vary(0.05, 0.8), c.vary(1.0))
+    return _speckle(echo, c)
+
+
+def _vessels(echo: Plane, c: _Canvas, number: int) -> Plane:
+    """Dark vessels with bright walls, each patient's in other places."""
+    for _ in range(number):
+        x, y = c.body.uniform(-0.6, 0.6), c.body.uniform(-0.4, 0.4)
+        turn, length = c.body.uniform(0, np.pi), c.vary(0.22, 0.5)
+        dx, dy = length * np.cos(turn), length * np.sin(turn)
+        echo = _paint(echo, c.bar(x - dx, y - dy, x + dx, y + dy, 0.05), 0.72)
+        echo = _paint(echo, c.bar(x - dx, y - dy, x + dx, y + dy, 0.032), 0.04)
+    return echo
+
+
+def _kidney(echo: Plane, c: _Canvas, x: float, y: float, size: float) -> Plane:
+    """A bright capsule, a dark cortex with darker pyramids, a bright sinus, and in some patients a cyst."""
     turn = float(c.body.normal(0.2, 0.25)) + 0.15 * c.level
-    rx, ry = c.vary(0.56, 0.1), c.vary(0.28, 0.12)
-    y = c.vary(0.02, 0.5)
-    echo = _paint(echo, c.ellipse(0, y, rx + 0.04, ry + 0.04, turn), 0.75)
-    echo = _paint(echo, c.ellipse(0, y, rx, ry, turn), 0.24 + 0.03 * c.texture(4))
-    echo = _paint(echo, c.ellipse(0, y, rx * 0.62, ry * 0.45, turn, soft=0.08), 0.85 + 0.15 * c.texture(4))
+    rx, ry = c.vary(0.54, 0.1) * size, c.vary(0.27, 0.12) * size
+    echo = _paint(echo, c.ellipse(x, y, rx + 0.04, ry + 0.04, turn), 0.75)
+    echo = _paint(echo, c.ellipse(x, y, rx, ry, turn), 0.24 + 0.03 * c.texture(4))
+    echo = _paint(echo, c.ellipse(x, y, rx * 0.62, ry * 0.45, turn, soft=0.08), 0.85 + 0.15 * c.texture(4))
     for along in (-0.6, -0.2, 0.25, 0.65):
         for side in (-1, 1):
             px = along * rx * np.cos(turn) - side * ry * 0.68 * np.sin(turn)
             py = along * rx * np.sin(turn) + side * ry * 0.68 * np.cos(turn)
-            echo = _paint(echo, c.ellipse(px, y + py, 0.06, 0.05), 0.1)
+            echo = _paint(echo, c.ellipse(x + px, y + py, 0.06 * size, 0.05 * size), 0.1)
     if c.body.random() < 0.3:
-        echo = _paint(echo, c.ellipse(c.body.uniform(-0.2, 0.2), y, 0.09, 0.08), 0.02)
-    return _speckle(echo, c)
+        echo = _paint(echo, c.ellipse(x + c.body.uniform(-0.2, 0.2), y, 0.09, 0.08), 0.02)
+    return echo
 
 
 def _dx_chest(c: _Canvas) -> Plane:
