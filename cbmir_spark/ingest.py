@@ -314,12 +314,15 @@ def _ingest(
     reasons: Counter[str] = Counter()
     frames = 0
     published = pinned
+    present: list[int] = []
     if batches:
         with clock.stage("compare"):
             work_path = storage.join(staging, "work")
             slices(actions, promote(actions, sources), batches).write.partitionBy(SLICE).parquet(work_path)
-    for number in range(batches):
-        work = spark.read.parquet(work_path)
+            work = spark.read.parquet(work_path)
+            # A hash may leave a slice of few objects empty; there is nothing to publish for it.
+            present = sorted(row[SLICE] for row in work.select(SLICE).distinct().collect())
+    for number in present:
         done = _ingest_slice(spark, settings, lake, parser, published, work, number, staging, clock)
         published = done.published
         outcomes.update(done.outcomes)
@@ -336,7 +339,7 @@ def _ingest(
         reasons=dict(reasons),
         deleted=missing,
         frames=frames,
-        batches=batches,
+        batches=len(present),
         seconds=clock.seconds,
         published=published,
         mended=tuple(mended),

@@ -229,7 +229,6 @@ def test_nothing_of_a_person_is_in_the_lake(spark: SparkSession, make_settings: 
         StudyDescription=token,
         SeriesDescription=token,
         ImageComments=token,
-        BodyPartExamined=token.lower(),
     )
     settings = make_settings(f"ingest.archive={folder}", f"lake.vault={tmp_path / 'vault'}")
     ingest.run(spark, settings)

@@ -1,6 +1,7 @@
 """Tables: rows that do not conform never land, and readers see only versions that belong together."""
 
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 from py4j.protocol import Py4JJavaError
@@ -84,7 +85,9 @@ def test_readers_open_what_was_published_and_the_rest_can_be_taken_back(
     with pytest.raises(TableError, match="run `cbmir ingest` first"):
         t.require_published(spark, lake)
     written = t.replace_batch(_pixels(spark, 1, "a"), t.PIXELS, lake.path(t.PIXELS), 1)
-    first = t.publish(spark, lake, spark.createDataFrame([], t.SOURCES.schema), replace(empty, pixels=written, batch=1))
+    source = ("file:///a", 1, datetime(2026, 1, 1, tzinfo=UTC), DIGEST, t.INGESTED, None, "a", "key", 1)
+    sources = spark.createDataFrame([source], t.SOURCES.schema)
+    first = t.publish(spark, lake, sources, replace(empty, pixels=written, batch=1))
     t.replace_batch(_pixels(spark, 2, "b"), t.PIXELS, lake.path(t.PIXELS), 2)
     assert t.require_published(spark, lake) == first
     assert _images(spark, lake.path(t.PIXELS), first.pixels) == ["a"]
