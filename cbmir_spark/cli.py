@@ -1,22 +1,18 @@
 """`cbmir <job>`: argv → config → session → <module>.run, and what a person sees of it."""
 
-import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 import yaml
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from cbmir_spark import __version__, config
+from cbmir_spark import __version__, config, terminal
 from cbmir_spark.errors import CbmirError
 
 if TYPE_CHECKING:
@@ -29,8 +25,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console()
-err = Console(stderr=True)
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="Settings file over conf/base.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="One setting: section.key=value. Repeatable.")]
@@ -50,14 +44,14 @@ def ingest(
     settings = _settings(config, overrides, {"lake.uri": lake, "ingest.archive": archive})
     from cbmir_spark import ingest as room
 
-    with _session(settings, "ingest") as spark, _progress("objects", as_json) as progress:
+    with _session(settings, "ingest") as spark, terminal.progress("objects", as_json) as progress:
         report = room.run(spark, settings, progress)
     if as_json:
-        return _print_json(report)
+        return terminal.print_json(report)
     rows = {"listed": report.listed, "unchanged": report.unchanged, **report.outcomes, "deleted": report.deleted}
-    _print_counts(f"Ingested {report.archive}", rows)
+    terminal.print_counts(f"Ingested {report.archive}", rows)
     if report.reasons:
-        _print_counts("Reasons", dict(sorted(report.reasons.items())))
+        terminal.print_counts("Reasons", dict(sorted(report.reasons.items())))
     return None
 
 
@@ -75,9 +69,9 @@ def train(
     from cbmir_spark.model import preset_of
 
     epochs = settings.training.epochs or preset_of(settings.training.preset).epochs
-    with _session(settings, "train") as spark, _progress("epochs", as_json) as progress:
+    with _session(settings, "train") as spark, terminal.progress("epochs", as_json) as progress:
         report = room.run(spark, settings, lambda epoch: progress(epoch.number, epochs, epoch.metrics()))
-    return _print_json(report) if as_json else _print_report("Trained", report)
+    return terminal.print_json(report) if as_json else terminal.print_report("Trained", report)
 
 
 @app.command()
@@ -94,7 +88,7 @@ def index(
 
     with _session(settings, "index") as spark:
         report = room.run(spark, settings)
-    return _print_json(report) if as_json else _print_report("Indexed", report)
+    return terminal.print_json(report) if as_json else terminal.print_report("Indexed", report)
 
 
 @app.command()
@@ -120,7 +114,7 @@ def retrieve(
 
     with _session(settings, "retrieve") as spark:
         report = room.run(spark, settings)
-    return _print_json(report) if as_json else _print_report("Answered", report)
+    return terminal.print_json(report) if as_json else terminal.print_report("Answered", report)
 
 
 @app.command()
@@ -138,7 +132,27 @@ def evaluate(
 
     with _session(settings, "evaluate") as spark:
         report = room.run(spark, settings)
-    return _print_json(report) if as_json else _print_report("Evaluated", report)
+    if as_json:
+        return terminal.print_json(report)
+    terminal.print_evaluation(report)
+    terminal.out.print(f"Report: {terminal.plain(report.page)}", soft_wrap=True, highlight=False)
+    return None
+
+
+@app.command()
+def demo(
+    folder: Annotated[str | None, typer.Option(help="Where the demo keeps its archive and its lake.")] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw a small synthetic archive and run every job over it; run again, nothing is ingested twice."""
+    settings = _settings(config, overrides, {"demo.folder": folder})
+    from cbmir_spark import demo as room
+
+    with _session(settings, "demo") as spark, terminal.steps(room.STEPS, as_json) as progress:
+        story = room.run(spark, settings, progress)
+    return terminal.print_json(story) if as_json else terminal.print_story(story)
 
 
 @app.command()
@@ -152,7 +166,7 @@ def wrap(
     from cbmir_spark import synthesis
 
     report = synthesis.wrap_pictures(labels, images, archive)
-    return _print_json(report) if as_json else _print_report("Wrapped", report)
+    return terminal.print_json(report) if as_json else terminal.print_report("Wrapped", report)
 
 
 @app.command()
@@ -171,7 +185,7 @@ def features(
     with _session(settings, "features") as spark:
         table, uris = room.live_files(spark, settings)
     if as_json:
-        return _print_json({"table": table, "files": uris})
+        return terminal.print_json({"table": table, "files": uris})
     for line in uris if files else [table, f"{len(uris)} live files; --files lists them"]:
         sys.stdout.write(line + "\n")
     return None
@@ -187,7 +201,7 @@ def show_config(
     """Print the effective settings, secrets masked."""
     values = _settings(config, overrides, {"lake.uri": lake}).masked()
     if as_json:
-        return _print_json(values)
+        return terminal.print_json(values)
     sys.stdout.write(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     return None
 
@@ -205,14 +219,9 @@ def doctor(
 
     checks = room.run(settings)
     if as_json:
-        _print_json({"checks": [asdict(check) for check in checks]})
+        terminal.print_json({"checks": [asdict(check) for check in checks]})
     else:
-        table = Table(title="cbmir doctor", title_justify="left")
-        for heading in ("", "looked at", "found"):
-            table.add_column(heading, overflow="fold")
-        for check in checks:
-            table.add_row("[green]ok[/]" if check.ok else "[red]mend[/]", check.name, check.found)
-        out.print(table)
+        terminal.print_checks(checks)
     if not all(check.ok for check in checks):
         raise typer.Exit(1)
 
@@ -233,7 +242,7 @@ def main(job: str | None = None) -> None:
     try:
         app(args=arguments, prog_name="cbmir")
     except CbmirError as error:
-        err.print(f"[bold red]cbmir:[/] {_plain(str(error))}", soft_wrap=True, highlight=False)
+        terminal.err.print(f"[bold red]cbmir:[/] {terminal.plain(str(error))}", soft_wrap=True, highlight=False)
         raise SystemExit(error.exit_code) from None
 
 
@@ -252,68 +261,3 @@ def _session(settings: config.Settings, job: str) -> Iterator["SparkSession"]:
         yield spark
     finally:
         spark.stop()
-
-
-@contextmanager
-def _progress(what: str, quiet: bool) -> Iterator[Callable[[int, int, Mapping[str, Any]], None]]:
-    """A bar on a terminal, a line now and then in a log, nothing beside JSON."""
-    if quiet or not err.is_terminal:
-
-        def line(done: int, total: int, detail: Mapping[str, Any]) -> None:
-            if not quiet:
-                err.print(f"{done} of {total} {what}: {_detail(detail)}", soft_wrap=True, highlight=False)
-
-        yield line
-        return
-    columns = (SpinnerColumn(), TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.fields[detail]}"), console=err, transient=True) as bar:
-        task = bar.add_task(what, total=None, detail="")
-
-        def move(done: int, total: int, detail: Mapping[str, Any]) -> None:
-            bar.update(task, completed=done, total=total, detail=_detail(detail))
-
-        yield move
-
-
-def _detail(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
-
-
-def _print_json(report: Any) -> None:
-    values = asdict(report) if is_dataclass(report) and not isinstance(report, type) else report
-    sys.stdout.write(json.dumps(values, default=str) + "\n")
-
-
-def _print_counts(title: str, counts: Mapping[str, int]) -> None:
-    table = Table(title=_plain(title), title_justify="left", show_header=False)
-    table.add_column("what")
-    table.add_column("count", justify="right")
-    for name, count in counts.items():
-        table.add_row(name, f"{count:,}")
-    out.print(table)
-
-
-def _print_report(title: str, report: Any) -> None:
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column("what")
-    table.add_column("value", overflow="fold")
-    for name, value in asdict(report).items():
-        if value is None or value == {} or value == []:
-            continue
-        table.add_row(name.replace("_", " "), _plain(_value(value)))
-    out.print(table)
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return _detail(value)
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_value(item) for item in value)
-    return str(value)
-
-
-def _plain(text: str) -> str:
-    """Text that may come from outside, with rich's markup and control characters taken out of effect."""
-    return "".join(c if c.isprintable() or c == "\n" else "�" for c in text).replace("[", "\\[")

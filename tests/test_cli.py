@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from pyspark.sql import SparkSession
 
-from cbmir_spark import cli, config
+from cbmir_spark import cli, config, terminal
 from tests.conftest import REPO
 
 Cbmir = Callable[..., tuple[int, str, str]]
@@ -134,7 +134,7 @@ def test_ingest_prints_one_json_object(cbmir: Cbmir, on_the_tests_session: None,
 
 
 def test_text_from_outside_cannot_drive_the_terminal() -> None:
-    assert cli._plain("\x1b[31mred[/]\x07") == "�\\[31mred\\[/]�"
+    assert terminal.plain("\x1b[31mred[/]\x07") == "�\\[31mred\\[/]�"
 
 
 def test_check_machine_names_what_is_missing(tmp_path: Path) -> None:

@@ -1,0 +1,187 @@
+"""What a person sees at the terminal: progress, counts, and the tables that a job ends in."""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from cbmir_spark import demo, evaluation
+    from cbmir_spark.doctor import Check
+
+out = Console()
+err = Console(stderr=True)
+
+Move = Callable[[int, int, Mapping[str, Any]], None]
+
+
+@contextmanager
+def progress(what: str, quiet: bool) -> Iterator[Move]:
+    """A bar on a terminal, a line now and then in a log, nothing beside JSON."""
+    if quiet or not err.is_terminal:
+
+        def line(done: int, total: int, figures: Mapping[str, Any]) -> None:
+            if not quiet:
+                err.print(f"{done} of {total} {what}: {detail(figures)}", soft_wrap=True, highlight=False)
+
+        yield line
+        return
+    columns = (SpinnerColumn(), TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("{task.fields[detail]}"), console=err, transient=True) as bar:
+        task = bar.add_task(what, total=None, detail="")
+
+        def move(done: int, total: int, figures: Mapping[str, Any]) -> None:
+            bar.update(task, completed=done, total=total, detail=detail(figures))
+
+        yield move
+
+
+@contextmanager
+def steps(names: Iterable[str], quiet: bool) -> Iterator[Callable[[str, int, int, Mapping[str, Any]], None]]:
+    """Progress of a job of several steps, each with a bar of its own."""
+    if quiet or not err.is_terminal:
+
+        def line(step: str, done: int, total: int, figures: Mapping[str, Any]) -> None:
+            if not quiet:
+                of = f" {done} of {total}" if total else ""
+                err.print(f"{step}{of} {detail(figures)}".rstrip(), soft_wrap=True, highlight=False)
+
+        yield line
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("{task.fields[detail]}"), console=err, transient=True) as bar:
+        tasks = {name: bar.add_task(name, total=None, detail="", start=False) for name in names}
+        order = list(tasks)
+
+        def move(step: str, done: int, total: int, figures: Mapping[str, Any]) -> None:
+            for earlier in order[: order.index(step)]:
+                bar.update(tasks[earlier], total=1, completed=1)
+            bar.start_task(tasks[step])
+            bar.update(tasks[step], completed=done, total=total or None, detail=detail(figures))
+
+        yield move
+
+
+def detail(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+
+
+def print_json(report: Any) -> None:
+    values = asdict(report) if is_dataclass(report) and not isinstance(report, type) else report
+    sys.stdout.write(json.dumps(values, default=str) + "\n")
+
+
+def print_counts(title: str, counts: Mapping[str, int]) -> None:
+    table = Table(title=plain(title), title_justify="left", show_header=False)
+    table.add_column("what")
+    table.add_column("count", justify="right")
+    for name, count in counts.items():
+        table.add_row(name, f"{count:,}")
+    out.print(table)
+
+
+def print_report(title: str, report: Any) -> None:
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column("what")
+    table.add_column("value", overflow="fold")
+    for name, value in asdict(report).items():
+        if value is None or value == {} or value == []:
+            continue
+        table.add_row(name.replace("_", " "), plain(_value(value)))
+    out.print(table)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return detail(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_value(item) for item in value)
+    return str(value)
+
+
+def plain(text: str) -> str:
+    """Text that may come from outside, with rich's markup and control characters taken out of effect."""
+    return "".join(c if c.isprintable() or c == "\n" else "�" for c in text).replace("[", "\\[")
+
+
+def print_checks(checks: list["Check"]) -> None:
+    """What the doctor found."""
+    table = Table(title="cbmir doctor", title_justify="left")
+    for heading in ("", "looked at", "found"):
+        table.add_column(heading, overflow="fold")
+    for check in checks:
+        table.add_row("[green]ok[/]" if check.ok else "[red]mend[/]", check.name, plain(check.found))
+    out.print(table)
+
+
+def print_evaluation(report: "evaluation.Report") -> None:
+    """Per-class precision and recall, then retrieval and its search space for each prefilter."""
+    classes = Table(title=f"Test patients, class by class ({report.queries:,} queries)", title_justify="left")
+    for heading in ("class", "precision", "recall", "F1"):
+        classes.add_column(heading, justify="left" if heading == "class" else "right")
+    for name, values in report.by_class.items():
+        classes.add_row(plain(name), *(_share(values.get(key)) for key in ("precision", "recall", "f1")))
+    classes.add_section()
+    classes.add_row("macro", *(_share(v) for v in (report.macro_precision, report.macro_recall, report.macro_f1)))
+    out.print(classes)
+    modes = Table(title="Retrieval, by prefilter", title_justify="left")
+    columns = list(dict.fromkeys(key for values in report.retrieval.values() for key in values))
+    modes.add_column("")
+    for prefilter in report.retrieval:
+        modes.add_column(prefilter, justify="right")
+    for column in columns:
+        figures = [_figure(mode.get(column)) for mode in report.retrieval.values()]
+        modes.add_row(column.replace("_", " "), *figures)
+    modes.add_row("circular?", *(plain(report.circular.get(prefilter) or "no") for prefilter in report.retrieval))
+    out.print(modes)
+
+
+def print_story(story: "demo.Story") -> None:
+    """The demo, step by step, and where to look next."""
+    table = Table(title="What happened (the archive is synthetic; its broken files are meant)", title_justify="left")
+    for heading in ("step", "seconds", "what came of it"):
+        table.add_column(heading, justify="right" if heading == "seconds" else "left", overflow="fold")
+    read, index, answers = story.ingest, story.index, story.retrieval
+    told = {
+        "archive": f"{story.archive.files} files, {story.archive.phantoms} of them phantoms of "
+        f"{len(story.archive.classes)} classes" + ("" if story.archive.created else " (was there already)"),
+        "ingest": f"{read.read} read ({detail(read.outcomes)}), {read.unchanged} unchanged"
+        if read.read
+        else f"nothing new: {read.unchanged} unchanged",
+        "train": f"{story.training.model_id}, {story.training.classes} classes",
+        "index": f"{index.embedded} frames embedded, {index.rows} vectors in {index.partitions} partitions",
+        "retrieve": f"{answers.queries} queries: {answers.answered} answered, {answers.empty} empty, "
+        f"{answers.failed} failed; {answers.partitions_searched} of {answers.partitions} partitions searched",
+        "evaluate": f"accuracy {_share(story.evaluation.accuracy)} on {story.evaluation.patients} unseen patients",
+    }
+    for step, seconds in story.seconds.items():
+        table.add_row(step, f"{seconds:.1f}", plain(told[step]))
+    out.print(table)
+    if read.reasons:
+        print_counts("Why objects were left out", dict(sorted(read.reasons.items())))
+    print_evaluation(story.evaluation)
+    for name, place in (
+        ("Gallery", story.gallery),
+        ("Evaluation", story.evaluation.page),
+        ("MLflow", story.mlflow_command),
+    ):
+        if place:
+            out.print(f"{name + ':':<12}{plain(place.removeprefix('file://'))}", soft_wrap=True, highlight=False)
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None or value != value else f"{value:.3f}"
+
+
+def _figure(value: float | None) -> str:
+    if value is None or value != value:
+        return "–"
+    return f"{value:,.0f}" if float(value).is_integer() and abs(value) > 1 else f"{value:.3f}"
