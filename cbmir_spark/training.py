@@ -606,6 +606,11 @@ class _Tracking:
     database: Path | None
 
 
+def tracking_uri(settings: Settings) -> str:
+    """Where runs are recorded. Raises ConfigError for an object-store lake without `mlflow.tracking_uri`."""
+    return _tracking_of(settings).uri
+
+
 def _tracking_of(settings: Settings, lake: t.Lake) -> _Tracking:
     """Where runs are recorded. Raises ConfigError for an object-store lake without `mlflow.tracking_uri`."""
     folder = storage.join(lake.uri, "mlflow")
@@ -753,19 +758,22 @@ def _register(mlflow: Any, settings: Settings, run_id: str, model: Network, save
             path = Path(folder) / Path(name).name
             path.write_bytes(content)
             client.log_artifact(run_id, str(path), Path(name).parent.as_posix())
-    logged = mlflow.pytorch.log_model(
-        _Served(model).eval(),
-        name="model",
-        serialization_format="pt2",
-        signature=ModelSignature(
-            inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, t.SIDE, t.SIDE))]),
-            outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, len(saved.manifest.classes)))]),
-        ),
-        # Two rows: torch.export takes a side of length one for a constant.
-        input_example=np.zeros((2, t.SIDE, t.SIDE), dtype=np.uint8),
-        # Named here, because MLflow otherwise starts another Python to find out.
-        pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}", f"numpy=={np.__version__}"],
-    )
+    with warnings.catch_warnings():
+        # torch reads the program back from memory that it may not write to, and says so.
+        warnings.simplefilter("ignore", UserWarning)
+        logged = mlflow.pytorch.log_model(
+            _Served(model).eval(),
+            name="model",
+            serialization_format="pt2",
+            signature=ModelSignature(
+                inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, t.SIDE, t.SIDE))]),
+                outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, len(saved.manifest.classes)))]),
+            ),
+            # Two rows: torch.export takes a side of length one for a constant.
+            input_example=np.zeros((2, t.SIDE, t.SIDE), dtype=np.uint8),
+            # Named here, because MLflow otherwise starts another Python to find out.
+            pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}", f"numpy=={np.__version__}"],
+        )
     name = settings.mlflow.model_name
     try:
         client.get_registered_model(name)

@@ -207,7 +207,7 @@ def test_the_delta_versions_of_a_run_give_the_rows_it_learned_from(spark: SparkS
     assert tags.count() == sum(report.images.values()) == 3 * PATIENTS * IMAGES_EACH
 
 
-def test_the_candidate_is_a_pickle_free_model_with_a_signature(trained: Trained) -> None:
+def test_the_candidate_is_a_pickle_free_model_with_a_signature(trained: Trained, tmp_path: Path) -> None:
     from mlflow import MlflowClient
     from mlflow.models import get_model_info
 
@@ -219,8 +219,11 @@ def test_the_candidate_is_a_pickle_free_model_with_a_signature(trained: Trained)
         info = get_model_info("models:/cbmir@candidate")
     assert info.signature.inputs.to_dict()[0]["tensor-spec"] == {"dtype": "uint8", "shape": (-1, 256, 256)}
     assert info.signature.outputs.to_dict()[0]["tensor-spec"] == {"dtype": "float32", "shape": (-1, 3)}
-    assert info.flavors["pytorch"]["serialization_format"] == "pt2"
     assert info.saved_input_example_info is not None
+    with training._existing_mlflow("the candidate", settings) as mlflow:
+        folder = Path(mlflow.artifacts.download_artifacts("models:/cbmir@candidate", dst_path=str(tmp_path)))
+    names = {path.name for path in folder.rglob("*")}
+    assert "model.pt2" in names and not {name for name in names if name.endswith((".pkl", ".pth", ".pt"))}
 
 
 def test_the_served_model_says_what_ours_says(trained: Trained) -> None:
