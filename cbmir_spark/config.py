@@ -167,6 +167,7 @@ class RetrievalSettings(_Section):
 class EvaluationSettings(_Section):
     k: Positive
     depth: Positive
+    max_queries: Positive
     prefilters: list[Prefilter]
     out: str | None
 
