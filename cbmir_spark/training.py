@@ -608,7 +608,7 @@ class _Tracking:
 
 def tracking_uri(settings: Settings) -> str:
     """Where runs are recorded. Raises ConfigError for an object-store lake without `mlflow.tracking_uri`."""
-    return _tracking_of(settings).uri
+    return _tracking_of(settings, t.Lake.of(settings)).uri
 
 
 def _tracking_of(settings: Settings, lake: t.Lake) -> _Tracking:
