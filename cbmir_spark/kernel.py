@@ -80,7 +80,8 @@ class Search:
         self._squares = square_norms(queries)
         self._k = k
         self._budget = budget
-        self._rows_seen = 0
+        self.rows_seen = 0
+        """Rows added so far, compared or not; the next one gets this number."""
         self._kth = np.full(len(queries), np.inf)
         self._counted = 0
         self._query = np.empty(0, dtype=np.int64)
@@ -100,8 +101,8 @@ class Search:
 
         `excluded` names pairs that must not meet, each once; its rows are numbered within this block.
         """
-        first = self._rows_seen
-        self._rows_seen += len(vectors)
+        first = self.rows_seen
+        self.rows_seen += len(vectors)
         wanted = np.arange(len(self._queries)) if queries is None else queries
         if not len(vectors) or not len(wanted):
             return

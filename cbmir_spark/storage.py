@@ -102,6 +102,13 @@ def list_objects(uri: str, storage: StorageSettings) -> Iterator[StoredObject]:
             yield _stored(info, uri)
 
 
+def find(uri: str, storage: StorageSettings) -> StoredObject | None:
+    """The object at a canonical URI, None where there is none; a folder or a device is no object."""
+    filesystem, path = _open(uri, storage)
+    info = filesystem.get_file_info(path)
+    return _stored(info, uri) if info.type == fs.FileType.File else None
+
+
 def read_bytes(uri: str, storage: StorageSettings) -> bytes:
     """The whole content of an object. Raises FileNotFoundError where it is gone, OSError where it cannot be read."""
     filesystem, path = _open(uri, storage)

@@ -546,6 +546,12 @@ def live_files(spark: SparkSession, path: str, version: int | None = None) -> li
     return sorted(storage.canonical(uri) for uri in read(spark, path, version).inputFiles())
 
 
+def size_of(spark: SparkSession, path: str) -> int:
+    """Bytes of the live files of a Delta table, at its newest version."""
+    detail = DeltaTable.forPath(spark, path).detail().select("sizeInBytes").first()
+    return int(detail["sizeInBytes"]) if detail else 0
+
+
 def record_run(
     spark: SparkSession,
     lake: Lake,
