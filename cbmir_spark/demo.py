@@ -139,8 +139,8 @@ def query_list(spark: SparkSession, settings: Settings, lake: t.Lake, snapshot: 
         # Apart from each other, so that two patients are asked about where there are two.
         for number, (uri, _) in enumerate(images[:: max(1, len(images) - 1)][:_QUERIES_PER_CLASS], start=1):
             rows.append({t.QUERY_ID: f"{label.lower().replace('/', '-')}-{number}", t.URI: uri, t.IMAGE_ID: ""})
-    first = next(iter(by_label.values()))[0]
-    rows.append({t.QUERY_ID: "by-image-id", t.URI: "", t.IMAGE_ID: first[1]})
+    of_some_label = list(by_label.values())[len(by_label) // 2]
+    rows.append({t.QUERY_ID: "by-image-id", t.URI: "", t.IMAGE_ID: of_some_label[len(of_some_label) // 2][1]})
     missing = storage.join(storage.canonical(settings.ingest.archive or ""), "not", "there.dcm")
     rows.append({t.QUERY_ID: "missing-file", t.URI: missing, t.IMAGE_ID: ""})
     return rows

@@ -274,7 +274,7 @@ def run(spark: SparkSession, settings: Settings) -> Report:
         "many": MANY_PATIENTS,
         "classification": classified,
         "retrieval": results,
-        "notes": _notes(sum(n < 1 for n in relevant), len(asked), images, snapshot.lonely),
+        "notes": _notes(settings, sum(n < 1 for n in relevant), len(asked), images, snapshot.lonely),
     }
     with _timed(seconds, "write"):
         out = storage.canonical(settings.evaluation.out or storage.join(lake.uri, "evaluation", run_id))
@@ -455,13 +455,18 @@ def _classified(
     }
 
 
-def _notes(unanswerable: int, queries: int, images: int, lonely: Sequence[str]) -> list[str]:
+def _notes(settings: Settings, unanswerable: int, queries: int, images: int, lonely: Sequence[str]) -> list[str]:
     notes = [
         "A hit is relevant when its own tags give it the query's class. Rows whose body part is only predicted, or not "
         "known, are searched too, but they are no ground truth and take no rank.",
         "Predictions are chosen among the classes that the image's modality can have, as they are in the index.",
         "If a class comes from one scanner or one source, the network may have learned the source instead.",
     ]
+    if any(len(set(parts.values())) > 1 for parts in settings.pixels.windows.values()):
+        notes.append(
+            "Images in absolute units are windowed by the body part that their tags name (pixels.windows): classes "
+            "with windows of their own can be told apart by contrast alone, and an untagged image looks different."
+        )
     if queries < images:
         notes.append(
             f"{queries:,} of {images:,} test images were searched with, drawn as evenly over the classes as can be."
