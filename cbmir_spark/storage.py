@@ -159,7 +159,6 @@ def _s3(storage: StorageSettings) -> fs.FileSystem:
         region=storage.region,
         endpoint_override=host or None,
         scheme=scheme or "https",
-        force_virtual_addressing=not storage.path_style,
     )
 
 
