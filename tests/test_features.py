@@ -2,7 +2,8 @@
 
 import dataclasses
 import itertools
-import os
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +14,13 @@ import torch
 from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
-from cbmir_spark import features, model, storage, training
+from cbmir_spark import config, features, model, storage, training
 from cbmir_spark import tables as t
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import ModelError, TableError
 from cbmir_spark.model import Saved
 from tests.conftest import MakeSettings
 from tests.tiny_lake import PREPROCESSING, Drawn, draw, pseudonym, publish
-
-UNSURE = "index.min_probability=1.0"
-SURE = "index.min_probability=0.0"
 
 
 def save_model(folder: Path, seed: int = 1, preprocessing: str = PREPROCESSING, spoil: float | None = None) -> Saved:
@@ -60,40 +58,54 @@ IMAGES = [
 FRAMES = 7
 
 
-def rows_of(df: DataFrame) -> list[Row]:
-    return sorted(df.drop(t.PIXELS_BATCH).collect(), key=lambda row: (row[t.IMAGE_ID], row[t.FRAME]))
+@dataclass(frozen=True)
+class Indexed:
+    """One lake for all tests here, its first index run, and the model."""
+
+    settings: Settings
+    lake: t.Lake
+    report: features.Report
+    model: model.Loaded
+
+    def with_model(self, folder: Path) -> Settings:
+        sections = {
+            name: getattr(self.settings, name).model_copy(update={"model": str(folder)})
+            for name in ("index", "retrieval")
+        }
+        return self.settings.model_copy(update=sections)
 
 
-@pytest.fixture
-def settings(make_settings: MakeSettings, tmp_path: Path) -> Settings:
-    save_model(tmp_path / "model")
-    return make_settings(f"index.model={tmp_path / 'model'}", f"retrieval.model={tmp_path / 'model'}", SURE)
-
-
-def test_a_lake_is_indexed_once_and_follows_what_changes(
-    spark: SparkSession, settings: Settings, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def indexed(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Indexed:
+    folder = tmp_path_factory.mktemp("indexed")
+    saved = save_model(folder / "model")
+    overrides = [f"lake.uri={folder / 'a lake'}", "index.min_probability=0.0"]
+    overrides += [f"{section}.model={folder / 'model'}" for section in ("index", "retrieval")]
+    settings = config.load(overrides=overrides, environ={})
     lake = publish(spark, settings, IMAGES)
-    first = features.run(spark, settings)
-    assert (first.embedded, first.deleted, first.rows, first.partitions) == (FRAMES, 0, FRAMES, 4)
-    assert first.sources == {t.FROM_TAG: 5, t.FROM_PREDICTION: 1, t.FROM_NOTHING: 1}
-    assert first.champion is None
-    assert first.table == lake.features(first.model_id)
+    loaded = model.load(saved.weights, saved.manifest.to_json())
+    return Indexed(settings, lake, features.run(spark, settings), loaded)
 
-    index = features.open_index(spark, settings)
-    rows = rows_of(index.rows)
+
+def rows_of(df: DataFrame) -> list[Row]:
+    return sorted(df.collect(), key=lambda row: (row[t.IMAGE_ID], row[t.FRAME]))
+
+
+def test_each_live_frame_has_the_vector_that_a_query_of_it_gets(spark: SparkSession, indexed: Indexed) -> None:
+    report = indexed.report
+    assert (report.embedded, report.deleted, report.rows, report.partitions) == (FRAMES, 0, FRAMES, 4)
+    assert report.sources == {t.FROM_TAG: 5, t.FROM_PREDICTION: 1, t.FROM_NOTHING: 1}
+    assert report.champion is None
+    assert report.table == indexed.lake.features(report.model_id)
+    rows = rows_of(features.open_index(spark, indexed.settings).rows)
     assert {row[t.IMAGE_ID] for row in rows} == {pseudonym(name) for name in "abcde"}
-    # Each vector is that of the picture alone: what a query of it gets.
-    loaded = model.load(
-        (tmp_path / "model/weights.safetensors").read_bytes(), (tmp_path / "model/manifest.json").read_bytes()
-    )
     by_name = {pseudonym(image.name): image for image in IMAGES}
     for row in rows:
         image = by_name[row[t.IMAGE_ID]]
-        alone = model.embed_batches(loaded, draw(image, row[t.FRAME])[None], [image.modality])
+        alone = model.embed_batches(indexed.model, draw(image, row[t.FRAME])[None], [image.modality])
         assert np.array(row[t.VECTOR], dtype=np.float32).tobytes() == alone.vectors[0].tobytes()
         assert row[t.PREDICTED] == (alone.labels[0] or "UNKNOWN")
-        projection, residual = loaded.projection.apply(alone.vectors)
+        projection, residual = indexed.model.projection.apply(alone.vectors)
         np.testing.assert_allclose(row[t.PROJECTION], projection[0], rtol=1e-5, atol=1e-5)
         assert row[t.RESIDUAL_NORM] == pytest.approx(residual[0], rel=1e-9)
         assert row[t.PATIENT_ID] == pseudonym(image.patient)
@@ -102,51 +114,104 @@ def test_a_lake_is_indexed_once_and_follows_what_changes(
     # The model learned no class of ultrasound.
     assert (pseudonym("d"), "UNKNOWN", t.FROM_NOTHING) in parts
 
-    again = features.run(spark, settings)
-    assert (again.embedded, again.deleted, again.version) == (0, 0, first.version)
-    assert t.version(spark, first.table) == first.version
 
-    # The batch is replaced: e is gone, a has other pixels (another drawing), the rest is the same, g is new.
+def test_run_again_it_embeds_and_commits_nothing_and_asks_for_the_champion(
+    spark: SparkSession, indexed: Indexed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The registry itself is training's, and tested there; here it matters when it is asked and for what.
+    asked: list[str] = []
+    moved: list[tuple[str, str]] = []
+
+    def resolve(uri: str, settings: Settings) -> tuple[str, bytes]:
+        asked.append(uri)
+        return resolved
+
+    def move(settings: Settings, alias: str, model_id: str) -> str:
+        moved.append((alias, model_id))
+        return "4"
+
+    resolved = training.resolve_model(str(indexed.settings.index.model), indexed.settings)
+    monkeypatch.setattr(training, "resolve_model", resolve)
+    monkeypatch.setattr(training, "move_alias", move)
+    registered = indexed.settings.model_copy(
+        update={"index": indexed.settings.index.model_copy(update={"model": None})}
+    )
+    again = features.run(spark, registered)
+    assert (again.embedded, again.deleted, again.rows, again.version) == (0, 0, FRAMES, indexed.report.version)
+    assert t.version(spark, again.table) == indexed.report.version
+    assert asked == ["models:/cbmir@candidate"]
+    assert moved == [("champion", again.model_id)]
+    assert again.champion == "4"
+
+
+@pytest.mark.parametrize(("spoil", "words"), [(float("nan"), "7 with NaN"), (0.0, "7 of zeros alone")])
+def test_vectors_that_cannot_be_searched_stop_the_job_before_they_are_seen(
+    spark: SparkSession, indexed: Indexed, tmp_path: Path, spoil: float, words: str
+) -> None:
+    saved = save_model(tmp_path / "spoilt", spoil=spoil)
+    with pytest.raises(TableError, match=words):
+        features.run(spark, indexed.with_model(tmp_path / "spoilt"))
+    assert t.read(spark, indexed.lake.features(saved.manifest.model_id)).count() == 0
+
+
+def test_a_model_of_other_pixels_is_refused(spark: SparkSession, indexed: Indexed, tmp_path: Path) -> None:
+    other = save_model(tmp_path / "other", preprocessing="px9-else").manifest.model_id
+    with pytest.raises(ModelError, match=f"px9-else.*{PREPROCESSING}"):
+        features.run(spark, indexed.with_model(tmp_path / "other"))
+    assert storage.kind(indexed.lake.features(other), indexed.settings.storage) == "nothing"
+
+
+def test_a_table_of_another_model_is_refused_naming_both(spark: SparkSession, indexed: Indexed, tmp_path: Path) -> None:
+    mine, other = indexed.report.model_id, save_model(tmp_path / "second", seed=2).manifest.model_id
+    with pytest.raises(TableError, match=f"{other} has no index.*cbmir index"):
+        features.open_index(spark, indexed.with_model(tmp_path / "second"))
+    shutil.copytree(storage.local_path(indexed.report.table), storage.local_path(indexed.lake.features(other)))
+    with pytest.raises(ModelError, match=f"{mine}.*{other}"):
+        features.open_index(spark, indexed.with_model(tmp_path / "second"))
+
+
+def test_a_row_twice_is_found(spark: SparkSession, indexed: Indexed) -> None:
+    pinned = t.require_published(spark, indexed.lake)
+    tags = t.read(spark, indexed.lake.path(t.TAGS), pinned.tags)
+    pixels = t.read(spark, indexed.lake.path(t.PIXELS), pinned.pixels)
+    rows = features.open_index(spark, indexed.settings).rows
+    doubled = rows.unionByName(rows.where(F.col(t.IMAGE_ID) == pseudonym("b")))
+    with pytest.raises(TableError, match="lacks 0 frames, holds 0 rows without a frame and 3 rows twice"):
+        features.verify(features.live_frames(tags, pixels), doubled, indexed.model.manifest, [])
+
+
+def test_what_changes_is_followed_and_any_parquet_reader_reads_it(spark: SparkSession, indexed: Indexed) -> None:
+    """Last of those that use the lake, since it changes it."""
+    before = {
+        (row[t.IMAGE_ID], row[t.FRAME]): row for row in features.open_index(spark, indexed.settings).rows.collect()
+    }
+    # The batch is replaced: e is gone, a has other pixels (another drawing), g is new, the rest is the same.
     changed = [image for image in IMAGES if image.name not in "ae"]
-    publish(spark, settings, [*changed, Drawn("a", "p1", "MR", "BRAIN"), Drawn("g", "p9", "MR", "BRAIN")])
-    third = features.run(spark, settings)
-    assert (third.embedded, third.deleted, third.rows) == (2, 2, FRAMES)
-    kept = {(row[t.IMAGE_ID], row[t.FRAME]): row for row in rows}
-    for row in rows_of(features.open_index(spark, settings).rows):
-        old = kept.get((row[t.IMAGE_ID], row[t.FRAME]))
-        assert (old == row) == (row[t.IMAGE_ID] not in {pseudonym("a"), pseudonym("g")})
+    publish(spark, indexed.settings, [*changed, Drawn("a", "p1", "MR", "BRAIN"), Drawn("g", "p9", "MR", "BRAIN")])
+    report = features.run(spark, indexed.settings)
+    assert (report.embedded, report.deleted, report.rows) == (2, 2, FRAMES)
+    index = features.open_index(spark, indexed.settings)
+    for row in rows_of(index.rows):
+        same = before.get((row[t.IMAGE_ID], row[t.FRAME])) == row
+        assert same == (row[t.IMAGE_ID] not in {pseudonym("a"), pseudonym("g")})
 
-
-def test_any_parquet_reader_reads_the_live_files(spark: SparkSession, settings: Settings) -> None:
-    lake = publish(spark, settings, IMAGES)
-    features.run(spark, settings)
-    publish(spark, settings, IMAGES[1:])
-    report = features.run(spark, settings)
-    assert report.deleted == 1
-    path, uris = features.live_files(spark, settings)
-    assert path == lake.features(report.model_id)
+    path, uris = features.live_files(spark, indexed.settings)
+    folder = storage.local_path(path)
     names = [storage.local_path(uri) for uri in uris]
     assert all("/modality=" in name and "/body_part=" in name for name in names)
-    # The deleted row's file still lies in the folder, and must not be among the live ones.
-    assert set(names) < {str(file) for file in Path(storage.local_path(path)).rglob("*.parquet")}
-    plain = ds.dataset(names, partitioning="hive", partition_base_dir=storage.local_path(path)).to_table()
-    through_delta = features.open_index(spark, settings).rows.toArrow()
+    # Files of deleted rows still lie in the folder, and must not be among the live ones.
+    assert set(names) < {str(file) for file in Path(folder).rglob("*.parquet")}
+    plain = ds.dataset(names, partitioning="hive", partition_base_dir=folder).to_table()
     order = [(t.IMAGE_ID, "ascending"), (t.FRAME, "ascending")]
     columns = t.FEATURES.schema.names
-    assert plain.num_rows == FRAMES - 1
+    through_delta = index.rows.toArrow()
+    assert plain.num_rows == FRAMES
     assert plain.sort_by(order).select(columns).to_pylist() == through_delta.sort_by(order).select(columns).to_pylist()
 
 
-@pytest.mark.parametrize(("spoil", "words"), [(float("nan"), "2 with NaN"), (0.0, "2 of zeros alone")])
-def test_vectors_that_cannot_be_searched_stop_the_job_before_they_are_seen(
-    spark: SparkSession, make_settings: MakeSettings, tmp_path: Path, spoil: float, words: str
-) -> None:
-    saved = save_model(tmp_path / "spoilt", spoil=spoil)
-    settings = make_settings(f"index.model={tmp_path / 'spoilt'}")
-    lake = publish(spark, settings, [IMAGES[0], IMAGES[4]])
-    with pytest.raises(TableError, match=words):
-        features.run(spark, settings)
-    assert t.read(spark, lake.features(saved.manifest.model_id)).count() == 0
+def test_without_a_champion_the_error_says_what_to_run(spark: SparkSession, make_settings: MakeSettings) -> None:
+    with pytest.raises(ModelError, match="run `cbmir train`, then `cbmir index`"):
+        features.open_index(spark, make_settings())
 
 
 def test_inspection_counts_each_fault(spark: SparkSession) -> None:
@@ -157,62 +222,6 @@ def test_inspection_counts_each_fault(spark: SparkSession) -> None:
     assert dataclasses.astuple(found) == (6, 2, 2, 1)
     assert found.faults == "2 of another dimension, 2 with NaN or infinite values, 1 of zeros alone"
     assert features.inspect(df.where("false"), 2) == features.Inspection(0, 0, 0, 0)
-
-
-def test_a_model_of_other_pixels_is_refused(spark: SparkSession, make_settings: MakeSettings, tmp_path: Path) -> None:
-    save_model(tmp_path / "other", preprocessing="px9-else")
-    settings = make_settings(f"index.model={tmp_path / 'other'}")
-    lake = publish(spark, settings, IMAGES[:1])
-    with pytest.raises(ModelError, match=f"px9-else.*{PREPROCESSING}"):
-        features.run(spark, settings)
-    assert storage.kind(storage.join(lake.uri, "features"), settings.storage) == "nothing"
-
-
-def test_a_table_of_another_model_is_refused_naming_both(
-    spark: SparkSession, settings: Settings, tmp_path: Path
-) -> None:
-    lake = publish(spark, settings, IMAGES[:1])
-    mine = features.run(spark, settings).model_id
-    other = save_model(tmp_path / "second", seed=2).manifest.model_id
-    os.rename(storage.local_path(lake.features(mine)), storage.local_path(lake.features(other)))
-    second = settings.model_copy(
-        update={"retrieval": settings.retrieval.model_copy(update={"model": str(tmp_path / "second")})}
-    )
-    with pytest.raises(ModelError, match=f"{mine}.*{other}"):
-        features.open_index(spark, second)
-    with pytest.raises(TableError, match=f"{mine} has no index"):
-        features.open_index(spark, settings)
-
-
-def test_without_a_champion_the_error_says_what_to_run(spark: SparkSession, make_settings: MakeSettings) -> None:
-    with pytest.raises(ModelError, match="run `cbmir train`, then `cbmir index`"):
-        features.open_index(spark, make_settings())
-
-
-def test_a_model_that_a_registry_knows_becomes_its_champion(
-    spark: SparkSession, settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    # The registry itself is training's, and tested there; here it matters when it is asked and for what.
-    asked: list[str] = []
-    moved: list[tuple[str, str]] = []
-    files = ((tmp_path / "model/manifest.json").read_text(), (tmp_path / "model/weights.safetensors").read_bytes())
-
-    def resolve(uri: str, _: Settings) -> tuple[str, bytes]:
-        asked.append(uri)
-        return files
-
-    def move(_: Settings, alias: str, model_id: str) -> str:
-        moved.append((alias, model_id))
-        return "4"
-
-    monkeypatch.setattr(training, "resolve_model", resolve)
-    monkeypatch.setattr(training, "move_alias", move)
-    registered = settings.model_copy(update={"index": settings.index.model_copy(update={"model": None})})
-    publish(spark, settings, IMAGES[:1])
-    report = features.run(spark, registered)
-    assert asked == ["models:/cbmir@candidate"]
-    assert moved == [("champion", report.model_id)]
-    assert report.champion == "4"
 
 
 def test_body_parts_come_from_the_tag_then_from_a_sure_prediction() -> None:
