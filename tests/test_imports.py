@@ -9,7 +9,7 @@ import cbmir_spark
 from tests.conftest import REPO
 
 PACKAGE = Path(cbmir_spark.__file__).parent
-MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if not path.stem.startswith("__")}
 
 # What each of these rooms must do without; it has to run where the package is not installed, or stay testable alone.
 FORBIDDEN = {
