@@ -129,7 +129,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     folder = tmp_path_factory.mktemp("site")
     key = folder / "pseudonym.key"
     key.write_text("a key for the cluster's tests only\n")
+    archive = folder / "archive"
     settings = {
+        # Queries by uri have to lie below it.
+        "ingest": {"archive": str(archive)},
         "privacy": {"key_file": str(key)},
         "dataset": {"min_images": 4},
         "training": {"preset": "alexnet-small", "epochs": 1},
@@ -143,7 +146,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     }
     file = folder / "site.yaml"
     file.write_text(yaml.safe_dump(settings))
-    archive = folder / "archive"
     synthesis.write_demo_archive(archive, images_per_class=6, seed=7)
     # What happens to pydicom's own files is the subject of other tests; here they would only cost time.
     shutil.rmtree(archive / "pydicom")
@@ -219,7 +221,7 @@ def digest(found: list[dict[str, Any]]) -> str:
 @pytest.fixture(scope="module")
 def ingested(cluster: Cluster, spark: SparkSession, site: Site) -> Site:
     submitted = by_spark_submit(cluster, site, "ingest", "--archive", site.archive)
-    local = by_local(spark, site, "ingest", ingest__archive=site.archive)
+    local = by_local(spark, site, "ingest")
     assert submitted["outcomes"] == local["outcomes"]
     return site
 
