@@ -24,7 +24,7 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import LongType, StructField, StructType
 
-from cbmir_spark import __version__, model, storage, training
+from cbmir_spark import __version__, arrays, model, storage, training
 from cbmir_spark import tables as t
 from cbmir_spark.config import Settings, StorageSettings
 from cbmir_spark.errors import ModelError, TableError
@@ -187,41 +187,14 @@ def inspect(rows: DataFrame, dimension: int) -> Inspection:
 # --- Arrow batches; per task ---
 
 
-def vectors_of(batch: pa.RecordBatch, dimension: int) -> NDArray[np.float32]:
-    """The (n, D) float32 vectors of a batch, without a copy. Raises TableError where one has another dimension."""
-    column = batch.column(t.VECTOR)
-    lengths = np.diff(column.offsets.to_numpy())
-    if not (lengths == dimension).all():
-        wrong = int((lengths != dimension).sum())
-        raise TableError(f"{wrong} of {len(lengths)} vectors do not have {dimension} values: run `cbmir index`")
-    flat: NDArray[np.float32] = column.flatten().to_numpy(zero_copy_only=True)
-    return flat.reshape(-1, dimension)
-
-
-def vector_column(vectors: NDArray[np.float32]) -> pa.Array:
-    """(n, D) float32 as an Arrow list column."""
-    offsets = np.arange(0, vectors.size + 1, vectors.shape[1], dtype=np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(vectors.reshape(-1)))
-
-
-def pixels_of(batch: pa.RecordBatch) -> NDArray[np.uint8]:
-    """The (n, 256, 256) uint8 pixels of a batch, without a copy. Raises TableError for frames of another size."""
-    column = batch.column(t.PIXELS_COLUMN)
-    offsets = np.frombuffer(column.buffers()[1], dtype=np.int32)[column.offset : column.offset + len(column) + 1]
-    if not (np.diff(offsets) == t.FRAME_BYTES).all():
-        raise TableError(f"frames in PIXELS are not all of {t.FRAME_BYTES} bytes")
-    values = np.frombuffer(column.buffers()[2], dtype=np.uint8)
-    return values[offsets[0] : offsets[-1]].reshape(-1, t.SIDE, t.SIDE)
-
-
 def feature_rows(batch: pa.RecordBatch, loaded: Loaded, minimum: float) -> pa.RecordBatch:
     """Frames with pixels and tags → rows of FEATURES."""
-    embedded = model.embed_batches(loaded, pixels_of(batch), batch.column(t.MODALITY).to_pylist())
+    embedded = model.embed_batches(loaded, arrays.pixels_of(batch), batch.column(t.MODALITY).to_pylist())
     projections, residuals = loaded.projection.apply(embedded.vectors)
     parts = body_parts(batch.column(t.BODY_PART).to_pylist(), embedded.labels, embedded.probabilities.tolist(), minimum)
     made = {
-        t.VECTOR: vector_column(embedded.vectors),
-        t.PROJECTION: vector_column(projections),
+        t.VECTOR: arrays.vector_column(embedded.vectors),
+        t.PROJECTION: arrays.vector_column(projections),
         t.RESIDUAL_NORM: pa.array(residuals),
         t.PREDICTED: pa.array([label or UNKNOWN for label in embedded.labels]),
         t.PROBABILITY: pa.array(embedded.probabilities),
@@ -254,7 +227,7 @@ def faults(batch: pa.RecordBatch, dimension: int) -> NDArray[np.int64]:
     counts = np.array([len(sound), (~sound).sum(), 0, 0], dtype=np.int64)
     if sound.any():
         kept = batch if sound.all() else batch.filter(pa.array(sound))
-        vectors = vectors_of(kept, dimension)
+        vectors = arrays.vectors_of(kept, dimension)
         residuals = kept.column(t.RESIDUAL_NORM).to_numpy()
         counts[2] = (~(np.isfinite(vectors).all(axis=1) & np.isfinite(residuals))).sum()
         counts[3] = (~vectors.any(axis=1)).sum()

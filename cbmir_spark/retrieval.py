@@ -2,7 +2,7 @@
 
 Where each step runs: the driver reads the list and plans which partitions each query may see; the scan is filtered
 by those partitions before anything is joined, because a join alone prunes nothing (measured: 8 of 8 files, design
-decision 1); the queries are broadcast; each task keeps one partial top-k over all that it scans (kernel.py); one
+decision 1); the queries are broadcast; each task keeps one partial top-k over all that it scans (scan_task.py); one
 shuffle by query merges them. Neither the number of tasks nor the order of rows can change an answer.
 """
 
@@ -19,7 +19,6 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import reduce
-from itertools import groupby
 from operator import or_
 from typing import Any
 
@@ -27,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 from numpy.typing import NDArray
-from pyspark import Broadcast, StorageLevel
+from pyspark import StorageLevel
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_schema
@@ -37,18 +36,18 @@ from pyspark.sql.types import (
     DoubleType,
     FloatType,
     IntegerType,
-    LongType,
     StringType,
     StructField,
     StructType,
 )
 
-from cbmir_spark import __version__, features, ingest, kernel, model, pseudonyms, reconcile, report, storage
+from cbmir_spark import __version__, arrays, features, ingest, model, pseudonyms, reconcile, report, scan_task, storage
 from cbmir_spark import tables as t
 from cbmir_spark.config import RetrievalSettings, Settings, StorageSettings
 from cbmir_spark.errors import InputError, ModelError, TableError
 from cbmir_spark.features import Index
 from cbmir_spark.pseudonyms import Pseudonyms
+from cbmir_spark.scan_task import Job, Place
 from cbmir_spark.vocabulary import UNKNOWN
 
 SOP_INSTANCE_UID = "sop_instance_uid"
@@ -58,15 +57,10 @@ NAMING = (t.URI, t.IMAGE_ID, SOP_INSTANCE_UID)
 QUERIES_PER_TASK = 64
 # Longer cells hold no identifier and no path.
 LONGEST_CELL = 4096
-# Rows of partial results in one Arrow batch.
-_ROWS_OUT = 8192
 
 _IMAGE_ID = re.compile(r"[0-9a-f]{32}")
 _UID = re.compile(r"[0-9.]{1,64}")
 _FRAME_NUMBER = re.compile(r"[0-9]{1,9}")
-
-Place = tuple[str, str]
-"""A partition of FEATURES: (modality, body_part)."""
 
 
 class Answered(StrEnum):
@@ -360,7 +354,7 @@ def _fetch(
     table = rows.join(F.broadcast(chosen), on=[t.IMAGE_ID, t.FRAME], how="left_semi").toArrow()
     found = {}
     for batch in table.to_batches():
-        vectors = features.vectors_of(batch, index.manifest.embedding_dim)
+        vectors = arrays.vectors_of(batch, index.manifest.embedding_dim)
         others = batch.select([name for name in batch.schema.names if name != t.VECTOR])
         for vector, row in zip(vectors, others.to_pylist(), strict=True):
             # An imputed body part is no tag: the query then goes by its predicted class.
@@ -421,9 +415,7 @@ def _read_uris(
     wanted = spark.createDataFrame(listed, _WANTED).repartition(tasks, t.QUERY_ID)
     queries, failed, pictures = {}, {}, {}
     for batch in wanted.mapInArrow(read, _READ).toArrow().to_batches():
-        vectors = iter(
-            features.vectors_of(batch.filter(batch.column(t.STATUS).is_null()), index.manifest.embedding_dim)
-        )
+        vectors = iter(arrays.vectors_of(batch.filter(batch.column(t.STATUS).is_null()), index.manifest.embedding_dim))
         others = batch.select([name for name in batch.schema.names if name != t.VECTOR])
         for row in others.to_pylist():
             query_id = row[t.QUERY_ID]
@@ -463,7 +455,7 @@ def read_batch(batch: pa.RecordBatch, reader: Reader) -> Iterator[pa.RecordBatch
             row |= {t.PREDICTED: label or UNKNOWN, t.PROBABILITY: probability}
         columns = pa.RecordBatch.from_pylist(read, schema=arrow).columns
         vectors = arrow.get_field_index(t.VECTOR)
-        columns[vectors] = features.vector_column(embedded.vectors).cast(arrow.field(vectors).type)
+        columns[vectors] = arrays.vector_column(embedded.vectors).cast(arrow.field(vectors).type)
         yield pa.RecordBatch.from_arrays(columns, schema=arrow)
 
 
@@ -592,35 +584,6 @@ _GROUP: Mapping[str, str | None] = {
     "study": t.STUDY_ID,
     "patient": t.PATIENT_ID,
 }
-_SHOWN_OF_HIT = [f for f in t.RESULTS_HITS.schema if f.name not in (t.QUERY_ID, t.RANK, t.DISTANCE)]
-_PARTIAL = StructType(
-    [
-        StructField(t.QUERY_ID, StringType(), False),
-        StructField(t.DISTANCE, DoubleType(), False),
-        *_SHOWN_OF_HIT,
-        StructField(t.CANDIDATES, LongType(), False),
-    ]
-)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every task of a search is sent, once for each worker: the queries, and which of them meet which rows.
-
-    vectors: (Q, D) float32. `list_of` gives for each partition the number of its list of queries in `lists`: partitions
-    that the same queries meet share one, and may share a block. `own` gives the queries by the value of the column
-    `exclude` that their hits must not have.
-    """
-
-    query_ids: tuple[str, ...]
-    vectors: NDArray[np.float32]
-    list_of: Mapping[Place, int]
-    lists: tuple[NDArray[np.int64], ...]
-    exclude: str | None
-    own: Mapping[str, Sequence[int]]
-    group: str | None
-    k: int
-    block_bytes: int
 
 
 def search(spark: SparkSession, rows: DataFrame, queries: Sequence[Query], options: RetrievalSettings) -> Answer:
@@ -642,8 +605,7 @@ def search(spark: SparkSession, rows: DataFrame, queries: Sequence[Query], optio
         pruned = pruned.where(F.col(t.BODY_PART_SOURCE) != t.FROM_PREDICTION)
     tasks = options.tasks_per_core * spark.sparkContext.defaultParallelism
     broadcast = spark.sparkContext.broadcast(job)
-    columns = [t.VECTOR, *[f.name for f in _SHOWN_OF_HIT]]
-    partial = pruned.select(*columns).coalesce(tasks).mapInArrow(_task(broadcast), _PARTIAL)
+    partial = pruned.select(*scan_task.COLUMNS).coalesce(tasks).mapInArrow(scan_task.of(broadcast), scan_task.PARTIAL)
     merged = merge(partial, options.k, job.group).persist(StorageLevel.MEMORY_AND_DISK)
     counted = merged.groupBy(t.QUERY_ID).agg(F.count("*").alias(t.HITS), F.max(t.CANDIDATES).alias(t.CANDIDATES))
     found = {row[t.QUERY_ID]: (row[t.HITS], row[t.CANDIDATES]) for row in counted.collect()}
@@ -718,103 +680,6 @@ def _answered(query: Query, places: frozenset[Place], hits: int, candidates: int
         sought = "/".join(part or "any" for part in _sought(query, options))
         reason = f"the index has no partition for {sought} (prefilter {options.prefilter}, unknown {options.unknown})"
     return Status(query.query_id, Answered.NO_CANDIDATES, reason, named, candidates, 0)
-
-
-# --- per task ---
-
-
-def _task(broadcast: "Broadcast[Job]") -> Any:
-    def find(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        return partial_results(batches, broadcast.value)
-
-    return find
-
-
-def partial_results(batches: Iterable[pa.RecordBatch], job: Job) -> Iterator[pa.RecordBatch]:
-    """FEATURES batches → the k best groups of each query among them, as rows of `_PARTIAL`. No Spark.
-
-    Half of `block_bytes` is for a block of vectors, half for its distances to a tile of queries: Spark's batches of
-    256 rows are gathered first, since small matrix products are slow ones. The rows that may still be hits are kept
-    without their vectors, and of a query's rows in the output the first carries its number of candidates.
-    """
-    found = kernel.Search(job.vectors, job.k, job.block_bytes // 2)
-    height = max(1, job.block_bytes // 2 // (4 * job.vectors.shape[1]))
-    numbers = np.empty(0, dtype=np.int64)
-    kept: pa.Table | None = None
-    for number, vectors, rows in _blocks(batches, job, height):
-        before = found.rows_seen
-        found.add(vectors, _keys(rows, job), job.lists[number], _excluded(rows, job))
-        numbers = np.concatenate([numbers, np.arange(before, found.rows_seen)])
-        kept = rows if kept is None else pa.concat_tables([kept, rows])
-        places = np.searchsorted(numbers, found.rows)
-        numbers, kept = numbers[places], kept.take(places)
-    if kept is None:
-        return
-    nearest = found.results()
-    first = np.diff(nearest.query, prepend=-1) != 0
-    candidates = np.where(first, found.candidates[nearest.query], 0)
-    hits = kept.take(np.searchsorted(numbers, nearest.row))
-    columns = {name: hits.column(name) for name in hits.column_names} | {
-        t.QUERY_ID: pa.array([job.query_ids[number] for number in nearest.query], pa.string()),
-        t.DISTANCE: pa.array(nearest.distance),
-        t.CANDIDATES: pa.array(candidates),
-    }
-    yield from pa.table([columns[name] for name in _PARTIAL.names], _PARTIAL.names).to_batches(_ROWS_OUT)
-
-
-def _blocks(
-    batches: Iterable[pa.RecordBatch], job: Job, height: int
-) -> Iterator[tuple[int, NDArray[np.float32], pa.Table]]:
-    """Batches gathered into blocks of at most `height` rows that the same list of queries meets.
-
-    Yields the list's number, (n, D) vectors, valid until the next block, and the rows' other columns.
-    """
-    dimension = job.vectors.shape[1]
-    buffer = np.empty((height, dimension), dtype=np.float32)
-    filled, current = 0, -1
-    rows: list[pa.RecordBatch] = []
-    for batch in batches:
-        vectors = features.vectors_of(batch, dimension)
-        others = batch.select([f.name for f in _SHOWN_OF_HIT])
-        places = zip(batch.column(t.MODALITY).to_pylist(), batch.column(t.BODY_PART).to_pylist(), strict=True)
-        start = 0
-        for number, run in groupby(job.list_of[place] for place in places):
-            stop = start + sum(1 for _ in run)
-            if number != current and filled:
-                yield current, buffer[:filled], pa.Table.from_batches(rows)
-                filled, rows = 0, []
-            current = number
-            while start < stop:
-                taken = min(stop - start, height - filled)
-                buffer[filled : filled + taken] = vectors[start : start + taken]
-                # Taken, not sliced: a slice keeps the whole batch in memory, vectors and all.
-                rows.append(others.take(pa.array(np.arange(start, start + taken))))
-                filled, start = filled + taken, start + taken
-                if filled == height:
-                    yield current, buffer, pa.Table.from_batches(rows)
-                    filled, rows = 0, []
-    if filled:
-        yield current, buffer[:filled], pa.Table.from_batches(rows)
-
-
-def _keys(rows: pa.Table, job: Job) -> kernel.Keys:
-    return kernel.Keys(
-        np.array(rows.column(t.IMAGE_ID).to_pylist(), dtype=np.bytes_),
-        rows.column(t.FRAME).to_numpy().astype(np.int64),
-        None if job.group is None else np.array(rows.column(job.group).to_pylist(), dtype=np.bytes_),
-    )
-
-
-def _excluded(rows: pa.Table, job: Job) -> kernel.Pairs | None:
-    if job.exclude is None or not job.own:
-        return None
-    pairs = [
-        (query, row)
-        for row, value in enumerate(rows.column(job.exclude).to_pylist())
-        for query in job.own.get(value, ())
-    ]
-    found = np.array(pairs, dtype=np.int64).reshape(-1, 2)
-    return kernel.Pairs(found[:, 0], found[:, 1])
 
 
 # --- what was read ---

@@ -14,7 +14,7 @@ import torch
 from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
-from cbmir_spark import config, features, model, storage, training
+from cbmir_spark import arrays, config, features, model, storage, training
 from cbmir_spark import tables as t
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import ModelError, TableError
@@ -263,13 +263,13 @@ def test_batches_are_read_without_a_copy() -> None:
     vectors = np.arange(24, dtype=np.float32).reshape(6, 4)
     pixels = np.random.default_rng(0).integers(0, 256, (6, 256, 256)).astype(np.uint8)
     batch = pa.RecordBatch.from_arrays(
-        [features.vector_column(vectors), pa.array([frame.tobytes() for frame in pixels], pa.binary())],
+        [arrays.vector_column(vectors), pa.array([frame.tobytes() for frame in pixels], pa.binary())],
         names=[t.VECTOR, t.PIXELS_COLUMN],
     )
     part = batch.slice(2, 3)
-    assert (features.vectors_of(part, 4) == vectors[2:5]).all()
-    assert (features.pixels_of(part) == pixels[2:5]).all()
-    assert not features.vectors_of(part, 4).flags.owndata
-    assert not features.pixels_of(part).flags.owndata
+    assert (arrays.vectors_of(part, 4) == vectors[2:5]).all()
+    assert (arrays.pixels_of(part) == pixels[2:5]).all()
+    assert not arrays.vectors_of(part, 4).flags.owndata
+    assert not arrays.pixels_of(part).flags.owndata
     with pytest.raises(TableError, match="3 of 3 vectors do not have 5"):
-        features.vectors_of(part, 5)
+        arrays.vectors_of(part, 5)

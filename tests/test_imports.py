@@ -20,6 +20,8 @@ FORBIDDEN = {
     "vocabulary": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pydantic", "pydicom", "numpy"},
     "model": {"pyspark", "delta", "mlflow", "petastorm", "pydantic", "pyarrow"},
     "kernel": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pydantic", "pyarrow"},
+    "arrays": {"mlflow", "torch", "petastorm"},
+    "scan_task": {"mlflow", "torch", "petastorm"},
     "synthesis": {"pyspark", "delta", "mlflow", "torch", "petastorm"},
     "storage": {"pyspark", "delta", "mlflow", "torch"},
 }

@@ -1,0 +1,35 @@
+"""Columns of Arrow batches as numpy arrays, without a copy where the layout allows it. No Spark session, no torch."""
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from cbmir_spark import tables as t
+from cbmir_spark.errors import TableError
+
+
+def vectors_of(batch: pa.RecordBatch, dimension: int) -> NDArray[np.float32]:
+    """The (n, D) float32 vectors of a batch, without a copy. Raises TableError where one has another dimension."""
+    column = batch.column(t.VECTOR)
+    lengths = np.diff(column.offsets.to_numpy())
+    if not (lengths == dimension).all():
+        wrong = int((lengths != dimension).sum())
+        raise TableError(f"{wrong} of {len(lengths)} vectors do not have {dimension} values: run `cbmir index`")
+    flat: NDArray[np.float32] = column.flatten().to_numpy(zero_copy_only=True)
+    return flat.reshape(-1, dimension)
+
+
+def vector_column(vectors: NDArray[np.float32]) -> pa.Array:
+    """(n, D) float32 as an Arrow list column."""
+    offsets = np.arange(0, vectors.size + 1, vectors.shape[1], dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(vectors.reshape(-1)))
+
+
+def pixels_of(batch: pa.RecordBatch) -> NDArray[np.uint8]:
+    """The (n, 256, 256) uint8 pixels of a batch, without a copy. Raises TableError for frames of another size."""
+    column = batch.column(t.PIXELS_COLUMN)
+    offsets = np.frombuffer(column.buffers()[1], dtype=np.int32)[column.offset : column.offset + len(column) + 1]
+    if not (np.diff(offsets) == t.FRAME_BYTES).all():
+        raise TableError(f"frames in PIXELS are not all of {t.FRAME_BYTES} bytes")
+    values = np.frombuffer(column.buffers()[2], dtype=np.uint8)
+    return values[offsets[0] : offsets[-1]].reshape(-1, t.SIDE, t.SIDE)
