@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
+from typing import Any
 
 import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_schema
 from pyspark.sql.types import (
-    ArrayType,
+    IntegerType,
     LongType,
     StringType,
     StructField,
@@ -75,18 +76,23 @@ _LISTING = StructType(
     ]
 )
 _TAGS_OF_INSTANCE = StructType([f for f in t.TAGS.schema if f.name != t.BATCH])
-_FRAME = StructType([f for f in t.PIXELS.schema if f.name not in (t.IMAGE_ID, t.BATCH)])
+_OF_FRAME = [f for f in t.PIXELS.schema if f.name not in (t.IMAGE_ID, t.BATCH)]
+_KEPT_FRAMES = "kept_frames"
+# One row for each object, then one for each of its frames, in which only uri, image_id and the frame are set. Frames
+# are rows of their own because readers take hundreds of rows at a time, and one enhanced object alone has 32 MB.
 _STAGED = StructType(
     [
-        *_LISTING,
+        *[StructField(f.name, f.dataType) for f in _LISTING],
         StructField(t.DIGEST, StringType()),
-        StructField(t.OUTCOME, StringType(), False),
+        StructField(t.OUTCOME, StringType()),
         StructField(t.REASON, StringType()),
         StructField(t.IMAGE_ID, StringType()),
         StructField("tags", _TAGS_OF_INSTANCE),
-        StructField("frames", ArrayType(_FRAME, containsNull=False)),
+        StructField(_KEPT_FRAMES, IntegerType()),
+        *[StructField(f.name, f.dataType) for f in _OF_FRAME],
     ]
 )
+_FRAMES_PER_BATCH = 64
 
 Progress = Callable[[int, int, Mapping[str, int]], None]
 
@@ -144,15 +150,24 @@ def parse(objects: DataFrame, parser: Parser) -> DataFrame:
     def stage(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
             for row in batch.to_pylist():
-                # One batch for each object: an enhanced instance alone may carry 32 MB of frames.
-                yield pa.RecordBatch.from_pylist([parse_object(row, parser)], schema=arrow)
+                parsed = parse_object(row, parser)
+                frames: list[dict[str, object]] = parsed.pop("frames", [])
+                head = parsed | {_KEPT_FRAMES: len(frames)}
+                yield pa.RecordBatch.from_pylist([head], schema=arrow)
+                keys = {t.URI: row[t.URI], t.IMAGE_ID: parsed.get(t.IMAGE_ID)}
+                for start in range(0, len(frames), _FRAMES_PER_BATCH):
+                    rows = [keys | frame for frame in frames[start : start + _FRAMES_PER_BATCH]]
+                    yield pa.RecordBatch.from_pylist(rows, schema=arrow)
 
     return objects.select(t.URI, t.SIZE, t.MODIFIED).mapInArrow(stage, _STAGED)
 
 
-def parse_object(listed: Mapping[str, object], parser: Parser) -> dict[str, object]:
-    """One object as a staged row. Whatever the object holds, the row says what became of it. Runs per task."""
-    row: dict[str, object] = dict.fromkeys(_STAGED.names) | dict(listed)
+def parse_object(listed: Mapping[str, object], parser: Parser) -> dict[str, Any]:
+    """One object's staged row and, under `frames`, rows of its frames. Runs per task.
+
+    Whatever the object holds, the row says what became of it; nothing is raised but what is wrong with this machine.
+    """
+    row: dict[str, Any] = dict(listed)
     uri, size = str(listed[t.URI]), int(str(listed[t.SIZE]))
     if size > parser.limits.max_object_mb * 2**20:
         return row | {t.OUTCOME: t.REJECTED, t.REASON: TOO_LARGE}
@@ -374,7 +389,10 @@ def _ingest_slice(
         tasks = max(1, math.ceil(planned / settings.ingest.files_per_task))
         staged_path = storage.join(staging, f"parsed-{number}")
         parse(objects.repartition(tasks, t.URI), parser).write.parquet(staged_path)
-        staged = spark.read.schema(_STAGED).parquet(staged_path)
+        rows = spark.read.schema(_STAGED).parquet(staged_path)
+        is_frame = F.col(t.FRAME).isNotNull()
+        staged = rows.where(~is_frame).drop(*[f.name for f in _OF_FRAME])
+        staged_frames = rows.where(is_frame).select(t.URI, t.IMAGE_ID, *[f.name for f in _OF_FRAME])
         _obey_law(planned, staged.count(), "parsed")
     with clock.stage("resolve"):
         sources = t.read(spark, lake.path(t.SOURCES), pinned.sources)
@@ -384,7 +402,7 @@ def _ingest_slice(
         leaving = superseded(resolved)
         leaving_batches = [row[t.BATCH] for row in leaving.select(t.BATCH).distinct().collect()]
         arrived = arrivals(staged, resolved)
-        counts = arrived.select(F.count("*").alias("images"), F.sum(F.size("frames")).alias("frames")).first()
+        counts = arrived.select(F.count("*").alias("images"), F.sum(_KEPT_FRAMES).alias("frames")).first()
         images, frames = (counts["images"], counts["frames"] or 0) if counts else (0, 0)
         _obey_law(newcomers(resolved).count(), images, "found among the parsed")
     with clock.stage("write"):
@@ -394,7 +412,7 @@ def _ingest_slice(
             tag_files, pixel_files = math.ceil(images / TAGS_PER_FILE), math.ceil(frames / FRAMES_PER_FILE)
             rows = tag_rows(arrived, batch).coalesce(tag_files)
             versions[tags_path] = t.replace_batch(rows, t.TAGS, tags_path, batch)
-            rows = pixel_rows(arrived, batch).repartition(pixel_files, t.IMAGE_ID)
+            rows = pixel_rows(staged_frames, arrived, batch).coalesce(pixel_files)
             versions[pixels_path] = t.replace_batch(rows, t.PIXELS, pixels_path, batch)
         if leaving_batches:
             gone_images = leaving.select(t.IMAGE_ID)

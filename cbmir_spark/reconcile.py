@@ -185,16 +185,14 @@ def newcomers(resolved: DataFrame) -> DataFrame:
 
 
 def arrivals(staged: DataFrame, resolved: DataFrame) -> DataFrame:
-    """Staged rows whose content won and is not in the tables yet: one for each image."""
-    wanted = newcomers(resolved)
-    first = Window.partitionBy(t.IMAGE_ID).orderBy(t.URI)
-    return (
+    """Staged objects whose content won and is not in the tables yet: one for each image."""
+    chosen = (
         staged.where(F.col(t.OUTCOME) == PARSED)
-        .join(wanted, on=[t.IMAGE_ID, t.DIGEST], how="left_semi")
-        .withColumn("place", F.row_number().over(first))
-        .where(F.col("place") == 1)
-        .drop("place")
+        .join(newcomers(resolved), on=[t.IMAGE_ID, t.DIGEST], how="left_semi")
+        .groupBy(t.IMAGE_ID)
+        .agg(F.min(t.URI).alias(t.URI))
     )
+    return staged.join(F.broadcast(chosen.select(t.URI)), on=t.URI, how="left_semi")
 
 
 def tag_rows(arrived: DataFrame, batch: int) -> DataFrame:
@@ -202,11 +200,10 @@ def tag_rows(arrived: DataFrame, batch: int) -> DataFrame:
     return arrived.select("tags.*", F.lit(batch).cast("bigint").alias(t.BATCH))
 
 
-def pixel_rows(arrived: DataFrame, batch: int) -> DataFrame:
-    """Rows of PIXELS: one for each frame."""
-    return arrived.select(t.IMAGE_ID, F.explode("frames").alias("f")).select(
-        t.IMAGE_ID, "f.*", F.lit(batch).cast("bigint").alias(t.BATCH)
-    )
+def pixel_rows(frames: DataFrame, arrived: DataFrame, batch: int) -> DataFrame:
+    """Rows of PIXELS, from the staged frames of the objects that arrived; the objects' URIs are broadcast."""
+    kept = frames.join(F.broadcast(arrived.select(t.URI)), on=t.URI, how="left_semi").drop(t.URI)
+    return kept.withColumn(t.BATCH, F.lit(batch).cast("bigint"))
 
 
 def source_rows(staged: DataFrame, resolved: DataFrame, gone: DataFrame, key_id: str, batch: int) -> DataFrame:

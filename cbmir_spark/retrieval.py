@@ -33,6 +33,7 @@ from pyspark.sql.pandas.types import to_arrow_schema
 from pyspark.sql.types import (
     ArrayType,
     BinaryType,
+    BooleanType,
     DoubleType,
     FloatType,
     IntegerType,
@@ -365,8 +366,14 @@ def _fetch(
     return found
 
 
+_ALLOWED = "allowed"
 _WANTED = StructType(
-    [StructField(t.QUERY_ID, StringType()), StructField(t.URI, StringType()), StructField(t.FRAME, IntegerType())]
+    [
+        StructField(t.QUERY_ID, StringType(), False),
+        StructField(t.URI, StringType(), False),
+        StructField(t.FRAME, IntegerType()),
+        StructField(_ALLOWED, BooleanType(), False),
+    ]
 )
 _SHOWN = (t.KIND, t.BURNED_IN, t.SOP_CLASS, t.SEX)
 _READ = StructType(
@@ -406,7 +413,9 @@ def _read_uris(
     reader = _reader(spark, index, settings, frozenset(pictured))
     tasks = max(math.ceil(len(rows) / QUERIES_PER_TASK), min(len(rows), spark.sparkContext.defaultParallelism))
     # Relative paths are the driver's.
-    listed = [(row.query_id, storage.canonical(row.value), row.frame) for row in rows]
+    uris = [storage.canonical(row.value) for row in rows]
+    known = _in_archive(spark, settings, uris)
+    listed = [(row.query_id, uri, row.frame, uri in known) for row, uri in zip(rows, uris, strict=True)]
 
     def read(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
@@ -437,7 +446,7 @@ def read_batch(batch: pa.RecordBatch, reader: Reader) -> Iterator[pa.RecordBatch
     arrow = to_arrow_schema(_READ)
     failed, read, pixels = [], [], []
     for row in batch.to_pylist():
-        made = read_uri(row[t.URI], row[t.FRAME], reader)
+        made = read_uri(row[t.URI], row[t.FRAME], row[_ALLOWED], reader)
         values = {t.QUERY_ID: row[t.QUERY_ID], **made}
         if t.STATUS in made:
             failed.append(values)
@@ -459,10 +468,13 @@ def read_batch(batch: pa.RecordBatch, reader: Reader) -> Iterator[pa.RecordBatch
         yield pa.RecordBatch.from_arrays(columns, schema=arrow)
 
 
-def read_uri(uri: str, frame: int | None, reader: Reader) -> dict[str, Any]:
-    """One file's tags and the pixels of one frame, or a status and its reason. Nothing outside the roots is opened."""
-    if not any(storage.is_below(uri, root) for root in reader.roots):
-        return _status(Answered.BAD_ROW, "uri lies outside the ingested archive and retrieval.roots")
+def read_uri(uri: str, frame: int | None, allowed: bool, reader: Reader) -> dict[str, Any]:
+    """One file's tags and the pixels of one frame, or a status and its reason.
+
+    Nothing is opened but what ingest has read before (`allowed`) and what lies below the roots.
+    """
+    if not (allowed or any(storage.is_below(uri, root) for root in reader.roots)):
+        return _status(Answered.BAD_ROW, "uri is neither in the ingested archive nor below retrieval.roots")
     try:
         found = storage.find(uri, reader.parser.storage)
     except OSError:
@@ -508,6 +520,15 @@ def _reader(spark: SparkSession, index: Index, settings: Settings, pictured: fro
         _pseudonyms(spark, settings),
     )
     return Reader(index.folder, tuple(storage.canonical(root) for root in roots), parser, pictured)
+
+
+def _in_archive(spark: SparkSession, settings: Settings, uris: Sequence[str]) -> set[str]:
+    """Those of some URIs that SOURCES lists: ingest has read them already, so a query may."""
+    lake = t.Lake.of(settings)
+    pinned = t.require_published(spark, lake)
+    sources = t.read(spark, lake.path(t.SOURCES), pinned.sources).where(F.col(t.OUTCOME) != t.DELETED)
+    asked = spark.createDataFrame([(uri,) for uri in sorted(set(uris))], f"{t.URI} string")
+    return {row[t.URI] for row in sources.select(t.URI).join(F.broadcast(asked), on=t.URI, how="left_semi").collect()}
 
 
 def _pseudonyms(spark: SparkSession, settings: Settings) -> Pseudonyms:

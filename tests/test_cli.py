@@ -52,7 +52,7 @@ def _snapshot(folder: Path) -> list[str]:
     [
         (("config", "--set", "retrieval.kk=1"), 2, "unknown key retrieval.kk; did you mean k?"),
         (("retrieve", "--k", "0", "--queries", "q.csv"), 2, "retrieval.k, set by the command line"),
-        (("retrieve", "--k", "many", "--queries", "q.csv"), 2, "many"),
+        (("retrieve", "--k", "many", "--queries", "q.csv"), 2, "valid integer"),
         (("retrieve", "--prefilter", "all", "--queries", "q.csv"), 2, "retrieval.prefilter, set by the command line"),
         (("ingest", "--config", "absent.yaml"), 2, "absent.yaml: No such file"),
         (("ingset",), 2, "No such command"),

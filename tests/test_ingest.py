@@ -1,11 +1,10 @@
 """Ingest: one outcome for each object, one winner for each SOP instance, nothing twice, nothing half."""
 
-import itertools
 import os
 import shutil
-from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import pydicom
 import pytest
@@ -40,10 +39,8 @@ def _sample(folder: Path, name: str, source: str = "CT_small.dcm", hour: int = 0
     return path
 
 
-@pytest.fixture
-def archive(tmp_path: Path) -> Path:
+def _fill(folder: Path) -> Path:
     """Twelve objects: three images in five objects, a non-image, and six that cannot be used."""
-    folder = tmp_path / "archive"
     _sample(folder, "ct/one.dcm", hour=1)
     shutil.copy2(folder / "ct/one.dcm", folder / "ct/one again.dcm")
     _sample(folder, "ct/two.dcm", hour=1, SOPInstanceUID="1.2.3.2", PatientSex="F")
@@ -76,16 +73,35 @@ def _outcomes(spark: SparkSession, settings: config.Settings) -> dict[str, str]:
     return {row["uri"].rsplit("/archive/", 1)[1]: row["outcome"] for row in sources.collect()}
 
 
-def test_each_object_gets_one_outcome_and_a_second_run_writes_nothing(
-    spark: SparkSession, make_settings: MakeSettings, archive: Path
-) -> None:
-    settings = make_settings(f"ingest.archive={archive}", "ingest.max_files_per_batch=5")
-    report = ingest.run(spark, settings)
-    assert report.listed == 12 == report.read
-    assert report.batches == 3
-    assert _outcomes(spark, settings) == {
-        "ct/one.dcm": t.DUPLICATE if _first(archive, "ct/one again.dcm") else t.INGESTED,
-        "ct/one again.dcm": t.INGESTED if _first(archive, "ct/one again.dcm") else t.DUPLICATE,
+def _key_of(lake: t.Lake) -> str:
+    return f"privacy.key_file={storage.local_path(lake.vault)}/pseudonym.key"
+
+
+class Night(NamedTuple):
+    """A lake after its first night; tests of it change neither lake nor archive."""
+
+    archive: Path
+    overrides: tuple[str, ...]
+    settings: config.Settings
+    report: ingest.Report
+
+
+@pytest.fixture(scope="module")
+def night(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Night:
+    folder = tmp_path_factory.mktemp("night")
+    archive = _fill(folder / "archive")
+    # Slices of five: what belongs together comes in different ones.
+    overrides = (f"ingest.archive={archive}", f"lake.uri={folder / 'lake'}", "ingest.max_files_per_batch=5")
+    settings = config.load(overrides=overrides, environ={})
+    return Night(archive, overrides, settings, ingest.run(spark, settings))
+
+
+def test_each_object_gets_one_outcome(spark: SparkSession, night: Night) -> None:
+    assert night.report.listed == 12 == night.report.read
+    assert night.report.batches > 1
+    assert _outcomes(spark, night.settings) == {
+        "ct/one again.dcm": t.INGESTED,
+        "ct/one.dcm": t.DUPLICATE,
         "ct/two.dcm": t.CONFLICT,
         "ct/two corrected.dcm": t.INGESTED,
         "mr/three.dcm": t.INGESTED,
@@ -97,13 +113,16 @@ def test_each_object_gets_one_outcome_and_a_second_run_writes_nothing(
         "zeros.dcm": t.NOT_AN_IMAGE,
         "nameless.dcm": t.REJECTED,
     }
-    live = _live(spark, settings)
+    live = _live(spark, night.settings)
     assert len(live["tags"]) == 3 == len(live["pixels"])
-    lake = t.Lake.of(settings)
-    tags = t.read(spark, lake.path(t.TAGS), report.published.tags)
+    tags = t.read(spark, t.Lake.of(night.settings).path(t.TAGS), night.report.published.tags)
     assert {row["sex"] for row in tags.where("modality = 'CT'").collect()} == {"M", "O"}
+
+
+def test_a_second_run_writes_nothing_but_that_it_ran(spark: SparkSession, night: Night) -> None:
+    lake = t.Lake.of(night.settings)
     versions = [t.version(spark, lake.path(table)) for table in (t.TAGS, t.PIXELS, t.SOURCES)]
-    again = ingest.run(spark, settings)
+    again = ingest.run(spark, night.settings)
     assert (again.read, again.unchanged, again.deleted, again.batches) == (0, 12, 0, 0)
     assert versions == [t.version(spark, lake.path(table)) for table in (t.TAGS, t.PIXELS, t.SOURCES)]
     runs = t.read(spark, lake.path(t.RUNS)).orderBy("started").collect()
@@ -111,48 +130,48 @@ def test_each_object_gets_one_outcome_and_a_second_run_writes_nothing(
     assert not (Path(storage.local_path(lake.vault)) / "staging").exists()
 
 
-def _first(archive: Path, name: str) -> bool:
-    """Whether the copy sorts before the original: same content and time, so the URI decides."""
-    return f"{archive}/{name}" < f"{archive}/ct/one.dcm"
+def test_the_size_of_batches_does_not_matter(spark: SparkSession, night: Night, tmp_path: Path) -> None:
+    lake = t.Lake.of(night.settings)
+    whole = [night.overrides[0], f"lake.uri={tmp_path / 'lake'}", _key_of(lake)]
+    settings = config.load(overrides=whole, environ={})
+    assert ingest.run(spark, settings).batches == 1
+    assert _live(spark, settings) == _live(spark, night.settings)
 
 
-def test_what_left_the_archive_leaves_the_tables_and_a_survivor_stands_in(
-    spark: SparkSession, make_settings: MakeSettings, archive: Path
+def test_an_archive_that_lost_everything_is_taken_for_a_lost_mount(spark: SparkSession, night: Night) -> None:
+    before = _live(spark, night.settings)
+    away = night.archive.with_name("away")
+    night.archive.rename(away)
+    night.archive.mkdir()
+    try:
+        with pytest.raises(InputError, match="is it mounted"):
+            ingest.run(spark, night.settings)
+    finally:
+        night.archive.rmdir()
+        away.rename(night.archive)
+    assert _live(spark, night.settings) == before
+
+
+def test_another_key_or_other_pixels_are_refused(spark: SparkSession, night: Night, tmp_path: Path) -> None:
+    other = tmp_path / "other.key"
+    other.write_text("another key, just as long")
+    for override, said in [(f"privacy.key_file={other}", "pseudonym key"), ("pixels.aspect=stretch", "preprocessing")]:
+        with pytest.raises(TableError, match=said):
+            ingest.run(spark, config.load(overrides=[*night.overrides, override], environ={}))
+
+
+def test_what_left_leaves_and_a_run_that_died_is_never_seen(
+    spark: SparkSession, make_settings: MakeSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = make_settings(f"ingest.archive={archive}")
-    ingest.run(spark, settings)
-    (archive / "ct/two corrected.dcm").unlink()
-    (archive / "mr/three.dcm").unlink()
-    _sample(archive, "ct/one.dcm", hour=3, PatientSex="M")
-    report = ingest.run(spark, settings)
-    assert (report.read, report.deleted) == (1, 2)
-    outcomes = _outcomes(spark, settings)
-    assert outcomes["ct/two corrected.dcm"] == outcomes["mr/three.dcm"] == t.DELETED
-    assert outcomes["ct/two.dcm"] == t.INGESTED
-    assert outcomes["ct/one.dcm"] == t.INGESTED
-    assert outcomes["ct/one again.dcm"] == t.CONFLICT
-    lake = t.Lake.of(settings)
-    tags = t.read(spark, lake.path(t.TAGS), report.published.tags).collect()
-    assert sorted(row["sex"] for row in tags) == ["F", "M"]
-    fresh = make_settings(f"ingest.archive={archive}", f"lake.uri={archive.parent / 'other'}", _key_of(lake))
-    ingest.run(spark, fresh)
-    mended, undisturbed = _live(spark, settings), _live(spark, fresh)
-    assert mended["tags"] == undisturbed["tags"]
-    assert mended["pixels"] == undisturbed["pixels"]
-
-
-def _key_of(lake: t.Lake) -> str:
-    return f"privacy.key_file={storage.local_path(lake.vault)}/pseudonym.key"
-
-
-def test_a_job_that_died_before_it_published_is_never_seen_and_the_next_converges(
-    spark: SparkSession, make_settings: MakeSettings, archive: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    """The second night deletes, changes and adds; it dies before it publishes, and the third converges."""
+    archive = _fill(tmp_path / "archive")
     settings = make_settings(f"ingest.archive={archive}")
     ingest.run(spark, settings)
     before = _live(spark, settings)
-    _sample(archive, "ct/four.dcm", hour=4, SOPInstanceUID="1.2.3.4")
+    (archive / "ct/two corrected.dcm").unlink()
     (archive / "mr/three.dcm").unlink()
+    _sample(archive, "ct/one.dcm", hour=3, PatientSex="M")
+    _sample(archive, "ct/four.dcm", hour=4, SOPInstanceUID="1.2.3.4")
 
     def die(*_: object) -> None:
         raise KeyboardInterrupt
@@ -164,17 +183,28 @@ def test_a_job_that_died_before_it_published_is_never_seen_and_the_next_converge
     assert _live(spark, settings) == before
     lake = t.Lake.of(settings)
     assert t.version(spark, lake.path(t.TAGS)) > t.require_published(spark, lake).tags
+
     report = ingest.run(spark, settings)
     assert set(report.mended) == {"tags", "pixels"}
-    assert (report.read, report.deleted) == (1, 1)
-    fresh = make_settings(f"ingest.archive={archive}", f"lake.uri={archive.parent / 'other'}", _key_of(lake))
+    assert (report.read, report.deleted) == (2, 2)
+    outcomes = _outcomes(spark, settings)
+    assert outcomes["ct/two corrected.dcm"] == outcomes["mr/three.dcm"] == t.DELETED
+    assert outcomes["ct/two.dcm"] == outcomes["ct/one.dcm"] == outcomes["ct/four.dcm"] == t.INGESTED
+    assert outcomes["ct/one again.dcm"] == t.CONFLICT
+    tags = t.read(spark, lake.path(t.TAGS), report.published.tags).collect()
+    assert sorted(row["sex"] for row in tags) == ["F", "M", "O"]
+    fresh = make_settings(f"ingest.archive={archive}", f"lake.uri={tmp_path / 'other'}", _key_of(lake))
     ingest.run(spark, fresh)
-    assert _live(spark, settings)["tags"] == _live(spark, fresh)["tags"]
+    mended, undisturbed = _live(spark, settings), _live(spark, fresh)
+    assert mended["tags"] == undisturbed["tags"]
+    assert mended["pixels"] == undisturbed["pixels"]
 
 
 def test_bad_archives_and_lakes_are_refused_before_anything_is_made(
-    spark: SparkSession, make_settings: MakeSettings, archive: Path, tmp_path: Path
+    spark: SparkSession, make_settings: MakeSettings, tmp_path: Path
 ) -> None:
+    archive = tmp_path / "archive"
+    archive.mkdir()
     (tmp_path / "file").touch()
     for overrides, said in [
         ((), "no archive named"),
@@ -186,32 +216,6 @@ def test_bad_archives_and_lakes_are_refused_before_anything_is_made(
         with pytest.raises(InputError, match=said):
             ingest.run(spark, make_settings(*overrides))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["archive", "file"]
-
-
-def test_an_archive_that_lost_everything_is_taken_for_a_lost_mount(
-    spark: SparkSession, make_settings: MakeSettings, archive: Path
-) -> None:
-    settings = make_settings(f"ingest.archive={archive}")
-    ingest.run(spark, settings)
-    before = _live(spark, settings)
-    shutil.rmtree(archive)
-    archive.mkdir()
-    with pytest.raises(InputError, match="is it mounted"):
-        ingest.run(spark, settings)
-    assert _live(spark, settings) == before
-
-
-def test_another_key_or_other_pixels_are_refused(
-    spark: SparkSession, make_settings: MakeSettings, archive: Path, tmp_path: Path
-) -> None:
-    settings = make_settings(f"ingest.archive={archive}")
-    ingest.run(spark, settings)
-    other = tmp_path / "other.key"
-    other.write_text("another key, just as long")
-    with pytest.raises(TableError, match="pseudonym key"):
-        ingest.run(spark, make_settings(f"ingest.archive={archive}", f"privacy.key_file={other}"))
-    with pytest.raises(TableError, match="preprocessing"):
-        ingest.run(spark, make_settings(f"ingest.archive={archive}", "pixels.aspect=stretch"))
 
 
 def test_nothing_of_a_person_is_in_the_lake(spark: SparkSession, make_settings: MakeSettings, tmp_path: Path) -> None:
@@ -260,19 +264,3 @@ def test_real_files_have_the_outcome_that_their_index_predicts(
     assert "INTERNAL" not in report.reasons
     again = ingest.run(spark, settings)
     assert (again.read, again.unchanged) == (0, len(files))
-
-
-def test_the_order_of_slices_does_not_matter(
-    spark: SparkSession, make_settings: MakeSettings, archive: Path, tmp_path: Path
-) -> None:
-    found = []
-    key = ""
-    for size in (2, 100):
-        lake = tmp_path / f"lake-{size}"
-        overrides: Sequence[str] = [f"lake.uri={lake}", f"ingest.max_files_per_batch={size}"]
-        settings = make_settings(f"ingest.archive={archive}", *overrides, *([key] if key else []))
-        ingest.run(spark, settings)
-        key = key or _key_of(t.Lake.of(settings))
-        found.append(_live(spark, settings))
-    for one, other in itertools.pairwise(found):
-        assert one == other
