@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check-machine demo test lint bench notebook clean
+.PHONY: help setup check-machine demo test lint notebook clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -23,9 +23,6 @@ lint: $(READY) ## ruff and mypy alone
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-
-bench: $(READY) ## measure against the alternatives, side by side; results go to tests/benchmarks/results
-	$(BIN)/python -m tests.benchmarks
 
 notebook: $(READY) ## run the notebook over the demo's lake
 	$(BIN)/jupytext --quiet --to ipynb --output demo/demo_lake.ipynb notebooks/demo_lake.py
