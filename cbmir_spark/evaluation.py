@@ -32,6 +32,7 @@ from cbmir_spark import tables as t
 from cbmir_spark.config import Prefilter, Settings
 from cbmir_spark.errors import InputError, ModelError
 from cbmir_spark.model import LabelKind, Manifest
+from cbmir_spark.queries import Query, Wanted, resolve
 
 # Classes with fewer patients than this decide nothing; macro figures are also given without them.
 MANY_PATIENTS = 5
@@ -366,15 +367,13 @@ def _asked(spark: SparkSession, snapshot: dataset.Snapshot, rows: DataFrame, mos
     return chosen.assign(**{t.QUERY_ID: chosen[t.IMAGE_ID] + ":" + chosen[t.FRAME].astype(str)})
 
 
-def _resolved(
-    spark: SparkSession, settings: Settings, index: features.Index, asked: pd.DataFrame
-) -> list[retrieval.Query]:
+def _resolved(spark: SparkSession, settings: Settings, index: features.Index, asked: pd.DataFrame) -> list[Query]:
     """The queries with their vectors, as retrieval takes them from the index."""
     rows = [
-        retrieval.Wanted(query, t.IMAGE_ID, image, int(frame))
+        Wanted(query, t.IMAGE_ID, image, int(frame))
         for query, image, frame in zip(asked[t.QUERY_ID], asked[t.IMAGE_ID], asked[t.FRAME], strict=True)
     ]
-    resolved = retrieval.resolve(spark, rows, index, settings)
+    resolved = resolve(spark, rows, index, settings)
     if resolved.failed:
         raise InputError(f"{len(resolved.failed)} test images have left the index: run `cbmir evaluate` again")
     return [resolved.queries[row.query_id] for row in rows]
@@ -398,7 +397,7 @@ def _searched(
     spark: SparkSession,
     settings: Settings,
     index: features.Index,
-    queries: Sequence[retrieval.Query],
+    queries: Sequence[Query],
     asked: pd.DataFrame,
     relevant: Sequence[int],
     prefilter: Prefilter,

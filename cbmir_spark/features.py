@@ -14,7 +14,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import or_
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +30,7 @@ from cbmir_spark import tables as t
 from cbmir_spark.config import Settings, StorageSettings
 from cbmir_spark.errors import ModelError, TableError
 from cbmir_spark.model import Loaded, Manifest
+from cbmir_spark.scan_task import Place
 from cbmir_spark.vocabulary import UNKNOWN
 
 WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
@@ -281,6 +283,15 @@ def open_index(spark: SparkSession, settings: Settings) -> Index:
     version = t.version(spark, path)
     folder = publish_model(weights, manifest, lake, settings.storage)
     return Index(manifest, folder, path, version, t.read(spark, path, version))
+
+
+def scan(rows: DataFrame, places: Iterable[Place]) -> DataFrame:
+    """The rows of some partitions: an explicit filter on partition columns, which is what prunes files."""
+    parts: dict[str, list[str]] = {}
+    for modality, body_part in sorted(places):
+        parts.setdefault(modality, []).append(body_part)
+    conditions = [(F.col(t.MODALITY) == m) & F.col(t.BODY_PART).isin(*found) for m, found in parts.items()]
+    return rows.where(reduce(or_, conditions) if conditions else F.lit(False))
 
 
 def check_table(spark: SparkSession, path: str, manifest: Manifest) -> None:

@@ -22,7 +22,7 @@ from cbmir_spark import config, features, ingest, pseudonyms, retrieval, storage
 from cbmir_spark import tables as t
 from cbmir_spark.config import RetrievalSettings, Settings
 from cbmir_spark.errors import InputError, ModelError
-from cbmir_spark.retrieval import Answered, Query, Status, Wanted
+from cbmir_spark.queries import Answered, Query, QueryList, Status, Wanted, read_queries
 from tests.conftest import MakeSettings
 from tests.test_features import save_model
 from tests.tiny_lake import pseudonym
@@ -349,10 +349,10 @@ def test_plan(query: dict[str, Any], values: dict[str, Any], expected: set[tuple
 ID = "0" * 32
 
 
-def read(tmp_path: Path, text: str | bytes, name: str = "q.csv") -> retrieval.QueryList:
+def read(tmp_path: Path, text: str | bytes, name: str = "q.csv") -> QueryList:
     path = tmp_path / name
     path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return retrieval.read_queries(str(path), config.load(environ={}).storage)
+    return read_queries(str(path), config.load(environ={}).storage)
 
 
 def test_a_list_keeps_every_row_good_or_bad(tmp_path: Path) -> None:
@@ -415,7 +415,7 @@ def test_a_parquet_list_may_hold_numbers(tmp_path: Path) -> None:
     path = tmp_path / "q.parquet"
     table = pa.table({"query_id": [1, 2], "image_id": [ID, None], "frame": [3, None], "uri": [None, "a.dcm"]})
     pa.parquet.write_table(table, path)
-    found = retrieval.read_queries(str(path), config.load(environ={}).storage)
+    found = read_queries(str(path), config.load(environ={}).storage)
     assert found.rows == (Wanted("1", "image_id", ID, 3), Wanted("2", "uri", "a.dcm", None))
 
 
@@ -439,7 +439,7 @@ def test_a_list_that_cannot_be_used_is_refused_in_one_line(tmp_path: Path, text:
 
 def test_a_list_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="No such file"):
-        retrieval.read_queries(str(tmp_path / "none.csv"), config.load(environ={}).storage)
+        read_queries(str(tmp_path / "none.csv"), config.load(environ={}).storage)
 
 
 # --- the job, on real files ---
