@@ -24,8 +24,10 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
             "spark.master=local[2]",
             "spark.driver_memory=3g",
             # Tables here have tens of rows: the defaults of 200 and 50 partitions would be all overhead.
-            # A suite's plans run once each: compiling them to the last degree costs more than it saves.
+            # A suite's plans run once each, over tens of rows: compiling them costs more than it saves.
             "spark.conf.spark.driver.extraJavaOptions=-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
+            "spark.conf.spark.sql.codegen.wholeStage=false",
+            "spark.conf.spark.sql.codegen.factoryMode=NO_CODEGEN",
             "spark.conf.spark.sql.shuffle.partitions=2",
             "spark.conf.spark.databricks.delta.snapshotPartitions=2",
             "spark.conf.spark.sql.sources.parallelPartitionDiscovery.parallelism=4",

@@ -136,8 +136,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
         "privacy": {"key_file": str(key)},
         "dataset": {"min_images": 4},
         "training": {"preset": "alexnet-small", "epochs": 1},
+        "evaluation": {"prefilters": ["none", "tags"]},
         "spark": {
             "conf": {
+                # Over so few rows, compiling a plan takes longer than running it.
+                "spark.sql.codegen.wholeStage": False,
+                "spark.sql.codegen.factoryMode": "NO_CODEGEN",
                 "spark.sql.shuffle.partitions": 2,
                 "spark.databricks.delta.snapshotPartitions": 2,
                 "spark.sql.sources.parallelPartitionDiscovery.parallelism": 4,
