@@ -420,9 +420,10 @@ def read_batch(batch: pa.RecordBatch, reader: Reader) -> Iterator[pa.RecordBatch
 def read_uri(uri: str, frame: int | None, allowed: bool, reader: Reader) -> dict[str, Any]:
     """One file's tags and the pixels of one frame, or a status and its reason.
 
-    Nothing is opened but what ingest has read before (`allowed`) and what lies below the roots.
+    Nothing is opened but what ingest has read before (`allowed`), unless it is a link, and what lies below the roots.
     """
-    if not (allowed or any(storage.is_below(uri, root) for root in reader.roots)):
+    known = allowed and not storage.is_link(uri)
+    if not (known or any(storage.is_below(uri, root) for root in reader.roots)):
         return _status(Answered.BAD_ROW, "uri is neither in the ingested archive nor below retrieval.roots")
     try:
         found = storage.find(uri, reader.parser.storage)

@@ -75,6 +75,11 @@ def is_below(uri: str, root: str) -> bool:
     return uri.startswith(root.rstrip("/") + "/")
 
 
+def is_link(uri: str) -> bool:
+    """Whether a canonical URI is a symbolic link, which may lead out of the folder that it lies in."""
+    return is_local(uri) and os.path.islink(local_path(uri))
+
+
 def kind(uri: str, storage: StorageSettings) -> str:
     """What stands at a canonical URI: `file`, `folder` or `nothing`."""
     filesystem, path = _open(uri, storage)

@@ -528,10 +528,10 @@ def test_a_list_of_files_ids_and_mistakes_is_answered_row_by_row(
     expected = {
         "frame": ("not_found", "frame 4 is not indexed"),
         "stranger": ("not_found", "not in the index"),
-        "outside": ("bad_row", "outside the ingested archive"),
-        "link": ("bad_row", "outside the ingested archive"),
-        "dots": ("bad_row", "outside the ingested archive"),
-        "passwd": ("bad_row", "outside the ingested archive"),
+        "outside": ("bad_row", "neither in the ingested archive"),
+        "link": ("bad_row", "neither in the ingested archive"),
+        "dots": ("bad_row", "neither in the ingested archive"),
+        "passwd": ("bad_row", "neither in the ingested archive"),
         "text": ("unreadable", "NOT_DICOM"),
         "gone": ("not_found", "no such object"),
         "folder": ("not_found", "no such object"),
@@ -557,6 +557,19 @@ def test_a_list_of_files_ids_and_mistakes_is_answered_row_by_row(
 
     with pytest.raises(InputError, match="holds something already"):
         retrieval.run(spark, settings)
+
+
+def test_a_file_that_ingest_has_read_may_be_asked_about_without_naming_its_archive(
+    spark: SparkSession, archive: Settings, tmp_path: Path
+) -> None:
+    dcm = Path(str(archive.ingest.archive))
+    listed = tmp_path / "queries.csv"
+    listed.write_text(f"query_id,uri\nknown,{dcm / 'more1.dcm'}\nlink,{dcm / 'link.dcm'}\nnew,{dcm / 'none.dcm'}\n")
+    settings = with_retrieval(archive, queries=str(listed), out=str(tmp_path / "out"))
+    nameless = settings.model_copy(update={"ingest": settings.ingest.model_copy(update={"archive": None})})
+    _, statuses = results(spark, retrieval.run(spark, nameless).out)
+    found = {name: row[t.STATUS] for name, row in statuses.items()}
+    assert found == {"known": "answered", "link": "bad_row", "new": "bad_row"}
 
 
 def test_files_are_refused_where_the_settings_make_other_pixels(
