@@ -18,15 +18,24 @@ from cbmir_spark.errors import InputError
 
 _FILE = "file://"
 _S3A = "s3a://"
+_TRIES = 3
 
 
 @dataclass(frozen=True)
 class StoredObject:
-    """One object of a listing: its canonical URI, its size in bytes, and when storage last wrote it (UTC)."""
+    """One object as storage describes it: canonical URI, size in bytes, when it was last written (UTC), and its ETag.
+
+    The ETag is None below `file:`, where there is none.
+    """
 
     uri: str
     size: int
     modified: datetime
+    etag: str | None = None
+
+
+class Replaced(OSError):
+    """An object was replaced each time while it was read."""
 
 
 def canonical(uri: str) -> str:
@@ -121,6 +130,22 @@ def read_bytes(uri: str, storage: StorageSettings) -> bytes:
     with filesystem.open_input_stream(path, compression=None) as stream:
         content: bytes = stream.read()
     return content
+
+
+def read(uri: str, storage: StorageSettings) -> tuple[bytes, StoredObject]:
+    """The whole content of an object, and what storage says of exactly these bytes.
+
+    An object that is replaced meanwhile is read again. Raises FileNotFoundError where it is gone, Replaced where it
+    did not hold still, OSError where it cannot be read.
+    """
+    for _ in range(_TRIES):
+        before = find(uri, storage)
+        if before is None:
+            raise FileNotFoundError(uri)
+        content = read_bytes(uri, storage)
+        if find(uri, storage) == before and len(content) == before.size:
+            return content, before
+    raise Replaced(uri)
 
 
 def write_bytes(uri: str, content: bytes, storage: StorageSettings) -> None:

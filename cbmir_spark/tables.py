@@ -66,6 +66,7 @@ SAMPLES_PER_PIXEL = "samples_per_pixel"
 TRANSFER_SYNTAX = "transfer_syntax"
 SOP_CLASS = "sop_class"
 BURNED_IN = "burned_in"
+TEXT_RISK = "text_risk"
 BATCH = "batch"
 FRAME = "frame"
 PIXELS_COLUMN = "pixels"
@@ -83,6 +84,7 @@ PIXELS_BATCH = "pixels_batch"
 URI = "uri"
 SIZE = "size"
 MODIFIED = "modified"
+ETAG = "etag"
 DIGEST = "digest"
 OUTCOME = "outcome"
 REASON = "reason"
@@ -110,6 +112,9 @@ OUTCOMES = (INGESTED, DUPLICATE, CONFLICT, NOT_AN_IMAGE, REJECTED, VANISHED, DEL
 IMAGE_KIND = "image"
 KINDS = (IMAGE_KIND, "localizer", "screen", "whole_slide")
 FROM_TAG, FROM_PREDICTION, FROM_NOTHING = "tag", "predicted", "unknown"
+
+# Why the object of an ingested row is read again although storage holds what it held.
+REREAD = "REREAD"
 
 LAKE, VAULT = "lake", "vault"
 
@@ -215,6 +220,7 @@ SOURCES = Table(
             _required(URI, StringType()),
             _required(SIZE, LongType()),
             _required(MODIFIED, TimestampType()),
+            _optional(ETAG, StringType()),
             _optional(DIGEST, StringType()),
             _required(OUTCOME, StringType()),
             _optional(REASON, StringType()),
