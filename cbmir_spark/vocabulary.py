@@ -5,11 +5,16 @@ every class of the paper as a term of its own: HEAD, BRAIN and HEADNECK are thre
 digits, because they become the names of partition folders.
 """
 
+import hashlib
+import json
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 
 UNKNOWN = "UNKNOWN"
+
+# Bump with any change of the code below that maps a value elsewhere; changes of the tables show by themselves.
+REVISION = 1
 
 
 def _names(text: str) -> list[str]:
@@ -488,6 +493,16 @@ class Vocabulary:
                 raise ValueError(f"vocabulary: the raw value {raw!r} has no letters or digits to match")
             table[key] = term
         self._table: Mapping[str, str] = {**_BODY_PART_TABLE, **table}
+
+    @property
+    def version(self) -> str:
+        """A short name that changes with every mapping in force, a site's own among them; a table records it."""
+        combinations = sorted((sorted(parts), term) for parts, term in _COMBINATIONS.items())
+        words = [sorted(names) for names in (MODALITIES, BODY_PARTS, _SIDES, _NOISE)]
+        text = json.dumps(
+            [words, combinations, _MODALITY_SYNONYMS, self._table, _INSIDE, _REGION_CODES], sort_keys=True
+        )
+        return f"voc{REVISION}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     def modality(self, raw: str | None) -> str:
         """Modality (0008,0060), or a label's spelling of it, as a term of MODALITIES."""

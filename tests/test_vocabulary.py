@@ -138,3 +138,18 @@ def test_a_site_adds_its_own_spellings() -> None:
 def test_a_term_outside_the_closed_list_is_refused(extra: dict[str, str], named: str) -> None:
     with pytest.raises(ValueError, match=re.escape(named)):
         Vocabulary(extra)
+
+
+def test_the_version_names_the_mappings_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Vocabulary({"KOPF NATIV": "HEAD", "THORAX": "LUNG"})
+    assert VOCABULARY.version == Vocabulary().version != site.version
+    assert Vocabulary({"thorax": "LUNG", "Kopf nativ": "HEAD"}).version == site.version, "spelt otherwise, the same"
+    assert Vocabulary({"THORAX": "CHEST"}).version == VOCABULARY.version, "already so"
+    seen = {VOCABULARY.version, site.version}
+    for table in ("_MODALITY_SYNONYMS", "_INSIDE", "_REGION_CODES"):
+        with monkeypatch.context() as patched:
+            patched.setattr(vocabulary, table, {**getattr(vocabulary, table), "ZZ": "HEAD"})
+            seen.add(VOCABULARY.version)
+    monkeypatch.setattr(vocabulary, "_COMBINATIONS", {frozenset({"ARM", "LEG"}): "EXTREMITY"})
+    seen.add(VOCABULARY.version)
+    assert len(seen) == 6
