@@ -56,6 +56,8 @@ class SparkSettings(_Section):
 class PrivacySettings(_Section):
     key: SecretStr | None
     key_file: str | None
+    burned_in: Choice
+    identity: bool
 
 
 class IngestSettings(_Section):

@@ -28,7 +28,7 @@ from pyspark.sql import functions as F
 
 from cbmir_spark import storage
 from cbmir_spark import tables as t
-from cbmir_spark.config import DatasetSettings, StorageSettings
+from cbmir_spark.config import Choice, DatasetSettings, StorageSettings
 from cbmir_spark.errors import TrainingError
 from cbmir_spark.model import UNKNOWN, LabelKind
 
@@ -50,6 +50,8 @@ SPLIT = "split"
 _IMAGES = "n"
 _KEY = "key"
 _PART = "part"
+# What a frame belongs to: the split goes by patient, erasure by any of them.
+_OWNERS = (t.SERIES_ID, t.STUDY_ID, t.PATIENT_ID)
 
 # A small split is cut finer than `rows_per_group`, so that up to eight processes have something to read.
 _LEAST_GROUPS = 8
@@ -116,26 +118,28 @@ class Snapshot:
         return Snapshot(**{**values, **tuples, "uri": uri, "possible": possible, "files": files})
 
 
-def labelled(tags: DataFrame, label: LabelKind) -> Callable[[DataFrame], DataFrame]:
+def labelled(tags: DataFrame, label: LabelKind, burned_in: Choice = "exclude") -> Callable[[DataFrame], DataFrame]:
     """PIXELS → the frames that may be learned from, each with its label.
 
-    Only kind `image` (no localizers, screens, whole slides), never `burned_in` YES, and no UNKNOWN in the
-    label: UNKNOWN is never a class.
+    Only kind `image` (no localizers, screens, whole slides), none in which burned-in text has to be expected unless
+    the policy (burned_in.py) includes them, and no UNKNOWN in the label: UNKNOWN is never a class.
     """
     known = F.col(t.BODY_PART) != UNKNOWN
     name: Column = F.col(t.BODY_PART)
     if label == "modality/body_part":
         known &= F.col(t.MODALITY) != UNKNOWN
         name = F.concat_ws("/", t.MODALITY, t.BODY_PART)
-    usable = tags.where((F.col(t.KIND) == t.IMAGE_KIND) & (F.col(t.BURNED_IN) != "YES") & known).select(
-        t.IMAGE_ID, t.BATCH, t.PATIENT_ID, t.MODALITY, name.alias(LABEL)
+    if burned_in == "exclude":
+        known &= F.col(t.TEXT_RISK).eqNullSafe(F.lit(False))
+    usable = tags.where((F.col(t.KIND) == t.IMAGE_KIND) & known).select(
+        t.IMAGE_ID, t.BATCH, *_OWNERS, t.MODALITY, name.alias(LABEL)
     )
 
     def apply(pixels: DataFrame) -> DataFrame:
         return pixels.join(usable, on=[t.IMAGE_ID, t.BATCH], how="inner").select(
             t.IMAGE_ID,
             t.FRAME,
-            t.PATIENT_ID,
+            *_OWNERS,
             t.MODALITY,
             LABEL,
             t.PIXEL_DIGEST,
@@ -212,6 +216,7 @@ def snapshot(
     pinned: t.Published,
     settings: DatasetSettings,
     storage_settings: StorageSettings,
+    burned_in: Choice = "exclude",
 ) -> Snapshot:
     """The snapshot of the pinned versions, written unless the same rows were written before.
 
@@ -221,14 +226,14 @@ def snapshot(
     """
     tags = t.read(spark, lake.path(t.TAGS), pinned.tags)
     pixels = t.read(spark, lake.path(t.PIXELS), pinned.pixels)
-    frames = pixels.transform(labelled(tags, settings.label))
+    frames = pixels.transform(labelled(tags, settings.label, burned_in))
     counted: pd.DataFrame = (
         frames.groupBy(t.PATIENT_ID, t.MODALITY, LABEL).agg(F.count(F.lit(1)).alias(_IMAGES)).toPandas()
     )
     if counted.empty:
         raise TrainingError(
             f"lake {lake.uri} has no frame to learn from: every body part is UNKNOWN, or no row is a plain image "
-            "without burned-in text; see vocabulary.body_parts in the settings"
+            "without burned-in text; see vocabulary.body_parts and privacy.burned_in in the settings"
         )
     totals = counted.groupby(LABEL)[_IMAGES].sum()
     left_out = {str(label): int(n) for label, n in totals.items() if n < settings.min_images}
@@ -473,7 +478,7 @@ def _write(
             _KEY,
             t.IMAGE_ID,
             t.FRAME,
-            t.PATIENT_ID,
+            *_OWNERS,
             t.MODALITY,
             LABEL,
             target.cast("bigint").alias(TARGET),

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
 
-from cbmir_spark import pixels
+from cbmir_spark import burned_in, pixels
 from cbmir_spark.errors import ConfigError
 from cbmir_spark.pixels import SIDE, Array, Floats, Stored, functional_group, items, number, value
 from cbmir_spark.preflight import PIXEL_DATA_TAGS, SOP_CLASS, Layout, NotAnImage, Reason, Rejected, examine
@@ -63,6 +63,8 @@ _NOT_STORAGE = ("1.2.840.10008.5.1.4.38.", "1.2.840.10008.5.1.4.39.", "1.2.840.1
 _ENHANCED = frozenset(_STORAGE + end for end in ("2.1", "2.2", "4.1", "4.3", "4.4", "128.1", "130"))
 _WHOLE_SLIDE = frozenset(_STORAGE + end for end in ("77.1.6", "77.1.8", "77.1.9"))
 _SECONDARY_CAPTURE = _STORAGE + "7"
+# Overlays (PS3.5 section 7.6): those in unused bits of the pixels are described in these groups too.
+_OVERLAYS = frozenset(range(0x6000, 0x6100, 2))
 
 _UID = re.compile(r"[0-9]+(\.[0-9]+)*")
 _CODE_STRING = re.compile(r"[A-Z0-9 _]{1,16}")
@@ -173,6 +175,7 @@ class Tags:
     transfer_syntax: str
     sop_class: str | None
     burned_in: str
+    text_risk: bool  # burned-in text has to be expected: burned_in.py
 
 
 @dataclass(frozen=True)
@@ -366,8 +369,9 @@ def _tags(ds: Dataset, stored: Stored, sop_class: str, vocabulary: Vocabulary) -
     spacing = pixels.pixel_spacing(ds, 0)
     measures = functional_group(ds, 0, "PixelMeasuresSequence")
     thickness = number(measures, "SliceThickness") if measures is not None else number(ds, "SliceThickness")
-    burned_in = _one_of(_text(ds, "BurnedInAnnotation"), ("YES", "NO"))
+    said = _one_of(_text(ds, "BurnedInAnnotation"), ("YES", "NO")) or "UNKNOWN"
     modality = vocabulary.modality(raw_modality)
+    kind = _kind(ds, stored, sop_class, modality)
     return Tags(
         sop_instance_uid=uid,
         series_instance_uid=_uid(ds, "SeriesInstanceUID"),
@@ -377,7 +381,7 @@ def _tags(ds: Dataset, stored: Stored, sop_class: str, vocabulary: Vocabulary) -
         body_part=vocabulary.body_part(raw_body_part),
         modality_raw=_code_string(raw_modality),
         body_part_raw=_code_string(raw_body_part),
-        kind=_kind(ds, stored, sop_class, modality),
+        kind=kind,
         sex=_one_of(_text(ds, "PatientSex"), ("M", "F", "O")),
         age_years=_age_years(ds),
         year=_year(ds),
@@ -395,8 +399,23 @@ def _tags(ds: Dataset, stored: Stored, sop_class: str, vocabulary: Vocabulary) -
         samples_per_pixel=stored.samples,
         transfer_syntax=stored.transfer_syntax,
         sop_class=sop_class if _is_uid(sop_class) else None,
-        burned_in=burned_in or "UNKNOWN",
+        burned_in=said,
+        text_risk=burned_in.expected(
+            burned_in=said,
+            kind=kind,
+            modality=modality,
+            sop_class=sop_class,
+            cropped=_is_cropped(ds, stored),
+            converted=_text(ds, "ConversionType") is not None,
+            overlays=any(tag.group in _OVERLAYS for tag in list(ds.keys())),
+        ),
     )
+
+
+def _is_cropped(ds: Dataset, stored: Stored) -> bool:
+    """Whether something was left out around the regions of ultrasound; a region as large as the picture keeps all."""
+    box = pixels.crop_box(ds, stored.rows, stored.columns)
+    return box is not None and box != (0, 0, stored.rows, stored.columns)
 
 
 def _text(ds: Dataset, keyword: str) -> str | None:
@@ -454,6 +473,9 @@ def _age_years(ds: Dataset) -> float | None:
         if birth is None or study is None or birth > study:
             return None
         years = (study - birth).days / _DAYS_PER_YEAR
+        # By the calendar: on a 90th birthday the days alone may make less than 90 years.
+        if study.year - birth.year - ((study.month, study.day) < (birth.month, birth.day)) >= _OLDEST:
+            years = _OLDEST
     return _OLDEST if years >= _OLDEST else years
 
 

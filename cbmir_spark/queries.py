@@ -324,7 +324,7 @@ _WANTED = StructType(
         StructField(_ALLOWED, BooleanType(), False),
     ]
 )
-_SHOWN = (t.KIND, t.BURNED_IN, t.SOP_CLASS, t.SEX)
+_SHOWN = (t.SEX, t.TEXT_RISK, t.AGE_YEARS, t.YEAR)
 _READ = StructType(
     [
         StructField(t.QUERY_ID, StringType(), False),
@@ -336,7 +336,8 @@ _READ = StructType(
         *[StructField(name, StringType()) for name in (t.IMAGE_ID, t.SERIES_ID, t.STUDY_ID, t.PATIENT_ID)],
         StructField(t.FRAME, IntegerType()),
         StructField(t.PIXELS_COLUMN, BinaryType()),
-        *[StructField(name, StringType()) for name in _SHOWN],
+        StructField(t.SEX, StringType()),
+        StructField(t.TEXT_RISK, BooleanType()),
         StructField(t.AGE_YEARS, DoubleType()),
         StructField(t.YEAR, IntegerType()),
     ]
@@ -383,7 +384,7 @@ def _read_uris(
             values = {name: row[name] for name in (t.QUERY_ID, t.FRAME, t.PREDICTED, t.PROBABILITY, *_OF_QUERY)}
             queries[query_id] = Query(vector=next(vectors), **values)
             if query_id in reader.pictured:
-                shown = (t.QUERY_ID, t.FRAME, t.MODALITY, t.BODY_PART, t.PREDICTED, *_SHOWN, t.AGE_YEARS, t.YEAR)
+                shown = (t.QUERY_ID, t.FRAME, t.MODALITY, t.BODY_PART, t.PREDICTED, *_SHOWN)
                 pictures[query_id] = report.Asked(
                     image_id=None, pixels=row[t.PIXELS_COLUMN], **{name: row[name] for name in shown}
                 )
@@ -443,7 +444,7 @@ def read_uri(uri: str, frame: int | None, allowed: bool, reader: Reader) -> dict
         return _status(Answered.NOT_FOUND, f"frame {wanted} is not among the {len(frames)} that are read of the image")
     tags = parsed["tags"]
     return {
-        **{name: tags[name] for name in (*_OF_QUERY, *_SHOWN, t.AGE_YEARS, t.YEAR)},
+        **{name: tags[name] for name in (*_OF_QUERY, *_SHOWN)},
         t.FRAME: wanted,
         t.PIXELS_COLUMN: frames[wanted][t.PIXELS_COLUMN],
     }

@@ -2,7 +2,7 @@
 
 Runs on the driver. Everything that comes from a header or a query list is treated as hostile: jinja2 escapes it, what
 is invisible or reorders text is spelled out, and the page's own policy lets no script, request or form run. Pictures
-are embedded; those that may carry burned-in text are withheld, and their pixels are not even read.
+are embedded; those that may carry burned-in text (burned_in.py) are withheld, and their pixels are not even read.
 """
 
 import base64
@@ -19,9 +19,9 @@ from PIL import Image
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from cbmir_spark import storage
+from cbmir_spark import burned_in, storage
 from cbmir_spark import tables as t
-from cbmir_spark.config import Settings
+from cbmir_spark.config import Choice, Settings
 from cbmir_spark.vocabulary import UNKNOWN
 
 GALLERY_FILE = "gallery.html"
@@ -29,11 +29,6 @@ GALLERY_FILE = "gallery.html"
 # Hits shown of each query; the rest are in the results. It also bounds what the driver collects: 64 KB a picture.
 SHOWN_HITS = 12
 _QUERY_SIDE, _HIT_SIDE = 224, 144
-
-_SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
-# Consoles, grabbers and cameras write names into these; BurnedInAnnotation (PS3.3 C.7.6.1) has to say NO.
-_RISKY_MODALITIES = frozenset({"US", "IVUS", "SC", "OT", "ES", "XC", "DG", "GM", "SM", UNKNOWN})
-_WITHHELD_KINDS = frozenset({"screen"})
 
 
 @dataclass(frozen=True)
@@ -54,9 +49,7 @@ class Asked:
     sex: str | None = None
     age_years: float | None = None
     year: int | None = None
-    kind: str = t.IMAGE_KIND
-    burned_in: str = "UNKNOWN"
-    sop_class: str | None = None
+    text_risk: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -91,14 +84,6 @@ class Row:
     hits: tuple[Card, ...]
 
 
-def may_show(kind: str, burned_in: str, modality: str, sop_class: str | None = None) -> bool:
-    """Whether a picture may be put on a page: never with burned-in text, and risky sources only where they say NO."""
-    if kind in _WITHHELD_KINDS or burned_in == "YES":
-        return False
-    risky = modality in _RISKY_MODALITIES or (sop_class or "").startswith(_SECONDARY_CAPTURE)
-    return burned_in == "NO" or not risky
-
-
 def gallery(
     spark: SparkSession,
     settings: Settings,
@@ -125,9 +110,11 @@ def gallery(
     questions = {query.query_id: query for query in asked if query.query_id in of_query}
     needed = {(hit[t.IMAGE_ID], hit[t.FRAME]) for found in of_query.values() for hit in found}
     needed |= {(q.image_id, q.frame) for q in questions.values() if q.image_id is not None and q.pixels is None}
-    pictures = _pictures(spark, t.Lake.of(settings), needed)
+    choice = settings.privacy.burned_in
+    pictures = _pictures(spark, t.Lake.of(settings), needed, choice)
     rows = [
-        _row(status, questions.get(status[t.QUERY_ID]), of_query[status[t.QUERY_ID]], pictures) for status in statuses
+        _row(status, questions.get(status[t.QUERY_ID]), of_query[status[t.QUERY_ID]], pictures, choice)
+        for status in statuses
     ]
     total = all_statuses.count()
     page = render_gallery(rows, total, facts or {})
@@ -187,25 +174,16 @@ class _Picture:
     tags: Mapping[str, Any]
 
 
-def _pictures(spark: SparkSession, lake: t.Lake, needed: Iterable[tuple[str, int]]) -> dict[tuple[str, int], _Picture]:
+def _pictures(
+    spark: SparkSession, lake: t.Lake, needed: Iterable[tuple[str, int]], choice: Choice
+) -> dict[tuple[str, int], _Picture]:
     """Tags and pixels of the frames that the page shows. TAGS first: it says which batches of PIXELS to open."""
     keys = sorted(set(needed))
     pinned = t.published(spark, lake)
     if not keys or pinned is None:
         return {}
     images = spark.createDataFrame([(key,) for key in sorted({image for image, _ in keys})], f"{t.IMAGE_ID} string")
-    columns = (
-        t.IMAGE_ID,
-        t.BATCH,
-        t.KIND,
-        t.BURNED_IN,
-        t.MODALITY,
-        t.BODY_PART,
-        t.SOP_CLASS,
-        t.SEX,
-        t.AGE_YEARS,
-        t.YEAR,
-    )
+    columns = (t.IMAGE_ID, t.BATCH, t.TEXT_RISK, t.MODALITY, t.BODY_PART, t.SEX, t.AGE_YEARS, t.YEAR)
     tags = {
         row[t.IMAGE_ID]: row.asDict()
         for row in t.read(spark, lake.path(t.TAGS), pinned.tags)
@@ -213,12 +191,7 @@ def _pictures(spark: SparkSession, lake: t.Lake, needed: Iterable[tuple[str, int
         .select(*columns)
         .collect()
     }
-    shown = [
-        key
-        for key in keys
-        if key[0] in tags
-        and may_show(*(tags[key[0]][column] for column in (t.KIND, t.BURNED_IN, t.MODALITY, t.SOP_CLASS)))
-    ]
+    shown = [key for key in keys if key[0] in tags and burned_in.allowed(tags[key[0]][t.TEXT_RISK], choice)]
     pixels: dict[tuple[str, int], bytes] = {}
     if shown:
         batches = sorted({tags[image][t.BATCH] for image, _ in shown})
@@ -239,8 +212,9 @@ def _row(
     asked: Asked | None,
     hits: list[dict[str, Any]],
     pictures: Mapping[tuple[str, int], _Picture],
+    choice: Choice,
 ) -> Row:
-    question = _question(asked or Asked(status[t.QUERY_ID]), pictures)
+    question = _question(asked or Asked(status[t.QUERY_ID]), pictures, choice)
     return Row(
         query_id=status[t.QUERY_ID],
         status=status[t.STATUS],
@@ -253,12 +227,12 @@ def _row(
     )
 
 
-def _question(asked: Asked, pictures: Mapping[tuple[str, int], _Picture]) -> Card:
+def _question(asked: Asked, pictures: Mapping[tuple[str, int], _Picture], choice: Choice) -> Card:
     stored = pictures.get((asked.image_id, asked.frame)) if asked.image_id is not None else None
     said = stored.tags if stored else {}
     pixels, withheld = asked.pixels, False
     if pixels is not None:
-        withheld = not may_show(asked.kind, asked.burned_in, asked.modality or UNKNOWN, asked.sop_class)
+        withheld = not burned_in.allowed(asked.text_risk, choice)
     elif stored is not None:
         pixels, withheld = stored.pixels, stored.withheld
     return Card(

@@ -178,6 +178,7 @@ TAGS = Table(
             _required(TRANSFER_SYNTAX, StringType()),
             _required(SOP_CLASS, StringType()),
             _required(BURNED_IN, StringType()),
+            _optional(TEXT_RISK, BooleanType()),
             _required(BATCH, LongType()),
         ]
     ),

@@ -296,7 +296,7 @@ def run(
     place = _tracking_of(settings, lake)
     pinned = t.require_published(spark, lake)
     with _timed(seconds, "snapshot"):
-        snapshot = dataset.snapshot(spark, lake, pinned, settings.dataset, settings.storage)
+        snapshot = dataset.snapshot(spark, lake, pinned, settings.dataset, settings.storage, settings.privacy.burned_in)
     fitting = Fitting(
         optimiser=preset.optimiser,
         learning_rate=settings.training.learning_rate or preset.learning_rate,

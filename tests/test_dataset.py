@@ -231,7 +231,8 @@ def some_images() -> list[Drawn]:
         for number in range(3)
     ]
     kept_out = [
-        Drawn("burned", "x", "CT", "CHEST", burned_in="YES"),
+        Drawn("burned", "x", "CT", "CHEST", burned_in="YES", text_risk=True),
+        Drawn("of an older row", "x", "CT", "CHEST", burned_in="UNKNOWN", text_risk=None),
         Drawn("scout", "x", "CT", "CHEST", kind="localizer"),
         Drawn("untagged", "x", "MR", "UNKNOWN"),
         Drawn("rare", "x", "CT", "KNEE"),
@@ -271,7 +272,7 @@ def test_snapshot_holds_every_usable_frame_once_and_no_patient_twice(
     rows = pd.concat([train, test])
     expected = {
         (pseudonym(image.name), frame): draw(image, frame).tobytes()
-        for image in some_images()[:-4]
+        for image in some_images()[:-5]
         for frame in range(image.frames)
     }
     assert len(rows) == len(expected) == snapshot.rows(TRAIN) + snapshot.rows(TEST)

@@ -669,7 +669,11 @@ TINY = np.arange(64, dtype=np.uint16).reshape(8, 8)
         ({"PatientAge": "45"}, None),
         ({"PatientAge": "SMITH"}, None),
         ({"PatientAge": "", "PatientBirthDate": "19800301", "StudyDate": "20200301"}, 40.0),
+        ({"PatientAge": "999M"}, 83.25),
+        ({"PatientAge": "999D"}, 999 / 365.25),
         ({"PatientBirthDate": "19000301", "StudyDate": "20200301"}, 90.0),
+        ({"PatientBirthDate": "19300302", "StudyDate": "20200301"}, 89.9986),
+        ({"PatientBirthDate": "1930.03.01", "AcquisitionDate": "20200301"}, 90.0),
         ({"PatientBirthDate": "20210301", "StudyDate": "20200301"}, None),
         ({"PatientBirthDate": "19801399", "StudyDate": "20200301"}, None),
         ({}, None),
@@ -679,6 +683,8 @@ TINY = np.arange(64, dtype=np.uint16).reshape(8, 8)
 def test_age_in_years(elements: dict[str, str], years: float | None) -> None:
     age = read(made(TINY, **elements)).tags.age_years
     assert age == (None if years is None else pytest.approx(years, abs=2e-3))
+    # No age above 89 may be told from another.
+    assert (age == 90.0) is (years == 90.0)
 
 
 def test_tags_of_a_real_file() -> None:

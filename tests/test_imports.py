@@ -13,6 +13,7 @@ MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if not path.stem.sta
 
 # What each of these rooms must do without; it has to run where the package is not installed, or stay testable alone.
 FORBIDDEN = {
+    "burned_in": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pydantic", "pydicom", "numpy"},
     "dicom": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pydantic"},
     "pixels": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pydantic"},
     "preflight": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pydantic"},

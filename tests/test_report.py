@@ -18,7 +18,6 @@ from pyspark.sql.pandas.types import to_arrow_schema
 
 from cbmir_spark import config, report, storage
 from cbmir_spark import tables as t
-from cbmir_spark.vocabulary import UNKNOWN
 from tests.tiny_lake import Drawn, draw, pseudonym, publish
 
 RUN = "document.documentElement.setAttribute('data-ran','yes')"
@@ -147,26 +146,6 @@ def test_a_real_browser_runs_no_script(tmp_path: Path) -> None:
     assert 'data-ran="yes"' in dom_in_browser(bare, tmp_path).partition("<body")[0]
 
 
-@pytest.mark.parametrize(
-    ("kind", "burned_in", "modality", "sop_class", "shown"),
-    [
-        ("image", "NO", "CT", None, True),
-        ("image", "UNKNOWN", "CT", None, True),
-        ("image", "YES", "CT", None, False),
-        ("image", "NO", "US", None, True),
-        ("image", "UNKNOWN", "US", None, False),
-        ("image", "UNKNOWN", UNKNOWN, None, False),
-        ("image", "UNKNOWN", "CT", "1.2.840.10008.5.1.4.1.1.7", False),
-        ("image", "UNKNOWN", "CT", "1.2.840.10008.5.1.4.1.1.7.4", False),
-        ("image", "NO", "CT", "1.2.840.10008.5.1.4.1.1.7", True),
-        ("screen", "NO", "CT", None, False),
-        ("localizer", "UNKNOWN", "CT", None, True),
-    ],
-)
-def test_what_may_be_shown(kind: str, burned_in: str, modality: str, sop_class: str | None, shown: bool) -> None:
-    assert report.may_show(kind, burned_in, modality, sop_class) is shown
-
-
 def test_a_thumbnail_is_the_frame_made_smaller() -> None:
     pixels = np.zeros((256, 256), np.uint8)
     pixels[:, 128:] = 200
@@ -185,9 +164,9 @@ def test_ages_are_told_as_people_tell_them() -> None:
 IMAGES = [
     Drawn("plain", "one", "CT", "CHEST"),
     Drawn("other", "two", "CT", "HEAD"),
-    Drawn("burned", "three", "CT", "CHEST", burned_in="YES"),
-    Drawn("echo", "four", "US", "LIVER", burned_in="UNKNOWN"),
-    Drawn("screen", "five", "CT", "CHEST", kind="screen"),
+    Drawn("burned", "three", "CT", "CHEST", burned_in="YES", text_risk=True),
+    Drawn("echo", "four", "US", "LIVER", burned_in="UNKNOWN", text_risk=True),
+    Drawn("screen", "five", "CT", "CHEST", kind="screen", text_risk=None),
     Drawn("query", "six", "CT", "CHEST"),
 ]
 
@@ -243,9 +222,13 @@ def test_the_gallery_reads_the_shown_pictures_and_withholds_the_rest(
     assert "3 withheld" in seen.text and "the file is not there" in seen.text and "m-1" in seen.text
     assert seen.text.count("●") - 1 == 3 and seen.text.count("○") - 1 == 2  # one of each is in the legend
     lake = t.Lake.of(settings)
-    held_back = report._pictures(spark, lake, [(pseudonym("burned"), 0), (pseudonym("plain"), 0)])
+    held_back = report._pictures(spark, lake, [(pseudonym("burned"), 0), (pseudonym("plain"), 0)], "exclude")
     assert held_back[pseudonym("burned"), 0].pixels is None and held_back[pseudonym("burned"), 0].withheld
     assert held_back[pseudonym("plain"), 0].pixels == draw(IMAGES[0], 0).tobytes()
+    included = settings.model_copy(update={"privacy": settings.privacy.model_copy(update={"burned_in": "include"})})
+    page = storage.read_bytes(report.gallery(spark, included, results, asked), settings.storage).decode("utf-8")
+    assert "0 withheld" in _Seen(page).text or "withheld" not in _Seen(page).text
+    assert len(_Seen(page).sources) == 6
 
 
 def test_a_query_that_is_no_image_of_the_lake_brings_its_own_picture(
@@ -254,7 +237,7 @@ def test_a_query_that_is_no_image_of_the_lake_brings_its_own_picture(
     results = write_results(tmp_path / "results", ["plain"], queries=4)
     own = np.full((256, 256), 77, np.uint8).tobytes()
     asked = [
-        report.Asked("q000", pixels=own, modality="CT", body_part="HEAD", age_years=3.0),
+        report.Asked("q000", pixels=own, modality="CT", body_part="HEAD", age_years=3.0, text_risk=False),
         report.Asked("q001", pixels=own, modality="US", body_part="LIVER"),
     ]
     page = storage.read_bytes(report.gallery(spark, settings, results, asked), settings.storage).decode("utf-8")

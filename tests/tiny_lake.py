@@ -28,6 +28,7 @@ class Drawn:
     kind: str = "image"
     burned_in: str = "NO"
     frames: int = 1
+    text_risk: bool | None = False
 
 
 def pseudonym(text: str) -> str:
@@ -73,6 +74,7 @@ def publish(spark: SparkSession, settings: Settings, images: Sequence[Drawn], ba
             t.TRANSFER_SYNTAX: "1.2.840.10008.1.2.1",
             t.SOP_CLASS: "1.2.840.10008.5.1.4.1.1.7",
             t.BURNED_IN: image.burned_in,
+            t.TEXT_RISK: image.text_risk,
             t.BATCH: batch,
         }
         tags.append(tuple(values.get(field.name) for field in t.TAGS.schema))
@@ -88,8 +90,18 @@ def publish(spark: SparkSession, settings: Settings, images: Sequence[Drawn], ba
     )
     now = datetime(2026, 1, 1, tzinfo=UTC)
     sources = [
-        (f"file:///archive/{i.name}.dcm", 1, now, pseudonym(i.name), t.INGESTED, None, pseudonym(i.name), KEY_ID, batch)
-        for i in images
+        {
+            t.URI: f"file:///archive/{image.name}.dcm",
+            t.SIZE: 1,
+            t.MODIFIED: now,
+            t.DIGEST: pseudonym("content " + image.name),
+            t.OUTCOME: t.INGESTED,
+            t.IMAGE_ID: pseudonym(image.name),
+            t.KEY_ID: KEY_ID,
+            t.BATCH: batch,
+        }
+        for image in images
     ]
-    t.publish(spark, lake, spark.createDataFrame(sources, t.SOURCES.schema), pinned)
+    rows = [tuple(source.get(field.name) for field in t.SOURCES.schema) for source in sources]
+    t.publish(spark, lake, spark.createDataFrame(rows, t.SOURCES.schema), pinned)
     return lake
