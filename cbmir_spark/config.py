@@ -63,6 +63,8 @@ class PrivacySettings(_Section):
 class IngestSettings(_Section):
     archive: str | None
     max_files_per_batch: Positive
+    max_batches: Positive | None
+    max_minutes: Annotated[float, Field(gt=0)] | None
     files_per_task: Positive
     max_object_mb: Positive
     decoder_memory_mb: Annotated[int, Field(ge=256)]

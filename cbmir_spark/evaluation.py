@@ -12,12 +12,8 @@ Spark ranks and counts; the driver sees one row a query, with the ranks of its r
 import io
 import json
 import math
-import time
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -27,12 +23,13 @@ from numpy.typing import NDArray
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
-from cbmir_spark import __version__, dataset, features, report, retrieval, storage, training
+from cbmir_spark import dataset, features, report, retrieval, storage, training
 from cbmir_spark import tables as t
 from cbmir_spark.config import Prefilter, Settings
 from cbmir_spark.errors import InputError, ModelError
 from cbmir_spark.model import LabelKind, Manifest
 from cbmir_spark.queries import Query, Wanted, resolve
+from cbmir_spark.record import Record
 
 # Classes with fewer patients than this decide nothing; macro figures are also given without them.
 MANY_PATIENTS = 5
@@ -239,13 +236,11 @@ def run(spark: SparkSession, settings: Settings) -> Report:
     Raises ModelError where the model's training snapshot is not in this lake, InputError where none of its test
     images is in the index.
     """
-    started = datetime.now(UTC)
-    run_id = uuid.uuid4().hex
-    seconds: dict[str, float] = {}
+    record = Record("evaluate")
     lake = t.Lake.of(settings)
     index = features.open_index(spark, settings)
     kind = index.manifest.label
-    with _timed(seconds, "queries"):
+    with record.stage("queries"):
         snapshot = _snapshot(settings, lake, index.manifest)
         patients_of = _patients_of_class(spark, snapshot)
         tested = _tested(spark, snapshot, index.rows)
@@ -258,7 +253,7 @@ def run(spark: SparkSession, settings: Settings) -> Report:
     results: dict[str, dict[str, Any]] = {}
     many = [label for label, patients in patients_of.items() if patients >= MANY_PATIENTS]
     for prefilter in settings.evaluation.prefilters:
-        with _timed(seconds, f"search_{prefilter}"):
+        with record.stage(f"search_{prefilter}"):
             results[prefilter] = _searched(spark, settings, index, queries, asked, relevant, prefilter, indexed, many)
     classified = _classified(tested, snapshot.classes, patients_of, many)
     images = sum(tested.values())
@@ -277,8 +272,8 @@ def run(spark: SparkSession, settings: Settings) -> Report:
         "retrieval": results,
         "notes": _notes(settings, sum(n < 1 for n in relevant), len(asked), images, snapshot.lonely),
     }
-    with _timed(seconds, "write"):
-        out = storage.canonical(settings.evaluation.out or storage.join(lake.uri, "evaluation", run_id))
+    with record.stage("write"):
+        out = storage.canonical(settings.evaluation.out or storage.join(lake.uri, "evaluation", record.run_id))
         files = _files(document)
         for name, content in files.items():
             storage.write_bytes(storage.join(out, name), content, settings.storage)
@@ -303,21 +298,13 @@ def run(spark: SparkSession, settings: Settings) -> Report:
         document=storage.join(out, DOCUMENT),
         page=storage.join(out, PAGE),
         mlflow_run=mlflow_run,
-        seconds=seconds,
+        seconds=record.seconds,
     )
-    t.record_run(
+    record.write(
         spark,
         lake,
-        run_id=run_id,
-        job="evaluate",
-        started=started,
-        ended=datetime.now(UTC),
-        outcome="done",
-        software=__version__,
         counts={"queries": ended.queries, "patients": ended.patients, "indexed": indexed},
-        seconds=seconds,
         versions_read={"features": index.version},
-        versions_written={},
     )
     return ended
 
@@ -516,12 +503,3 @@ def _metrics(document: Mapping[str, Any]) -> dict[str, float]:
             values[f"eval_{mode}_macro_{name}"] = result["macro"][name]
         values[f"eval_{mode}_search_share"] = result["space"]["share"]
     return {name: value for name, value in values.items() if value is not None}
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    began = time.monotonic()
-    try:
-        yield
-    finally:
-        seconds[stage] = time.monotonic() - began

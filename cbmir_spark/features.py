@@ -7,13 +7,9 @@ commit. When the table then holds exactly the live frames, `champion` moves to t
 
 import hashlib
 import math
-import time
-import uuid
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import lru_cache, reduce
 from operator import or_
 
@@ -25,11 +21,12 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import LongType, StructField, StructType
 
-from cbmir_spark import __version__, arrays, model, storage, training
+from cbmir_spark import arrays, model, storage, training
 from cbmir_spark import tables as t
 from cbmir_spark.config import Settings, StorageSettings
 from cbmir_spark.errors import ModelError, TableError
 from cbmir_spark.model import Loaded, Manifest
+from cbmir_spark.record import Record
 from cbmir_spark.scan_task import Place
 from cbmir_spark.vocabulary import UNKNOWN
 
@@ -318,11 +315,10 @@ def run(spark: SparkSession, settings: Settings) -> Report:
     Run again it embeds nothing and commits nothing. Raises ModelError for a model of other preprocessing, and
     TableError, before anything is visible, for vectors that cannot be searched.
     """
-    started = datetime.now(UTC)
-    seconds: dict[str, float] = {}
+    record = Record("index")
     lake = t.Lake.of(settings)
     pinned = t.require_published(spark, lake)
-    with _timed(seconds, "model"):
+    with record.stage("model"):
         uri = settings.index.model or _alias(settings, training.CANDIDATE)
         text, weights = training.resolve_model(uri, settings)
         manifest = model.load(weights, text).manifest
@@ -342,7 +338,7 @@ def run(spark: SparkSession, settings: Settings) -> Report:
     pixels = t.read(spark, lake.path(t.PIXELS), pinned.pixels)
     live = live_frames(tags, pixels)
 
-    with _timed(seconds, "compare"):
+    with record.stage("compare"):
         changes = compare(live, features).where(F.col(STATE) != SAME).persist(StorageLevel.MEMORY_AND_DISK)
         # One row for each ingest batch or partition that changed: as many as there were nights, not frames.
         summary = changes.groupBy(STATE, t.PIXELS_BATCH, *_ROW_PARTITION).count().collect()
@@ -358,7 +354,7 @@ def run(spark: SparkSession, settings: Settings) -> Report:
     made = None
     if embedded:
         wanted = changes.where(F.col(STATE) == MISSING).select(*live.columns)
-        with _timed(seconds, "embed"):
+        with record.stage("embed"):
             made = _embedded(spark, settings, pixels, wanted, batches, folder).persist(StorageLevel.DISK_ONLY)
             looked = inspect(made, manifest.embedding_dim)
             if looked.faults or looked.rows != embedded:
@@ -367,7 +363,7 @@ def run(spark: SparkSession, settings: Settings) -> Report:
                     f"model {manifest.model_id} embedded {embedded} frames: {problem}; nothing was written, "
                     "train the model again"
                 )
-    with _timed(seconds, "write"):
+    with record.stage("write"):
         # Deleted first: a reader in between finds a frame missing, never a frame with two vectors.
         if emptied:
             within = " OR ".join(f"(t.{t.MODALITY} = '{m}' AND t.{t.BODY_PART} = '{b}')" for m, b in sorted(emptied))
@@ -379,7 +375,7 @@ def run(spark: SparkSession, settings: Settings) -> Report:
             after = t.append(rows, t.FEATURES, path, rows_per_file=settings.index.rows_per_file)
             made.unpersist()
     changes.unpersist()
-    with _timed(seconds, "verify"):
+    with record.stage("verify"):
         features = t.read(spark, path, after)
         places = verify(live, features, manifest, batches)
     champion = None
@@ -399,19 +395,12 @@ def run(spark: SparkSession, settings: Settings) -> Report:
         partitions=len({(modality, body_part) for modality, body_part, _ in places}),
         files=len(features.inputFiles()),
         champion=champion,
-        seconds=seconds,
+        seconds=record.seconds,
     )
-    t.record_run(
+    record.write(
         spark,
         lake,
-        run_id=uuid.uuid4().hex,
-        job="index",
-        started=started,
-        ended=datetime.now(UTC),
-        outcome="done",
-        software=__version__,
         counts={"embedded": embedded, "deleted": deleted, "rows": report.rows},
-        seconds=seconds,
         versions_read={"sources": pinned.sources, "tags": pinned.tags, "pixels": pinned.pixels},
         versions_written={"features": after},
     )
@@ -493,12 +482,3 @@ def _check_weights(weights: bytes, manifest: Manifest) -> None:
 
 def _alias(settings: Settings, alias: str) -> str:
     return f"models:/{settings.mlflow.model_name}@{alias}"
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    began = time.monotonic()
-    try:
-        yield
-    finally:
-        seconds[stage] = seconds.get(stage, 0.0) + time.monotonic() - began

@@ -33,7 +33,7 @@ from pyspark.sql.types import (
     StructType,
 )
 
-from cbmir_spark import arrays, features, ingest, model, pseudonyms, reconcile, report, storage
+from cbmir_spark import arrays, features, model, parse, pseudonyms, reconcile, report, storage
 from cbmir_spark import tables as t
 from cbmir_spark.config import Settings, StorageSettings
 from cbmir_spark.errors import InputError, ModelError, TableError
@@ -351,7 +351,7 @@ class Reader:
 
     folder: str
     roots: tuple[str, ...]
-    parser: ingest.Parser
+    parser: parse.Parser
     pictured: frozenset[str]
 
 
@@ -429,11 +429,10 @@ def read_uri(uri: str, frame: int | None, allowed: bool, reader: Reader) -> dict
     try:
         found = storage.find(uri, reader.parser.storage)
     except OSError:
-        return _status(Answered.UNREADABLE, ingest.UNREADABLE)
+        return _status(Answered.UNREADABLE, t.UNREADABLE)
     if found is None:
         return _status(Answered.NOT_FOUND, "there is no such object")
-    listed = {t.URI: uri, t.SIZE: found.size, t.MODIFIED: found.modified}
-    parsed: dict[str, Any] = ingest.parse_object(listed, reader.parser)
+    parsed = parse.parse_object(uri, found.size, reader.parser)
     if parsed[t.OUTCOME] == t.VANISHED:
         return _status(Answered.NOT_FOUND, parsed[t.REASON])
     if parsed[t.OUTCOME] != reconcile.PARSED:
@@ -455,7 +454,7 @@ def _status(status: Answered, reason: str) -> dict[str, Any]:
 
 
 def _reader(spark: SparkSession, index: Index, settings: Settings, pictured: frozenset[str]) -> Reader:
-    preprocessing = ingest.preprocessing_of(settings)
+    preprocessing = parse.preprocessing_of(settings)
     manifest = index.manifest
     if preprocessing.version != manifest.preprocessing:
         raise ModelError(
@@ -463,7 +462,7 @@ def _reader(spark: SparkSession, index: Index, settings: Settings, pictured: fro
             f"with {manifest.preprocessing}: put the settings back, or name a model trained with them"
         )
     roots = [*settings.retrieval.roots, *([settings.ingest.archive] if settings.ingest.archive else [])]
-    parser = ingest.Parser(
+    parser = parse.Parser(
         settings.storage,
         settings.ingest,
         preprocessing,

@@ -15,36 +15,47 @@ PARSED = "parsed"
 # Columns of the work of a run.
 SLICE = "slice"
 PROMOTED = "promoted"
+# The attempt of a task that staged an object; its frames carry the same.
+STAGED_BY = "staged_by"
+# Columns beside the rows of SOURCES that a slice decided on.
+TALLY, KNOWN = "tally", "known"
 ACTION = "action"
 READ, UNCHANGED, MISSING = "read", "unchanged", "missing"
+KNOWN_OUTCOME, KNOWN_DIGEST = "known_outcome", "known_digest"
 
 
 def compare(listing: DataFrame, known: DataFrame) -> DataFrame:
-    """What to do with each object: (uri, size, modified, action), action one of read, unchanged, missing.
+    """What to do with each object: (uri, size, modified, etag, action, known_outcome, known_digest).
 
-    `listing` is (uri, size, modified); `known` are rows of SOURCES below the same archive. An object that vanished
-    last time is read again when it is listed; one already marked deleted and still absent is left out.
+    `action` is one of read, unchanged, missing. `listing` is (uri, size, modified, etag); `known` are rows of SOURCES
+    below the same archive. What vanished or could not be read last time, or has to be read anew, is read when it is
+    listed; what is already marked deleted and still absent is left out.
     """
     before = known.select(
         t.URI,
         F.col(t.SIZE).alias("known_size"),
         F.col(t.MODIFIED).alias("known_modified"),
-        F.col(t.OUTCOME).alias("known_outcome"),
+        F.col(t.ETAG).alias("known_etag"),
+        F.col(t.OUTCOME).alias(KNOWN_OUTCOME),
+        F.col(t.DIGEST).alias(KNOWN_DIGEST),
+        F.coalesce(F.col(t.REASON).isin(t.REREAD, t.UNREADABLE), F.lit(False)).alias("due"),
     )
-    same = (
-        (F.col(t.SIZE) == F.col("known_size"))
-        & (F.col(t.MODIFIED) == F.col("known_modified"))
-        & ~F.col("known_outcome").isin(t.VANISHED, t.DELETED)
-    )
-    action = F.when(F.col(t.SIZE).isNull(), MISSING).when(same, UNCHANGED).otherwise(READ)
+    # Times of object storage have whole seconds; where there is an ETag it tells two writes of one second apart.
+    etags = F.coalesce(F.col(t.ETAG) == F.col("known_etag"), F.lit(True))
+    same = (F.col(t.SIZE) == F.col("known_size")) & (F.col(t.MODIFIED) == F.col("known_modified")) & etags
+    settled = ~F.col("due") & ~F.col(KNOWN_OUTCOME).isin(t.VANISHED, t.DELETED)
+    action = F.when(F.col(t.SIZE).isNull(), MISSING).when(same & settled, UNCHANGED).otherwise(READ)
     return (
         listing.join(before, on=t.URI, how="full_outer")
-        .where(F.col(t.SIZE).isNotNull() | (F.col("known_outcome") != t.DELETED))
+        .where(F.col(t.SIZE).isNotNull() | (F.col(KNOWN_OUTCOME) != t.DELETED))
         .select(
             t.URI,
             F.coalesce(t.SIZE, "known_size").alias(t.SIZE),
             F.coalesce(t.MODIFIED, "known_modified").alias(t.MODIFIED),
+            F.when(F.col(t.SIZE).isNull(), F.col("known_etag")).otherwise(F.col(t.ETAG)).alias(t.ETAG),
             action.alias(ACTION),
+            KNOWN_OUTCOME,
+            KNOWN_DIGEST,
         )
     )
 
@@ -52,21 +63,29 @@ def compare(listing: DataFrame, known: DataFrame) -> DataFrame:
 def promote(actions: DataFrame, sources: DataFrame) -> DataFrame:
     """Survivors to read again, because the object whose rows stand for their SOP instance changed or is gone.
 
-    Returns (uri, size, modified, cause): duplicates and conflict losers of the same image, with the URI that made
-    them matter.
+    Returns (uri, size, modified, etag, known_outcome, known_digest, cause): duplicates and conflict losers of the
+    same image, with the URI that made them matter.
     """
-    moved = actions.where(F.col(ACTION) != UNCHANGED).select(t.URI)
+    moved = actions.where((F.col(ACTION) != UNCHANGED) & F.col(KNOWN_OUTCOME).isNotNull()).select(t.URI)
     causes = (
         sources.where(F.col(t.OUTCOME) == t.INGESTED)
         .join(moved, on=t.URI, how="left_semi")
         .select(F.col(t.URI).alias("cause"), t.IMAGE_ID)
     )
     survivors = sources.where(F.col(t.OUTCOME).isin(t.DUPLICATE, t.CONFLICT)).join(moved, on=t.URI, how="left_anti")
-    return survivors.join(causes, on=t.IMAGE_ID, how="inner").select(t.URI, t.SIZE, t.MODIFIED, "cause")
+    return survivors.join(causes, on=t.IMAGE_ID, how="inner").select(
+        t.URI,
+        t.SIZE,
+        t.MODIFIED,
+        t.ETAG,
+        F.col(t.OUTCOME).alias(KNOWN_OUTCOME),
+        F.col(t.DIGEST).alias(KNOWN_DIGEST),
+        "cause",
+    )
 
 
 def slices(actions: DataFrame, promoted: DataFrame, count: int) -> DataFrame:
-    """The work in `count` batches: (uri, size, modified, action, promoted, slice).
+    """The work in `count` batches: (uri, size, modified, etag, action, known_outcome, known_digest, promoted, slice).
 
     Objects are spread by a hash of their URI, so that no sort is needed; what is missing goes first, and a promoted
     survivor goes with its cause, since its image must not be without rows in between.
@@ -80,7 +99,10 @@ def slices(actions: DataFrame, promoted: DataFrame, count: int) -> DataFrame:
         t.URI,
         t.SIZE,
         t.MODIFIED,
+        t.ETAG,
         ACTION,
+        KNOWN_OUTCOME,
+        KNOWN_DIGEST,
         F.lit(False).alias(PROMOTED),
         F.when(missing, 0).otherwise(by(F.col(t.URI))).alias(SLICE),
     )
@@ -89,7 +111,10 @@ def slices(actions: DataFrame, promoted: DataFrame, count: int) -> DataFrame:
         t.URI,
         t.SIZE,
         t.MODIFIED,
+        t.ETAG,
         F.lit(READ).alias(ACTION),
+        KNOWN_OUTCOME,
+        KNOWN_DIGEST,
         F.lit(True).alias(PROMOTED),
         F.when(F.col("gone"), 0).otherwise(by(F.col("cause"))).alias(SLICE),
     )
@@ -101,34 +126,43 @@ def resolve(staged: DataFrame, sources: DataFrame, work: DataFrame, slice_: int)
 
     Contenders are what was just parsed and the known rows of the same images that no slice is yet to read again.
     The content written last wins, then the one with the larger digest; among objects of that content the oldest
-    stands for it. So the answer depends on what storage holds and never on the order in which it was read.
+    stands for it. Times count in whole seconds, as object storage gives them. So the answer depends on what storage
+    holds and never on the order in which it was read, or on the file system that it was read from.
 
-    Returns one row for each contender: (uri, size, modified, digest, image_id, outcome, winner_digest, current_digest,
-    current_batch), plus one with a null uri for each image without any contender left.
+    Returns one row for each contender: (uri, size, modified, etag, digest, image_id, known_outcome, outcome,
+    winner_digest, current_digest, current_batch, stale), plus one with a null uri for each image without any
+    contender left. `known_outcome` is that of a row of SOURCES which was not read again, `stale` says that the rows
+    in the tables have to be made anew whoever wins.
     """
     of_slice = work.where(F.col(SLICE) == slice_).select(t.URI)
     stands = F.col(t.OUTCOME).isin(t.INGESTED, t.DUPLICATE, t.CONFLICT)
-    parsed = staged.where(F.col(t.OUTCOME) == PARSED).select(t.URI, t.SIZE, t.MODIFIED, t.DIGEST, t.IMAGE_ID)
+    contender = (t.URI, t.SIZE, t.MODIFIED, t.ETAG, t.DIGEST, t.IMAGE_ID)
+    parsed = staged.where(F.col(t.OUTCOME) == PARSED).select(
+        *contender, F.lit(None).cast("string").alias(KNOWN_OUTCOME)
+    )
     known = sources.where(stands)
-    touched = (
+    # A batch has a bounded number of images: broadcast, they spare SOURCES the shuffle.
+    touched = F.broadcast(
         parsed.select(t.IMAGE_ID)
-        .unionByName(known.join(of_slice, on=t.URI, how="left_semi").select(t.IMAGE_ID))
+        .unionByName(known.join(F.broadcast(of_slice), on=t.URI, how="left_semi").select(t.IMAGE_ID))
         .distinct()
     )
-    settled = (
-        known.join(touched, on=t.IMAGE_ID, how="left_semi")
-        .join(work.where(F.col(SLICE) >= slice_).select(t.URI), on=t.URI, how="left_anti")
-        .select(t.URI, t.SIZE, t.MODIFIED, t.DIGEST, t.IMAGE_ID)
+    concerned = known.join(touched, on=t.IMAGE_ID, how="left_semi")
+    settled = concerned.join(work.where(F.col(SLICE) >= slice_).select(t.URI), on=t.URI, how="left_anti").select(
+        *contender, F.col(t.OUTCOME).alias(KNOWN_OUTCOME)
     )
     current = (
-        known.where(F.col(t.OUTCOME) == t.INGESTED)
-        .join(touched, on=t.IMAGE_ID, how="left_semi")
+        concerned.where(F.col(t.OUTCOME) == t.INGESTED)
         .groupBy(t.IMAGE_ID)
-        .agg(F.max(F.struct(t.BATCH, t.DIGEST)).alias("current"))
+        .agg(
+            F.max(F.struct(t.BATCH, t.DIGEST)).alias("current"),
+            F.bool_or(F.coalesce(F.col(t.REASON) == t.REREAD, F.lit(False))).alias("stale"),
+        )
         .select(
             t.IMAGE_ID,
             F.col(f"current.{t.DIGEST}").alias("current_digest"),
             F.col(f"current.{t.BATCH}").alias("current_batch"),
+            "stale",
         )
     )
     content = Window.partitionBy(t.IMAGE_ID, t.DIGEST)
@@ -138,7 +172,7 @@ def resolve(staged: DataFrame, sources: DataFrame, work: DataFrame, slice_: int)
     whole = best.rowsBetween(Window.unboundedPreceding, Window.unboundedFollowing)
     ranked = (
         parsed.unionByName(settled)
-        .withColumn("content_time", F.max(t.MODIFIED).over(content))
+        .withColumn("content_time", F.date_trunc("second", F.max(t.MODIFIED).over(content)))
         .withColumn("place", F.row_number().over(best))
         .withColumn("winner_digest", F.first(t.DIGEST).over(whole))
     )
@@ -151,24 +185,26 @@ def resolve(staged: DataFrame, sources: DataFrame, work: DataFrame, slice_: int)
         touched.join(ranked, on=t.IMAGE_ID, how="left")
         .join(current, on=t.IMAGE_ID, how="left")
         .select(
-            t.URI,
-            t.SIZE,
-            t.MODIFIED,
-            t.DIGEST,
-            t.IMAGE_ID,
+            *contender,
+            KNOWN_OUTCOME,
             F.when(F.col(t.URI).isNotNull(), outcome).alias(t.OUTCOME),
             "winner_digest",
             "current_digest",
             "current_batch",
+            F.coalesce("stale", F.lit(False)).alias("stale"),
         )
     )
 
 
+def _lost() -> Column:
+    """Whether the rows in the tables do not show what won."""
+    return F.col("winner_digest").isNull() | (F.col("winner_digest") != F.col("current_digest")) | F.col("stale")
+
+
 def superseded(resolved: DataFrame) -> DataFrame:
-    """Images whose rows must go: (image_id, current_batch), since other content won or nothing is left."""
-    lost = F.col("winner_digest").isNull() | (F.col("winner_digest") != F.col("current_digest"))
+    """Images whose rows must go: (image_id, batch), since other content won or nothing is left."""
     return (
-        resolved.where(F.col("current_digest").isNotNull() & lost)
+        resolved.where(F.col("current_digest").isNotNull() & _lost())
         .select(t.IMAGE_ID, F.col("current_batch").alias(t.BATCH))
         .distinct()
     )
@@ -176,7 +212,7 @@ def superseded(resolved: DataFrame) -> DataFrame:
 
 def newcomers(resolved: DataFrame) -> DataFrame:
     """Images whose winning content is not in the tables yet: (image_id, digest)."""
-    absent = F.col("current_digest").isNull() | (F.col("winner_digest") != F.col("current_digest"))
+    absent = F.col("current_digest").isNull() | _lost()
     return (
         resolved.where(F.col("winner_digest").isNotNull() & absent)
         .select(t.IMAGE_ID, F.col("winner_digest").alias(t.DIGEST))
@@ -201,44 +237,68 @@ def tag_rows(arrived: DataFrame, batch: int) -> DataFrame:
 
 
 def pixel_rows(frames: DataFrame, arrived: DataFrame, batch: int) -> DataFrame:
-    """Rows of PIXELS, from the staged frames of the objects that arrived; the objects' URIs are broadcast."""
-    kept = frames.join(F.broadcast(arrived.select(t.URI)), on=t.URI, how="left_semi").drop(t.URI)
-    return kept.withColumn(t.BATCH, F.lit(batch).cast("bigint"))
+    """Rows of PIXELS, from the staged frames of the objects that arrived.
+
+    `arrived` is broadcast. An object counts with the frames of the attempt that its own row came from.
+    """
+    kept = frames.join(F.broadcast(arrived.select(t.URI, STAGED_BY)), on=[t.URI, STAGED_BY], how="left_semi")
+    return kept.drop(t.URI, STAGED_BY).withColumn(t.BATCH, F.lit(batch).cast("bigint"))
 
 
-def source_rows(staged: DataFrame, resolved: DataFrame, gone: DataFrame, key_id: str, batch: int) -> DataFrame:
-    """Rows of SOURCES for all that this slice decided on; `batch` of an ingested object is where its rows lie."""
+def source_rows(staged: DataFrame, resolved: DataFrame, work: DataFrame, key_id: str, batch: int) -> DataFrame:
+    """Rows of SOURCES for all that this slice decided on, and `tally`, `known` beside them.
+
+    `batch` of an ingested object is where its rows lie. `tally` is what a row counts as among the objects that were
+    read: its outcome, UNCHANGED for the same content with the same outcome as before, null for what was not listed as
+    new or changed. `known` says that SOURCES has the URI already. Known rows that stay as they are are left out.
+    """
     here = F.lit(batch).cast("bigint")
-    kept = F.col("winner_digest") == F.col("current_digest")
-    decided = resolved.where(F.col(t.URI).isNotNull()).select(
+    none = F.lit(None).cast("string")
+    kept = ~_lost()
+    stays = (F.col(KNOWN_OUTCOME) == F.col(t.OUTCOME)) & (kept | (F.col(t.OUTCOME) != t.INGESTED))
+    decided = resolved.where(F.col(t.URI).isNotNull() & ~F.coalesce(stays, F.lit(False))).select(
         t.URI,
         t.SIZE,
         t.MODIFIED,
+        t.ETAG,
         t.DIGEST,
         t.OUTCOME,
-        F.lit(None).cast("string").alias(t.REASON),
+        none.alias(t.REASON),
         t.IMAGE_ID,
         F.when(kept, F.col("current_batch")).otherwise(here).alias(t.BATCH),
+        F.col(KNOWN_OUTCOME).isNotNull().alias("settled"),
     )
     unusable = staged.where(F.col(t.OUTCOME) != PARSED).select(
         t.URI,
         t.SIZE,
         t.MODIFIED,
+        t.ETAG,
         t.DIGEST,
         t.OUTCOME,
         t.REASON,
-        F.lit(None).cast("string").alias(t.IMAGE_ID),
+        none.alias(t.IMAGE_ID),
         here.alias(t.BATCH),
+        F.lit(False).alias("settled"),
     )
-    deleted = gone.select(
+    gone = work.where(F.col(ACTION) == MISSING).select(
         t.URI,
         t.SIZE,
         t.MODIFIED,
-        F.lit(None).cast("string").alias(t.DIGEST),
+        t.ETAG,
+        none.alias(t.DIGEST),
         F.lit(t.DELETED).alias(t.OUTCOME),
-        F.lit(None).cast("string").alias(t.REASON),
-        F.lit(None).cast("string").alias(t.IMAGE_ID),
+        none.alias(t.REASON),
+        none.alias(t.IMAGE_ID),
         here.alias(t.BATCH),
+        F.lit(True).alias("settled"),
     )
-    rows = decided.unionByName(unusable).unionByName(deleted)
-    return rows.withColumn(t.KEY_ID, F.lit(key_id)).select(*[f.name for f in t.SOURCES.schema])
+    rows = decided.unionByName(unusable).unionByName(gone)
+    read = work.where(F.col(ACTION) == READ).select(t.URI, PROMOTED, KNOWN_OUTCOME, KNOWN_DIGEST)
+    again = (F.col(t.DIGEST) == F.col(KNOWN_DIGEST)) & (F.col(t.OUTCOME) == F.col(KNOWN_OUTCOME))
+    tally = F.when(again, UNCHANGED).otherwise(F.col(t.OUTCOME))
+    return rows.join(F.broadcast(read), on=t.URI, how="left").select(
+        *[f.name for f in t.SOURCES.schema if f.name != t.KEY_ID],
+        F.lit(key_id).alias(t.KEY_ID),
+        F.when(F.col(PROMOTED).isNotNull() & ~F.col(PROMOTED), tally).alias(TALLY),
+        (F.col("settled") | F.col(KNOWN_OUTCOME).isNotNull()).alias(KNOWN),
+    )

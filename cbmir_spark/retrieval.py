@@ -6,24 +6,21 @@ decision 1); the queries are broadcast; each task keeps one partial top-k over a
 shuffle by query merges them. Neither the number of tasks nor the order of rows can change an answer.
 """
 
-import time
-import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 import numpy as np
 from pyspark import StorageLevel
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
-from cbmir_spark import __version__, features, model, report, scan_task, storage
+from cbmir_spark import features, model, report, scan_task, storage
 from cbmir_spark import tables as t
 from cbmir_spark.config import RetrievalSettings, Settings, StorageSettings
 from cbmir_spark.errors import InputError, ModelError, TableError
 from cbmir_spark.queries import Answered, Query, Resolved, Status, Wanted, read_queries, resolve
+from cbmir_spark.record import Record
 from cbmir_spark.scan_task import Job, Place
 from cbmir_spark.vocabulary import UNKNOWN
 
@@ -256,30 +253,28 @@ def run(spark: SparkSession, settings: Settings) -> Report:
     Raises InputError for a list that cannot be used or a folder that holds something already, ModelError and
     TableError as `features.open_index` does; all before anything is written.
     """
-    started = datetime.now(UTC)
-    run_id = uuid.uuid4().hex
-    seconds: dict[str, float] = {}
+    record = Record("retrieve")
     options = settings.retrieval
     if options.queries is None:
         raise InputError("no query list named: give --queries FILE, a CSV or Parquet file")
     lake = t.Lake.of(settings)
-    out = storage.canonical(options.out or storage.join(lake.uri, "results", run_id))
+    out = storage.canonical(options.out or storage.join(lake.uri, "results", record.run_id))
     _check_free(out, settings.storage)
-    with _timed(seconds, "read"):
+    with record.stage("read"):
         asked = read_queries(options.queries, settings.storage)
         index = features.open_index(spark, settings)
     ids = sorted(row.query_id for row in asked.rows)
     pictured = set(ids[: options.gallery])
-    with _timed(seconds, "resolve"):
+    with record.stage("resolve"):
         wanted = [row for row in asked.rows if isinstance(row, Wanted)]
         resolved = resolve(spark, wanted, index, settings, pictured)
-    with _timed(seconds, "search"):
+    with record.stage("search"):
         answer = search(spark, index.rows, list(resolved.queries.values()), options)
     by_id = {**resolved.failed, **{status.query_id: status for status in answer.statuses}}
     statuses = [by_id[row.query_id] if isinstance(row, Wanted) else row for row in asked.rows]
     if len(statuses) != len(asked.rows) or len(by_id) != len(wanted):
         raise TableError(f"{len(asked.rows)} queries, yet {len(statuses)} statuses: nothing was written")
-    with _timed(seconds, "write"):
+    with record.stage("write"):
         hits = answer.hits.orderBy(t.QUERY_ID, t.RANK)
         t.conform(hits, t.RESULTS_HITS).write.parquet(storage.join(out, t.RESULTS_HITS.name))
         answer.hits.unpersist()
@@ -291,7 +286,7 @@ def run(spark: SparkSession, settings: Settings) -> Report:
     size = t.size_of(spark, index.path)
     gallery = None
     if options.gallery:
-        with _timed(seconds, "gallery"):
+        with record.stage("gallery"):
             facts = {
                 "model": index.manifest.model_id,
                 "prefilter": options.prefilter,
@@ -315,28 +310,20 @@ def run(spark: SparkSession, settings: Settings) -> Report:
         bytes_read=answer.scanned.bytes,
         bytes=size,
         ignored_columns=asked.ignored,
-        seconds=seconds,
+        seconds=record.seconds,
         out=out,
         gallery=gallery,
     )
-    t.record_run(
+    record.write(
         spark,
         lake,
-        run_id=run_id,
-        job="retrieve",
-        started=started,
-        ended=datetime.now(UTC),
-        outcome="done",
-        software=__version__,
         counts={
             "queries": ended.queries,
             **ended.statuses,
             "files_read": ended.files_read,
             "bytes_read": ended.bytes_read,
         },
-        seconds=seconds,
         versions_read={"features": index.version},
-        versions_written={},
     )
     return ended
 
@@ -360,12 +347,3 @@ def _check_free(out: str, files: StorageSettings) -> None:
     found = storage.kind(out, files)
     if found == "file" or (found == "folder" and any(storage.list_folder(out, files))):
         raise InputError(f"results folder {out} holds something already: give another, with --out")
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    began = time.monotonic()
-    try:
-        yield
-    finally:
-        seconds[stage] = time.monotonic() - began

@@ -9,8 +9,6 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime
-from typing import Any
 
 from delta.tables import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
@@ -113,8 +111,9 @@ IMAGE_KIND = "image"
 KINDS = (IMAGE_KIND, "localizer", "screen", "whole_slide")
 FROM_TAG, FROM_PREDICTION, FROM_NOTHING = "tag", "predicted", "unknown"
 
-# Why the object of an ingested row is read again although storage holds what it held.
-REREAD = "REREAD"
+# Reasons for which an object is read again although storage holds what it held: its pixels have to be made anew, or
+# storage refused it.
+REREAD, UNREADABLE = "REREAD", "UNREADABLE"
 
 LAKE, VAULT = "lake", "vault"
 
@@ -373,7 +372,7 @@ class Published:
     """Versions of the three ingest tables that belong together, and what all their rows have in common.
 
     `batch` is the newest one in them (0: none yet), `key_id` names the key of their pseudonyms, `preprocessing` is the
-    version of their pixels.
+    version of their pixels, `vocabulary` that of the mapping which gave them modality and body part ("": unknown).
     """
 
     sources: int
@@ -382,6 +381,7 @@ class Published:
     batch: int
     key_id: str
     preprocessing: str
+    vocabulary: str = ""
 
     def message(self) -> str:
         """What the commit of SOURCES carries; its own version is the commit's."""
@@ -425,6 +425,33 @@ def read(spark: SparkSession, path: str, version: int | None = None) -> DataFram
     if version is not None:
         reader = reader.option("versionAsOf", version)
     return reader.load(path)
+
+
+def evolve(spark: SparkSession, table: Table, path: str, message: str = "") -> int | None:
+    """Add the columns that a table made by an older version lacks, empty in its rows; the version written, if any.
+
+    `message` travels in the commit.
+
+    Raises TableError, before anything is written, where a column has another type, or where rows cannot do without one
+    that is missing.
+    """
+    found = {f.name: f.dataType for f in read(spark, path).schema}
+    missing = [f for f in table.schema if f.name not in found]
+    problems = [
+        f"{f.name} is {found[f.name].simpleString()} instead of {f.dataType.simpleString()}"
+        for f in table.schema
+        if f.name in found and _without_nullability(found[f.name]) != _without_nullability(f.dataType)
+    ]
+    problems += [f"{f.name} is missing" for f in missing if not f.nullable]
+    if problems:
+        raise TableError(
+            f"table {table.name} at {path} was made by a version that this one cannot carry on: {'; '.join(problems)}"
+        )
+    if not missing:
+        return None
+    writer = spark.createDataFrame([], table.schema).write.format("delta").mode("append")
+    writer.option("mergeSchema", "true").option("userMetadata", message).save(path)
+    return version(spark, path)
 
 
 def conform(df: DataFrame, table: Table) -> DataFrame:
@@ -481,7 +508,7 @@ def delete_rows(spark: SparkSession, path: str, rows: DataFrame, within: str) ->
     return version(spark, path)
 
 
-def publish_empty(spark: SparkSession, lake: Lake, key_id: str, preprocessing: str) -> Published:
+def publish_empty(spark: SparkSession, lake: Lake, key_id: str, preprocessing: str, vocabulary: str = "") -> Published:
     """Create TAGS, PIXELS and at last SOURCES, whose first commit publishes that they are empty: batch 0."""
     ensure(spark, TAGS, lake.path(TAGS))
     ensure(spark, PIXELS, lake.path(PIXELS))
@@ -492,19 +519,26 @@ def publish_empty(spark: SparkSession, lake: Lake, key_id: str, preprocessing: s
         batch=0,
         key_id=key_id,
         preprocessing=preprocessing,
+        vocabulary=vocabulary,
     )
     with _commit_message(spark, pinned.message()):
         ensure(spark, SOURCES, lake.path(SOURCES))
     return replace(pinned, sources=version(spark, lake.path(SOURCES)))
 
 
-def publish(spark: SparkSession, lake: Lake, rows: DataFrame, pinned: Published) -> Published:
-    """Commit SOURCES by URI, pinning the versions of TAGS and PIXELS that belong to it; readers see the batch now."""
-    target = DeltaTable.forPath(spark, lake.path(SOURCES)).alias("t")
+def publish(spark: SparkSession, lake: Lake, rows: DataFrame, pinned: Published, only_new: bool = False) -> Published:
+    """Commit SOURCES by URI, pinning the versions of TAGS and PIXELS that belong to it; readers see the batch now.
+
+    With `only_new` no URI of `rows` is in SOURCES yet: they are appended, and nothing of it has to be read.
+    """
+    path = lake.path(SOURCES)
+    if only_new:
+        return replace(pinned, sources=append(rows, SOURCES, path, pinned.message()))
+    target = DeltaTable.forPath(spark, path).alias("t")
     merge = target.merge(conform(rows, SOURCES).alias("s"), f"t.{URI} = s.{URI}")
     with _commit_message(spark, pinned.message()):
         merge.whenMatchedUpdateAll().whenNotMatchedInsertAll().execute()
-    return replace(pinned, sources=version(spark, lake.path(SOURCES)))
+    return replace(pinned, sources=version(spark, path))
 
 
 def published(spark: SparkSession, lake: Lake) -> Published | None:
@@ -557,40 +591,6 @@ def size_of(spark: SparkSession, path: str) -> int:
     """Bytes of the live files of a Delta table, at its newest version."""
     detail = DeltaTable.forPath(spark, path).detail().select("sizeInBytes").first()
     return int(detail["sizeInBytes"]) if detail else 0
-
-
-def record_run(
-    spark: SparkSession,
-    lake: Lake,
-    *,
-    run_id: str,
-    job: str,
-    started: datetime,
-    ended: datetime,
-    outcome: str,
-    software: str,
-    counts: Mapping[str, int],
-    seconds: Mapping[str, float],
-    versions_read: Mapping[str, int],
-    versions_written: Mapping[str, int],
-) -> None:
-    """One RUNS row for a job that ended."""
-    values: dict[str, Any] = {
-        RUN_ID: run_id,
-        JOB: job,
-        "started": started,
-        "ended": ended,
-        OUTCOME: outcome,
-        "counts": dict(counts),
-        "seconds": dict(seconds),
-        "versions_read": dict(versions_read),
-        "versions_written": dict(versions_written),
-        "software": software,
-    }
-    path = lake.path(RUNS)
-    ensure(spark, RUNS, path)
-    row = tuple(values[f.name] for f in RUNS.schema)
-    append(spark.createDataFrame([row], RUNS.schema), RUNS, path)
 
 
 def _without_nullability(kind: DataType) -> str:

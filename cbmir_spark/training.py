@@ -35,6 +35,7 @@ from cbmir_spark import tables as t
 from cbmir_spark.config import Settings, StorageSettings
 from cbmir_spark.errors import ConfigError, EnvironmentProblem, ModelError, TrainingError
 from cbmir_spark.model import Manifest, Network, Projection, Saved, build, preset_of, save
+from cbmir_spark.record import Record
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 MANIFEST_ARTIFACT = "cbmir/manifest.json"
@@ -290,12 +291,12 @@ def run(
     Everything runs on the driver except the snapshot's writing and, with `training.processes` above 1, the
     training itself. Raises TrainingError, ModelError or ConfigError naming the cause.
     """
-    seconds: dict[str, float] = {}
+    record = Record("train")
     lake = t.Lake.of(settings)
     preset = preset_of(settings.training.preset)
     place = _tracking_of(settings, lake)
     pinned = t.require_published(spark, lake)
-    with _timed(seconds, "snapshot"):
+    with record.stage("snapshot"):
         snapshot = dataset.snapshot(spark, lake, pinned, settings.dataset, settings.storage, settings.privacy.burned_in)
     fitting = Fitting(
         optimiser=preset.optimiser,
@@ -322,13 +323,13 @@ def run(
         mlflow.log_params(_parameters(settings, snapshot, job, versions))
         mlflow.set_tags({"snapshot": snapshot.digest, "lake": lake.uri})
 
-        def record(epoch: Epoch) -> None:
+        def log_epoch(epoch: Epoch) -> None:
             mlflow.log_metrics(epoch.metrics(), step=epoch.number)
             on_epoch(epoch)
 
-        with _timed(seconds, "fit"):
-            model, history = _fit_in(spark, job, record)
-        with _timed(seconds, "projection"):
+        with record.stage("fit"):
+            model, history = _fit_in(spark, job, log_epoch)
+        with record.stage("projection"):
             projection = Projection.fit(_train_features(model, snapshot, job))
         saved = save(
             model,
@@ -340,15 +341,21 @@ def run(
             snapshot=snapshot.digest,
         )
         test = None
-        with _timed(seconds, "test"):
+        with record.stage("test"):
             if snapshot.rows(dataset.TEST):
                 source = _loader(snapshot, dataset.TEST, job, shuffle=False)
                 _, confusion = confusion_of(model, source, torch.tensor(fitting.class_weights))
                 test = figures(confusion, snapshot.classes)
                 _log_test(mlflow, test, confusion, snapshot.classes)
-        with _timed(seconds, "register"):
+        with record.stage("register"):
             version = _register(mlflow, settings, run_id, model, saved)
-        mlflow.log_metrics({f"{stage}_seconds": value for stage, value in seconds.items()})
+        mlflow.log_metrics({f"{stage}_seconds": value for stage, value in record.seconds.items()})
+    record.write(
+        spark,
+        lake,
+        counts={**{name: snapshot.rows(name) for name in dataset.SPLITS}, "epochs": len(history.epochs)},
+        versions_read=versions,
+    )
     return TrainingReport(
         model_id=saved.manifest.model_id,
         model_uri=f"models:/{settings.mlflow.model_name}/{version}",
@@ -363,7 +370,7 @@ def run(
         history=history,
         test=test,
         versions=versions,
-        seconds=seconds,
+        seconds=record.seconds,
     )
 
 

@@ -16,21 +16,23 @@ def at(hours: int) -> datetime:
 
 
 def _listing(spark: SparkSession, *rows: tuple[str, int, int]) -> DataFrame:
-    return spark.createDataFrame([(u, s, at(h)) for u, s, h in rows], "uri string, size bigint, modified timestamp")
+    full = [(u, s, at(h), None) for u, s, h in rows]
+    return spark.createDataFrame(full, "uri string, size bigint, modified timestamp, etag string")
 
 
 def _sources(spark: SparkSession, *rows: tuple[str, int, int, str | None, str, str | None, int]) -> DataFrame:
     """(uri, size, hour, digest, outcome, image_id, batch)"""
-    full = [(u, s, at(h), d, o, None, i, "key", b) for u, s, h, d, o, i, b in rows]
+    full = [(u, s, at(h), None, d, o, None, i, "key", b) for u, s, h, d, o, i, b in rows]
     return spark.createDataFrame(full, t.SOURCES.schema)
 
 
 def _staged(spark: SparkSession, *rows: tuple[str, int, str, str]) -> DataFrame:
     """(uri, hour, digest, image_id), all parsed"""
     schema = (
-        "uri string, size bigint, modified timestamp, digest string, outcome string, reason string, image_id string"
+        "uri string, size bigint, modified timestamp, etag string, digest string, outcome string, reason string, "
+        "image_id string"
     )
-    return spark.createDataFrame([(u, 1, at(h), d, reconcile.PARSED, None, i) for u, h, d, i in rows], schema)
+    return spark.createDataFrame([(u, 1, at(h), None, d, reconcile.PARSED, None, i) for u, h, d, i in rows], schema)
 
 
 def _work(spark: SparkSession, *rows: tuple[str, bool, int]) -> DataFrame:

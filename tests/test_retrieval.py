@@ -18,7 +18,7 @@ from pydicom.uid import UID
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from cbmir_spark import config, features, ingest, pseudonyms, retrieval, storage
+from cbmir_spark import config, features, ingest, parse, pseudonyms, retrieval, storage
 from cbmir_spark import tables as t
 from cbmir_spark.config import RetrievalSettings, Settings
 from cbmir_spark.errors import InputError, ModelError
@@ -474,7 +474,7 @@ def archive(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Se
         ],
         environ={},
     )
-    save_model(folder / "model", preprocessing=ingest.preprocessing_of(settings).version)
+    save_model(folder / "model", preprocessing=parse.preprocessing_of(settings).version)
     ingest.run(spark, settings)
     features.run(spark, settings)
     return settings

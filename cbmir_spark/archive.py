@@ -1,0 +1,98 @@
+"""Every object below an archive, listed in parallel; a listing that fails anywhere is no listing at all."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+
+import pyarrow as pa
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import to_arrow_schema
+from pyspark.sql.types import StructType
+
+from cbmir_spark import storage
+from cbmir_spark import tables as t
+from cbmir_spark.config import StorageSettings
+from cbmir_spark.errors import EnvironmentProblem
+
+# Folders are listed by tasks once the driver has found this many; fewer would leave cores idle.
+LISTING_TASKS = 32
+# Rows that a task hands over at a time.
+_ROWS = 10_000
+
+LISTING = StructType([f for f in t.SOURCES.schema if f.name in (t.URI, t.SIZE, t.MODIFIED, t.ETAG)])
+# The size of a row that stands for a folder which could not be listed.
+_FAILED = -1
+
+
+def list_archive(spark: SparkSession, archive: str, settings: StorageSettings) -> DataFrame:
+    """Every object below an archive, hidden names included: (uri, size, modified, etag).
+
+    The driver goes down folder by folder until there are enough of them to share out; tasks list the rest. A folder
+    that cannot be listed is a row that `check_listing` finds: its name must not reach the logs of a failed task.
+    """
+    found: list[storage.StoredObject] = []
+    folders = [archive]
+    while folders and len(folders) < LISTING_TASKS:
+        deeper: list[str] = []
+        for folder in folders:
+            try:
+                below, objects = storage.list_folder(folder, settings)
+            except FileNotFoundError:
+                if folder == archive:
+                    raise _failure(1) from None
+                continue  # gone since its parent was listed, and its objects with it
+            except OSError as error:
+                raise _failure(1, error) from None
+            deeper += below
+            found += objects
+        folders = deeper
+    here = spark.createDataFrame(pa.Table.from_pylist([asdict(o) for o in found], schema=to_arrow_schema(LISTING)))
+    if not folders:
+        return here
+    arrow = to_arrow_schema(LISTING)
+
+    def list_below(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            for folder in batch.column(0).to_pylist():
+                yield from _batches(_objects(folder, settings), arrow)
+
+    shared = spark.createDataFrame([(folder,) for folder in folders], "folder string")
+    return here.unionByName(shared.repartition(LISTING_TASKS, "folder").mapInArrow(list_below, LISTING))
+
+
+def check_listing(listing: DataFrame) -> int:
+    """The number of objects in a listing that was written. Raises EnvironmentProblem where a folder is missing."""
+    counted = listing.select(F.count("*").alias("all"), F.count_if(F.col(t.SIZE) == _FAILED).alias("failed")).first()
+    listed, failed = (counted["all"], counted["failed"]) if counted else (0, 0)
+    if failed:
+        raise _failure(failed)
+    return int(listed)
+
+
+def _objects(folder: str, settings: StorageSettings) -> Iterator[dict[str, object]]:
+    try:
+        for found in storage.list_objects(folder, settings):
+            yield asdict(found)
+    except FileNotFoundError:
+        return  # gone since its parent was listed, and its objects with it
+    except OSError:
+        yield {t.URI: folder, t.SIZE: _FAILED, t.MODIFIED: 0, t.ETAG: None}
+
+
+def _batches(rows: Iterator[dict[str, object]], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    some: list[dict[str, object]] = []
+    for row in rows:
+        some.append(row)
+        if len(some) == _ROWS:
+            yield pa.RecordBatch.from_pylist(some, schema=schema)
+            some = []
+    if some:
+        yield pa.RecordBatch.from_pylist(some, schema=schema)
+
+
+def _failure(folders: int, error: OSError | None = None) -> EnvironmentProblem:
+    cause = f" ({error.strerror or type(error).__name__})" if error else ""
+    return EnvironmentProblem(
+        f"{folders} folders or prefixes of the archive could not be listed{cause}: nothing was read and nothing "
+        "taken for deleted; check the storage and the permissions, and run ingest again"
+    )

@@ -1,0 +1,209 @@
+"""One object → one staged row and the frames that were kept of it; runs per task.
+
+A task writes the frames itself, as Parquet below the staging folder of the vault, and hands only the rows about the
+objects to Spark: 64 KB of pixels for each frame have no business in the JVM before it is known which of them stay.
+"""
+
+import hashlib
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyspark.sql import DataFrame
+from pyspark.sql.pandas.types import to_arrow_schema
+from pyspark.sql.types import IntegerType, StringType, StructField, StructType
+
+from cbmir_spark import storage
+from cbmir_spark import tables as t
+from cbmir_spark.config import IngestSettings, Settings, StorageSettings
+from cbmir_spark.decoder import Decoder
+from cbmir_spark.dicom import Instance, NotAnImage, Preprocessing, Rejected
+from cbmir_spark.pseudonyms import Pseudonyms
+from cbmir_spark.reconcile import PARSED, STAGED_BY
+from cbmir_spark.vocabulary import Vocabulary
+
+# Reasons that storage gives, beside those of preflight.Reason.
+TOO_LARGE = "TOO_LARGE"
+GONE = "GONE"
+REPLACED = "REPLACED_WHILE_READ"
+
+# Frames in one staged file: 32 MB, held in memory until it is written.
+FRAMES_PER_FILE = 512
+
+KEPT_FRAMES = "kept_frames"
+_LISTED = [f for f in t.SOURCES.schema if f.name in (t.URI, t.SIZE, t.MODIFIED, t.ETAG)]
+_TAGS_OF_INSTANCE = StructType([f for f in t.TAGS.schema if f.name != t.BATCH])
+# `staged_by` names the attempt of a task: what an attempt wrote that Spark then gave up is found by no row.
+STAGED = StructType(
+    [
+        *[StructField(f.name, f.dataType) for f in _LISTED],
+        StructField(t.DIGEST, StringType()),
+        StructField(t.OUTCOME, StringType()),
+        StructField(t.REASON, StringType()),
+        StructField(t.IMAGE_ID, StringType()),
+        StructField("tags", _TAGS_OF_INSTANCE),
+        StructField(KEPT_FRAMES, IntegerType()),
+        StructField(STAGED_BY, StringType()),
+    ]
+)
+STAGED_FRAMES = StructType(
+    [
+        StructField(t.URI, StringType()),
+        StructField(STAGED_BY, StringType()),
+        *[StructField(f.name, f.dataType) for f in t.PIXELS.schema if f.name != t.BATCH],
+    ]
+)
+
+Tally = Callable[[Counter[str]], None]
+"""Where a task reports what it has done: objects, bytes, and objects by reason."""
+
+
+@dataclass(frozen=True)
+class Parser:
+    """Everything a task needs to turn an object into a staged row; carries the key's path, never the key."""
+
+    storage: StorageSettings
+    limits: IngestSettings
+    preprocessing: Preprocessing
+    body_parts: Mapping[str, str]
+    pseudonyms: Pseudonyms
+
+    def __hash__(self) -> int:
+        return hash((self.preprocessing.version, self.pseudonyms))
+
+
+def preprocessing_of(settings: Settings) -> Preprocessing:
+    """The one reading of the `pixels` settings: archive, queries and training all see pictures made by it."""
+    return Preprocessing(
+        aspect=settings.pixels.aspect,
+        windows=settings.pixels.windows,
+        percentiles=settings.pixels.percentiles,
+        max_frames=settings.pixels.max_frames,
+    )
+
+
+def parse(objects: DataFrame, parser: Parser, frames_folder: str, tally: Tally) -> DataFrame:
+    """Read and decode each object: (uri, size, …) → STAGED rows, lazily; the frames go to files in `frames_folder`."""
+    arrow = to_arrow_schema(STAGED)
+
+    def stage(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        frames = _Frames(frames_folder, parser.storage)
+        for batch in batches:
+            rows, done = [], Counter[str]()
+            for listed in batch.to_pylist():
+                row = parse_object(listed[t.URI], listed[t.SIZE], parser)
+                kept = row.pop("frames", [])
+                frames.add(listed[t.URI], row.get(t.IMAGE_ID), kept)
+                rows.append(listed | row | {KEPT_FRAMES: len(kept), STAGED_BY: frames.attempt})
+                done.update(["objects"] if row.get(t.REASON) is None else ["objects", row[t.REASON]])
+                done["bytes"] += row.get(t.SIZE, 0)
+            tally(done)
+            yield pa.RecordBatch.from_pylist(rows, schema=arrow)
+        frames.write()
+
+    return objects.select(*[f.name for f in _LISTED]).mapInArrow(stage, STAGED)
+
+
+def parse_object(uri: str, size: int, parser: Parser) -> dict[str, Any]:
+    """What became of one object, with size, time and ETag of what was read, and under `frames` rows of its frames.
+
+    Runs per task. Whatever the object holds, the row says what became of it; nothing is raised but what is wrong with
+    this machine. `size` is what the listing said: an object past the limit is not read at all.
+    """
+    if size > parser.limits.max_object_mb * 2**20:
+        return {t.OUTCOME: t.REJECTED, t.REASON: TOO_LARGE}
+    try:
+        content, found = storage.read(uri, parser.storage)
+    except FileNotFoundError:
+        return {t.OUTCOME: t.VANISHED, t.REASON: GONE}
+    except storage.Replaced:
+        return {t.OUTCOME: t.VANISHED, t.REASON: REPLACED}
+    except OSError:
+        return {t.OUTCOME: t.REJECTED, t.REASON: t.UNREADABLE}
+    digest = hashlib.sha256(content).hexdigest()
+    row: dict[str, Any] = {t.SIZE: found.size, t.MODIFIED: found.modified, t.ETAG: found.etag, t.DIGEST: digest}
+    try:
+        instance = _decoder(parser).read(content)
+    except NotAnImage as error:
+        return row | {t.OUTCOME: t.NOT_AN_IMAGE, t.REASON: str(error.reason)}
+    except Rejected as error:
+        return row | {t.OUTCOME: t.REJECTED, t.REASON: str(error.reason)}
+    tags = tags_of(instance, parser.pseudonyms)
+    frames = [
+        {
+            t.FRAME: frame.number,
+            t.PIXELS_COLUMN: (pixels := frame.pixels.tobytes()),
+            t.PREPROCESSING: parser.preprocessing.version,
+            t.WINDOW_LOW: frame.low,
+            t.WINDOW_HIGH: frame.high,
+            t.PIXEL_DIGEST: hashlib.sha256(pixels).hexdigest(),
+        }
+        for frame in instance.frames
+    ]
+    return row | {t.OUTCOME: PARSED, t.IMAGE_ID: tags[t.IMAGE_ID], "tags": tags, "frames": frames}
+
+
+def tags_of(instance: Instance, names: Pseudonyms) -> dict[str, object]:
+    """The TAGS row of an instance without its batch: identifiers become pseudonyms, and nothing else is kept.
+
+    An empty identifier must not make one patient, study or series of all who lack it: the next one below stands in.
+    """
+    values = asdict(instance.tags)
+    image = str(values["sop_instance_uid"])
+    series = str(values["series_instance_uid"] or image)
+    study = str(values["study_instance_uid"] or series)
+    patient = str(values["patient_id_raw"] or study)
+    ids = {
+        t.IMAGE_ID: names.image(image),
+        t.SERIES_ID: names.series(series),
+        t.STUDY_ID: names.study(study),
+        t.PATIENT_ID: names.patient(patient),
+    }
+    return ids | {f.name: values[f.name] for f in _TAGS_OF_INSTANCE if f.name not in ids}
+
+
+class _Frames:
+    """Frames of one attempt of a task, written to a file whenever there are enough of them."""
+
+    def __init__(self, folder: str, settings: StorageSettings) -> None:
+        self.attempt = uuid.uuid4().hex
+        self._folder = folder
+        self._storage = settings
+        self._schema = to_arrow_schema(STAGED_FRAMES)
+        self._rows: list[dict[str, Any]] = []
+        self._files = 0
+
+    def add(self, uri: str, image_id: str | None, frames: Iterable[Mapping[str, Any]]) -> None:
+        keys = {t.URI: uri, STAGED_BY: self.attempt, t.IMAGE_ID: image_id}
+        for frame in frames:
+            self._rows.append({**keys, **frame})
+            if len(self._rows) >= FRAMES_PER_FILE:
+                self.write()
+
+    def write(self) -> None:
+        if not self._rows:
+            return
+        sink = pa.BufferOutputStream()
+        # Read once and thrown away: neither compression nor statistics would pay.
+        table = pa.Table.from_pylist(self._rows, schema=self._schema)
+        pq.write_table(table, sink, compression="none", use_dictionary=False, write_statistics=False)
+        self._rows = []
+        uri = storage.join(self._folder, f"{self.attempt}-{self._files}.parquet")
+        storage.write_bytes(uri, sink.getvalue(), self._storage)
+        self._files += 1
+
+
+@lru_cache(maxsize=1)
+def _decoder(parser: Parser) -> Decoder:
+    """The decoding process of this Python worker, started once and kept for its later tasks."""
+    return Decoder(
+        parser.preprocessing,
+        Vocabulary(parser.body_parts),
+        memory_mb=parser.limits.decoder_memory_mb,
+        seconds=parser.limits.decoder_seconds,
+    )

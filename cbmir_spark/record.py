@@ -1,0 +1,58 @@
+"""What a job did: seconds by stage while it runs, one RUNS row at its end. Runs on the driver."""
+
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+
+from pyspark.sql import SparkSession
+
+from cbmir_spark import __version__
+from cbmir_spark import tables as t
+
+
+class Record:
+    """One run of a job: its name, its id (32 hexadecimal digits) and what its stages took."""
+
+    def __init__(self, job: str) -> None:
+        self.job = job
+        self.run_id = uuid.uuid4().hex
+        self.started = datetime.now(UTC)
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the wall-clock seconds of the block to those of the stage."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+
+    def write(
+        self,
+        spark: SparkSession,
+        lake: t.Lake,
+        *,
+        counts: Mapping[str, int],
+        versions_read: Mapping[str, int] | None = None,
+        versions_written: Mapping[str, int] | None = None,
+    ) -> None:
+        """Append the RUNS row of a run that is done."""
+        values = {
+            t.RUN_ID: self.run_id,
+            t.JOB: self.job,
+            "started": self.started,
+            "ended": datetime.now(UTC),
+            t.OUTCOME: "done",
+            "counts": dict(counts),
+            "seconds": dict(self.seconds),
+            "versions_read": dict(versions_read or {}),
+            "versions_written": dict(versions_written or {}),
+            "software": __version__,
+        }
+        path = lake.path(t.RUNS)
+        t.ensure(spark, t.RUNS, path)
+        row = tuple(values[field.name] for field in t.RUNS.schema)
+        t.append(spark.createDataFrame([row], t.RUNS.schema), t.RUNS, path)
