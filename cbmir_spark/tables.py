@@ -117,6 +117,9 @@ REREAD, UNREADABLE = "REREAD", "UNREADABLE"
 
 LAKE, VAULT = "lake", "vault"
 
+# A property of SOURCES: the vocabulary that was last published without rows.
+VOCABULARY_PROPERTY = "cbmir.vocabulary"
+
 
 def _required(name: str, kind: DataType) -> StructField:
     return StructField(name, kind, nullable=False)
@@ -508,6 +511,20 @@ def delete_rows(spark: SparkSession, path: str, rows: DataFrame, within: str) ->
     return version(spark, path)
 
 
+def update_rows(
+    spark: SparkSession, path: str, rows: DataFrame, keys: Iterable[str], values: Iterable[str], within: str
+) -> int:
+    """Set columns of what equals one of `rows` in all `keys`, two nulls being equal; the version written.
+
+    The new value of each of `values` is the column of `rows` called `new_` and its name. `within` is as in
+    `delete_rows`. One commit, also where rows change partitions: a reader finds each of them once.
+    """
+    same = " AND ".join(f"t.{column} <=> s.{column}" for column in keys)
+    merge = DeltaTable.forPath(spark, path).alias("t").merge(rows.alias("s"), f"({within}) AND {same}")
+    merge.whenMatchedUpdate(set={column: f"s.new_{column}" for column in values}).execute()
+    return version(spark, path)
+
+
 def publish_empty(spark: SparkSession, lake: Lake, key_id: str, preprocessing: str, vocabulary: str = "") -> Published:
     """Create TAGS, PIXELS and at last SOURCES, whose first commit publishes that they are empty: batch 0."""
     ensure(spark, TAGS, lake.path(TAGS))
@@ -538,6 +555,18 @@ def publish(spark: SparkSession, lake: Lake, rows: DataFrame, pinned: Published,
     merge = target.merge(conform(rows, SOURCES).alias("s"), f"t.{URI} = s.{URI}")
     with _commit_message(spark, pinned.message()):
         merge.whenMatchedUpdateAll().whenNotMatchedInsertAll().execute()
+    return replace(pinned, sources=version(spark, path))
+
+
+def publish_without_rows(spark: SparkSession, lake: Lake, pinned: Published) -> Published:
+    """Commit that other versions of TAGS and PIXELS, or another vocabulary, belong to the same rows of SOURCES."""
+    path = lake.path(SOURCES)
+    with _commit_message(spark, pinned.message()):
+        # An empty append or merge leaves no commit behind.
+        spark.sql(
+            f"ALTER TABLE delta.`{path.replace('`', '``')}` SET TBLPROPERTIES "
+            f"('{VOCABULARY_PROPERTY}' = '{pinned.vocabulary}')"
+        )
     return replace(pinned, sources=version(spark, path))
 
 

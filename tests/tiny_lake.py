@@ -28,6 +28,10 @@ class Drawn:
     kind: str = "image"
     burned_in: str = "NO"
     frames: int = 1
+    modality_raw: str | None = None
+    body_part_raw: str | None = None
+    window: tuple[float, float] = (0.0, 255.0)
+    looks: str | None = None  # what is drawn, where it is not told by modality and body part
     text_risk: bool | None = False
 
 
@@ -37,7 +41,7 @@ def pseudonym(text: str) -> str:
 
 def draw(image: Drawn, frame: int) -> NDArray[np.uint8]:
     """(256, 256) uint8: stripes whose direction and width belong to modality and body part, and noise."""
-    label = hashlib.sha256(f"{image.modality}/{image.body_part}".encode()).digest()
+    label = hashlib.sha256((image.looks or f"{image.modality}/{image.body_part}").encode()).digest()
     rows, columns = np.mgrid[0:256, 0:256]
     angle, width = label[0] / 40.0, 6.0 + label[1] % 24
     stripes = 90.0 * np.sin((rows * np.cos(angle) + columns * np.sin(angle)) / width) + 128.0
@@ -60,6 +64,8 @@ def publish(spark: SparkSession, settings: Settings, images: Sequence[Drawn], ba
             t.PATIENT_ID: patient_id,
             t.MODALITY: image.modality,
             t.BODY_PART: image.body_part,
+            t.MODALITY_RAW: image.modality_raw,
+            t.BODY_PART_RAW: image.body_part_raw,
             t.KIND: image.kind,
             t.SEX: "F",
             t.AGE_YEARS: 40.0,
@@ -81,7 +87,7 @@ def publish(spark: SparkSession, settings: Settings, images: Sequence[Drawn], ba
         for frame in range(image.frames):
             content = draw(image, frame).tobytes()
             digest = hashlib.sha256(content).hexdigest()
-            pixels.append((image_id, frame, bytearray(content), PREPROCESSING, 0.0, 255.0, digest, batch))
+            pixels.append((image_id, frame, bytearray(content), PREPROCESSING, *image.window, digest, batch))
     pinned = dataclasses.replace(
         known,
         batch=batch,

@@ -1,0 +1,228 @@
+"""A changed vocabulary, on an indexed lake of drawn frames: as if the lake had been made with it."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
+
+from cbmir_spark import config, features, parse, remap, storage
+from cbmir_spark import tables as t
+from cbmir_spark.config import Settings
+from cbmir_spark.dicom import Preprocessing
+from cbmir_spark.errors import TableError
+from cbmir_spark.vocabulary import UNKNOWN, Vocabulary
+from tests.conftest import MakeSettings
+from tests.test_features import save_model
+from tests.tiny_lake import KEY_ID, Drawn, pseudonym, publish
+
+# Raw values, the window that was used, and the batch: what a lake keeps of its archive.
+BY_RAW = [
+    (Drawn("head", "p1", "CT", "", body_part_raw="SCHAEDEL NATIV", window=(-160.0, 240.0)), 1),
+    (Drawn("head of unknown units", "p1", "CT", "", body_part_raw="SCHAEDEL NATIV", window=(3.0, 900.0)), 1),
+    (Drawn("chest", "p2", "CT", "", body_part_raw="CHEST", window=(-1000.0, 400.0)), 1),
+    (Drawn("knee", "p2", "CT", "", body_part_raw="KNEE", window=(-160.0, 240.0)), 1),
+    (Drawn("brain", "p3", "MR", "", body_part_raw="STUDIE 3"), 1),
+    (Drawn("no part", "p3", "MR", ""), 1),
+    (Drawn("hand", "p4", "US", "", body_part_raw="HAND"), 1),
+    (Drawn("hand of MR", "p4", "MR", "", body_part_raw="HAND"), 1),
+    (Drawn("scout", "p2", "CT", "", body_part_raw="CHEST", kind="localizer", window=(-1000.0, 400.0)), 1),
+    (Drawn("chest again", "p5", "CT", "", body_part_raw="CHEST", frames=3, window=(-1000.0, 400.0)), 1),
+    (Drawn("another knee", "p5", "CT", "", body_part_raw="KNEE", window=(-160.0, 240.0)), 2),
+]
+SITE = {"Schaedel nativ": "HEAD", "CHEST": "LUNG", "STUDIE 3": "BRAIN", "HAND": "UNKNOWN"}
+PARTS = [f"vocabulary.body_parts.{raw}={term}" for raw, term in SITE.items()]
+
+
+def make_lake(spark: SparkSession, folder: Path, *overrides: str) -> Settings:
+    """A lake as ingest and index leave it with the vocabulary of the settings."""
+    given = [f"lake.uri={folder / 'lake'}", "index.min_probability=0.0", f"index.model={folder.parent / 'model'}"]
+    settings = config.load(overrides=[*given, *overrides], environ={})
+    vocabulary = Vocabulary(settings.vocabulary.body_parts)
+    lake = t.Lake.of(settings)
+    t.publish_empty(spark, lake, KEY_ID, parse.preprocessing_of(settings).version, vocabulary.version)
+    for batch in (1, 2):
+        drawn = [
+            dataclasses.replace(
+                image,
+                looks=image.name,
+                modality_raw=image.modality,
+                body_part=vocabulary.body_part(image.body_part_raw),
+            )
+            for image, its_batch in BY_RAW
+            if its_batch == batch
+        ]
+        publish(spark, settings, drawn, batch)
+    if not (folder.parent / "model").exists():
+        save_model(folder.parent / "model", preprocessing=parse.preprocessing_of(settings).version)
+    features.run(spark, settings)
+    return settings
+
+
+class Lakes(NamedTuple):
+    before: Settings
+    wanted: Settings
+    rows_before: dict[str, list[str]]
+    rows_wanted: dict[str, list[str]]
+
+
+@pytest.fixture(scope="module")
+def lakes(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Lakes:
+    folder = tmp_path_factory.mktemp("remap")
+    before, wanted = make_lake(spark, folder / "before"), make_lake(spark, folder / "wanted", *PARTS)
+    return Lakes(before, wanted, rows(spark, before), rows(spark, wanted))
+
+
+def copy(lakes: Lakes, folder: Path) -> Settings:
+    """The lake made with the old vocabulary, to be changed, with settings that name the new one."""
+    shutil.copytree(storage.local_path(t.Lake.of(lakes.before).uri), folder / "lake")
+    lake = lakes.wanted.lake.model_copy(update={"uri": str(folder / "lake")})
+    return lakes.wanted.model_copy(update={"lake": lake})
+
+
+def rows(spark: SparkSession, settings: Settings) -> dict[str, list[str]]:
+    """All that readers see, in an order of its own."""
+    lake = t.Lake.of(settings)
+    pinned = t.require_published(spark, lake)
+    found = {
+        "tags": t.read(spark, lake.path(t.TAGS), pinned.tags),
+        "pixels": t.read(spark, lake.path(t.PIXELS), pinned.pixels),
+        "sources": t.read(spark, lake.path(t.SOURCES), pinned.sources).drop(t.REASON),
+    }
+    (table,) = remap._features(spark, lake, settings).values()
+    found["features"] = t.read(spark, table)
+    return {name: sorted(repr(row) for row in df.collect()) for name, df in found.items()} | {
+        "vocabulary": [pinned.vocabulary]
+    }
+
+
+def versions(spark: SparkSession, settings: Settings) -> list[int]:
+    lake = t.Lake.of(settings)
+    paths = [lake.path(table) for table in (t.TAGS, t.PIXELS, t.SOURCES)]
+    return [t.version(spark, path) for path in (*paths, *remap._features(spark, lake, settings).values())]
+
+
+def test_it_equals_a_lake_that_was_made_with_the_new_vocabulary(
+    spark: SparkSession, lakes: Lakes, tmp_path: Path
+) -> None:
+    settings = copy(lakes, tmp_path)
+    for table in ("tags", "features"):
+        assert lakes.rows_before[table] != lakes.rows_wanted[table]
+    lake = t.Lake.of(settings)
+    second = [uri for uri in t.live_files(spark, lake.path(t.TAGS)) if f"{t.BATCH}=2/" in uri]
+    report = remap.run(spark, settings)
+    assert rows(spark, settings) == lakes.rows_wanted
+    assert (report.codes, report.images, report.reread) == (5, 8, 1)
+    # Two knees, the MR without a part, and the localizer, which is not indexed, have no row to move.
+    assert list(report.moved.values()) == [9]
+    assert report.vocabulary == Vocabulary(SITE).version != report.before == Vocabulary().version
+    # Head: a window of its own now. The other head's units are not known, and a lung has the window of a chest.
+    sources = t.read(spark, lake.path(t.SOURCES))
+    marked = [row[t.IMAGE_ID] for row in sources.where(F.col(t.REASON) == t.REREAD).collect()]
+    assert marked == [pseudonym("head")]
+    assert set(second) <= set(t.live_files(spark, lake.path(t.TAGS))), "a batch without changes was rewritten"
+    run = t.read(spark, lake.path(t.RUNS)).where(F.col(t.JOB) == "remap").collect()
+    assert [row["counts"]["images"] for row in run] == [8]
+
+    made = versions(spark, settings)
+    again = remap.run(spark, settings)
+    assert (again.codes, again.images, again.reread, sum(again.moved.values())) == (0, 0, 0, 0)
+    assert versions(spark, settings) == made
+
+    # And back: no pixels change once more, so no row of SOURCES carries the commit.
+    remap.run(spark, settings.model_copy(update={"vocabulary": lakes.before.vocabulary}))
+    assert rows(spark, settings) == lakes.rows_before
+
+
+@pytest.mark.parametrize("step", ["publish", "second update_rows"])
+def test_killed_anywhere_a_second_run_ends_at_the_same_tables(
+    spark: SparkSession, lakes: Lakes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    settings = copy(lakes, tmp_path)
+    name = step.split()[-1]
+    real, calls = getattr(t, name), [0]
+
+    def die(*args: object, **named: object) -> object:
+        calls[0] += 1
+        if calls[0] == 1 + step.startswith("second"):
+            raise KeyboardInterrupt
+        return real(*args, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(t, name, die)
+        with pytest.raises(KeyboardInterrupt):
+            remap.run(spark, settings)
+    seen = rows(spark, settings)
+    published = step.startswith("second")
+    assert seen["tags"] == (lakes.rows_wanted if published else lakes.rows_before)["tags"]
+    assert seen["features"] == lakes.rows_before["features"]
+    remap.run(spark, settings)
+    assert rows(spark, settings) == lakes.rows_wanted
+
+
+def test_other_pixels_and_an_empty_lake_are_refused(
+    spark: SparkSession, lakes: Lakes, make_settings: MakeSettings
+) -> None:
+    with pytest.raises(TableError, match="run `cbmir ingest` first"):
+        remap.run(spark, make_settings())
+    other = lakes.before.model_copy(update={"pixels": lakes.before.pixels.model_copy(update={"aspect": "stretch"})})
+    with pytest.raises(TableError, match="preprocessing"):
+        remap.run(spark, other)
+
+
+PREPROCESSING = Preprocessing(
+    aspect="keep",
+    windows={"CT": {"*": (-160.0, 240.0), "HEAD": (-20.0, 100.0)}, "PT": {"*": (0.0, 10.0), "BRAIN": (0.0, 20.0)}},
+    percentiles=(1.0, 99.0),
+    max_frames=8,
+)
+
+
+@pytest.mark.parametrize(
+    ("found", "new", "reread"),
+    [
+        (("CT", "KOPF", "CT", UNKNOWN), ("CT", "HEAD"), remap.WHERE_USED),
+        (("CT", "KNIE X", "CT", UNKNOWN), ("CT", "KNEE"), remap.NEVER),
+        (("MR", "KOPF", "MR", UNKNOWN), ("MR", "HEAD"), remap.NEVER),
+        (("PT", "HIRN X", "PT", UNKNOWN), ("PT", "BRAIN"), remap.ALWAYS),
+        (("XR", "KOPF", UNKNOWN, "HEAD"), ("DX", "HEAD"), remap.ALWAYS),
+        (("MRI", "KOPF", "CT", "HEAD"), ("MR", "HEAD"), remap.ALWAYS),
+    ],
+)
+def test_which_codes_change_and_which_images_are_read_again(
+    found: tuple[str, str, str, str], new: tuple[str, str], reread: str
+) -> None:
+    (change,) = remap.changes([found], Vocabulary({"KNIE X": "KNEE", "HIRN X": "BRAIN"}), PREPROCESSING)
+    assert (change.new_modality, change.new_body_part, change.reread) == (*new, reread)
+    used = (change.window_low, change.window_high)
+    assert used == ((-160.0, 240.0) if reread == remap.WHERE_USED else (None, None))
+
+
+def test_what_was_no_code_stays_what_it_is() -> None:
+    assert remap.changes([(None, None, "CT", "HEAD"), (None, "", "MR", UNKNOWN)], Vocabulary(), PREPROCESSING) == []
+
+
+@pytest.mark.parametrize("minimum", [0.0, 0.5, 0.8, 1.0])
+def test_a_row_without_its_tag_gets_what_the_index_would_give_it(spark: SparkSession, minimum: float) -> None:
+    labels = ["CT/CHEST", "HEAD", None, "MR/BRAIN", None]
+    probabilities = [0.8, 0.5, 1.0, 0.1, 0.0]
+    schema = (
+        f"{t.IMAGE_ID} string, {t.PIXELS_BATCH} bigint, {t.FRAME} int, {t.MODALITY} string, {t.BODY_PART} string, "
+        f"{t.BODY_PART_SOURCE} string, {t.PREDICTED} string, {t.PROBABILITY} float"
+    )
+    rows = [
+        (str(n), 1, 0, "CT", "KNEE", t.FROM_TAG, label or UNKNOWN, probability)
+        for n, (label, probability) in enumerate(zip(labels, probabilities, strict=True))
+    ]
+    tags = spark.createDataFrame(
+        [(str(n), 1, "CT", UNKNOWN) for n in range(len(rows))],
+        f"{t.IMAGE_ID} string, {t.BATCH} bigint, {t.MODALITY} string, {t.BODY_PART} string",
+    )
+    # As Arrow hands them over: 32-bit numbers, read as Python's.
+    narrow = [row[0] for row in spark.createDataFrame([(p,) for p in probabilities], "p float").collect()]
+    wanted = features.body_parts([UNKNOWN] * len(rows), labels, narrow, minimum)
+    moved = remap.moves(spark.createDataFrame(rows, schema), tags, minimum).orderBy(t.IMAGE_ID).collect()
+    assert [(row[f"new_{t.BODY_PART}"], row[f"new_{t.BODY_PART_SOURCE}"]) for row in moved] == wanted
