@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check-machine demo test lint notebook clean
+.PHONY: help setup check-machine demo test soak lint notebook clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -18,6 +18,9 @@ demo: $(READY) ## make a small archive and run ingest, train, index, retrieve, e
 
 test: lint ## ruff, mypy and every test
 	$(BIN)/python -m pytest
+
+soak: $(READY) ## the tests that take hours: more mutants, cuts, kills and nights
+	$(BIN)/python -m pytest -m soak
 
 lint: $(READY) ## ruff and mypy alone
 	$(BIN)/ruff check .

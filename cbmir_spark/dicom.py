@@ -173,7 +173,7 @@ class Tags:
     signed: bool
     samples_per_pixel: int
     transfer_syntax: str
-    sop_class: str | None
+    sop_class: str  # UNKNOWN where the object names none that can be
     burned_in: str
     text_risk: bool  # burned-in text has to be expected: burned_in.py
 
@@ -205,7 +205,7 @@ def read_instance(content: bytes | bytearray, preprocessing: Preprocessing, voca
     with _quiet():
         ds, layout, sop_class = _open(content)
         _check_class(sop_class)
-        stored = _stored(ds, layout)
+        stored = _stored(ds, layout, sop_class)
         tags = _tags(ds, stored, sop_class, vocabulary)
         wanted = preprocessing.chosen(stored.frames, sop_class in _ENHANCED)
         return Instance(tags, tuple(_frames(ds, layout, stored, tags, preprocessing, wanted)))
@@ -214,8 +214,8 @@ def read_instance(content: bytes | bytearray, preprocessing: Preprocessing, voca
 def decode_frames(content: bytes | bytearray) -> Iterator[Array]:
     """Gray stored values (rows, columns) of every frame of anything with pixel data, whatever its class or UID."""
     with _quiet():
-        ds, layout, _ = _open(content)
-        stored = _stored(ds, layout)
+        ds, layout, sop_class = _open(content)
+        stored = _stored(ds, layout, sop_class)
         decoded = pixels.decode(ds, layout, stored, range(stored.frames))
     while True:
         with _quiet():
@@ -236,7 +236,7 @@ def picture(content: bytes | bytearray, frame: int) -> NDArray[np.uint8]:
     with _quiet():
         ds, layout, sop_class = _open(content)
         _check_class(sop_class)
-        stored = _stored(ds, layout)
+        stored = _stored(ds, layout, sop_class)
         if not 0 <= frame < stored.frames:
             raise IndexError(f"frame {frame} of {stored.frames}")
         _, array, photometric = next(pixels.decode(ds, layout, stored, [frame]))
@@ -291,9 +291,15 @@ def _check_class(sop_class: str) -> None:
         raise NotAnImage(Reason.NOT_IMAGE_CLASS)
 
 
-def _stored(ds: Dataset, layout: Layout) -> Stored:
+def _stored(ds: Dataset, layout: Layout, sop_class: str) -> Stored:
+    """How the pixels lie in the file. Without any, an object of an image storage class is one that lost them.
+
+    Every class below the storage root that `_check_class` lets pass has pixels by definition (PS3.4 table B.5-1):
+    a header alone, or a file cut between two elements before the pixel data, is rejected. An object of a private
+    class, or of none, never was an image.
+    """
     if not any(layout.elements[tag].length for tag in PIXEL_DATA_TAGS if tag in layout.elements):
-        raise NotAnImage(Reason.NO_PIXELS)
+        raise Rejected(Reason.NO_PIXELS) if sop_class.startswith(_STORAGE) else NotAnImage(Reason.NO_PIXELS)
     return pixels.describe(ds, layout)
 
 
@@ -398,7 +404,7 @@ def _tags(ds: Dataset, stored: Stored, sop_class: str, vocabulary: Vocabulary) -
         signed=stored.signed,
         samples_per_pixel=stored.samples,
         transfer_syntax=stored.transfer_syntax,
-        sop_class=sop_class if _is_uid(sop_class) else None,
+        sop_class=sop_class if _is_uid(sop_class) else UNKNOWN,
         burned_in=said,
         text_risk=burned_in.expected(
             burned_in=said,

@@ -392,6 +392,9 @@ def _segmented(words: Array, entries: int, wide: bool) -> Array:
             offset = data[at + 2] | data[at + 3] << 16 if wide else sum(data[at + 2 + k] << 8 * k for k in range(4))
             source = offset // 2 if wide else offset
             for _ in range(data[at + 1]):
+                # An indirect segment can name thousands that are 65535 long each: no more than the table holds.
+                if len(out) >= entries:
+                    break
                 source = _segment(data, source, out)
             at += 4 if wide else 6
     except IndexError:

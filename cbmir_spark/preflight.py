@@ -24,7 +24,7 @@ class Reason(StrEnum):
     NOT_DICOM = "NOT_DICOM"  # no DICOM file, whatever its name says
     DICOMDIR = "DICOMDIR"  # a media directory
     NOT_IMAGE_CLASS = "NOT_IMAGE_CLASS"  # a report, plan, segmentation, waveform … by its SOP class
-    NO_PIXELS = "NO_PIXELS"  # a header without pixel data
+    NO_PIXELS = "NO_PIXELS"  # a header without pixel data; rejected where its SOP class is an image's
     # rejected
     EMPTY = "EMPTY"  # an object of no bytes
     TRUNCATED = "TRUNCATED"  # bytes that the file declares are missing

@@ -9,7 +9,7 @@ import io
 import random
 import struct
 import zlib
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from cbmir_spark.dicom import (
     Preprocessing,
     Reason,
     Rejected,
+    Tags,
     decode_frames,
     picture,
     read_instance,
@@ -758,6 +759,17 @@ def test_an_instance_needs_a_valid_uid(uid: str | None) -> None:
     assert error.value.reason == Reason.NO_UID
 
 
+@pytest.mark.filterwarnings("ignore:.*Invalid value.*")
+@pytest.mark.parametrize("sop_class", ["", "no.uid.at.all", "1..2"])
+def test_every_tag_that_the_table_requires_is_there(sop_class: str) -> None:
+    """A null in a required column would fail the job, and with it every other file."""
+    named = made(TINY).replace(CT.encode(), sop_class.encode().ljust(len(CT), b"\0"))
+    tags = asdict(read(named).tags)
+    optional = {field.name for field in fields(Tags) if "None" in str(field.type)}
+    assert [name for name, value in tags.items() if value is None and name not in optional] == []
+    assert tags["sop_class"] == UNKNOWN
+
+
 # --- versions --------------------------------------------------------------------------------------------------------
 
 
@@ -904,14 +916,31 @@ def test_a_file_cut_anywhere_is_never_accepted(name: str) -> None:
         try:
             read(content[:cut])
         except Rejected as error:
-            assert error.reason == Reason.TRUNCATED, cut
+            # NO_PIXELS where the cut fell between two elements before the pixels.
+            assert error.reason in (Reason.TRUNCATED, Reason.NO_PIXELS), cut
             assert cut < needed or cut < len(content)
         except NotAnImage as error:
-            # The cut fell between two elements before the pixels, or spared not even the preamble.
+            # Not even the preamble was spared, or the cut fell right before the SOP class.
             assert error.reason in (Reason.NO_PIXELS, Reason.NOT_DICOM), cut
             assert cut < needed
         else:
             assert cut >= needed, f"accepted {cut} of {len(content)} bytes, {needed} needed"
+
+
+def test_a_header_alone_is_an_image_that_lost_its_pixels() -> None:
+    """Only its class can tell it from an object that never had any."""
+    for sop_class in (CT, ULTRASOUND, SECONDARY_CAPTURE):
+        ds = header(made(TINY, SOPClassUID=sop_class))
+        del ds.PixelData
+        with pytest.raises(Rejected) as lost:
+            read(written(ds))
+        assert lost.value.reason == Reason.NO_PIXELS
+    for sop_class in ("1.3.46.670589.5.0.1.1", "1.2.840.10008.1.1"):
+        ds = header(made(TINY, SOPClassUID=sop_class))
+        del ds.PixelData
+        with pytest.raises(NotAnImage) as never:
+            read(written(ds))
+        assert never.value.reason == Reason.NO_PIXELS
 
 
 def test_a_truncated_real_file() -> None:
