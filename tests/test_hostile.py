@@ -138,7 +138,7 @@ def test_every_damaged_file_gets_one_outcome(
         if outcome not in (t.REJECTED, t.NOT_AN_IMAGE):
             whole, left = hostile.cut(number)
             assert hostile.lost_only_padding(whole, len(left)), f"cut {number} was {outcome} ({reason})"
-    assert 0 < most[0] < MOST_BYTES
+    assert 0 < most[0] < MOST_BYTES, f"{most[0] / 2**20:.0f} MiB"
 
 
 @pytest.mark.parametrize("cuts", [2_000, pytest.param(20_000, marks=[pytest.mark.soak, pytest.mark.timeout(1_200)])])
@@ -146,8 +146,6 @@ def test_a_file_that_lost_more_than_padding_is_never_taken_for_whole(cuts: int) 
     reasons = set()
     taken = 0
     with Decoder(PREPROCESSING, VOCABULARY, 2048, 20.0) as decoder:
-        for content in hostile.images():
-            decoder.read(content)
         for number in range(cuts):
             whole, left = hostile.cut(number)
             try:
@@ -192,8 +190,8 @@ def test_traps_cost_only_themselves(
         (archive / name).write_bytes(real(name))
     settings = make_settings(
         f"ingest.archive={archive}",
-        "ingest.decoder_seconds=10.0",
-        "ingest.max_object_mb=200",
+        "ingest.decoder_seconds=5.0",
+        "ingest.max_object_mb=100",
         "ingest.files_per_task=5",
     )
     failed = _failed_tasks(spark)
