@@ -92,6 +92,58 @@ def index(
 
 
 @app.command()
+def remap(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    lake: LakeUri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Apply a changed vocabulary to TAGS and FEATURES; the archive is not read and nothing is embedded again."""
+    settings = _settings(config, overrides, {"lake.uri": lake})
+    from cbmir_spark import remap as room
+
+    with _session(settings, "remap") as spark:
+        report = room.run(spark, settings)
+    if as_json:
+        return terminal.print_json(report)
+    terminal.print_report("Remapped", report)
+    if report.reread:
+        terminal.out.print(f"{report.reread} images get another window: run `cbmir ingest`, then `cbmir index`")
+    return None
+
+
+@app.command()
+def vocabulary(
+    unmapped: Annotated[
+        bool, typer.Option("--unmapped", help="Only the lake's codes without a term, to paste into a settings file.")
+    ] = False,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    lake: LakeUri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the closed list of modalities and body parts, or what of the lake is not in it."""
+    settings = _settings(config, overrides, {"lake.uri": lake})
+    if unmapped:
+        from cbmir_spark import remap as room
+
+        with _session(settings, "vocabulary") as spark:
+            gaps = room.unmapped(spark, settings)
+        return terminal.print_json(gaps) if as_json else terminal.print_gaps(gaps)
+    from cbmir_spark.vocabulary import BODY_PARTS, MODALITIES, Vocabulary
+
+    terms = {
+        "version": Vocabulary(settings.vocabulary.body_parts).version,
+        "modalities": sorted(MODALITIES),
+        "body_parts": sorted(BODY_PARTS),
+    }
+    if as_json:
+        return terminal.print_json(terms)
+    sys.stdout.write(yaml.safe_dump(terms, sort_keys=False, width=110, default_flow_style=None))
+    return None
+
+
+@app.command()
 def retrieve(
     queries: Annotated[str | None, typer.Option(help="CSV or Parquet: query_id and uri, image_id or UID.")] = None,
     k: Annotated[int | None, typer.Option("--k", help="Hits for each query.")] = None,

@@ -73,9 +73,17 @@ class IngestSettings(_Section):
 
 class PixelSettings(_Section):
     aspect: Literal["keep", "stretch"]
+    frames: Literal["auto", "all", "middle"] | int
     max_frames: Positive
     percentiles: tuple[float, float]
     windows: dict[str, dict[str, tuple[float, float]]]
+
+    @field_validator("frames", mode="before")
+    @classmethod
+    def _frames_policy(cls, value: Any) -> Any:
+        if value in ("auto", "all", "middle") or (type(value) is int and value >= 1):
+            return value
+        raise ValueError("must be auto, all, middle, or a number of frames from 1")
 
     @field_validator("percentiles", mode="before")
     @classmethod

@@ -96,14 +96,14 @@ class Preprocessing:
     `windows` gives [low, high] by modality and body part, "*" for the rest of a modality: CT in Hounsfield units,
     PT in SUV by body weight. Everything else takes `percentiles` of what is not padding. `frames` is the policy
     of multi-frame objects: `auto` is all of enhanced CT, MR and PT and the middle one of everything else; all
-    means at most `max_frames`, evenly spaced.
+    means at most `max_frames`, evenly spaced. A number is that many of any object, evenly spaced.
     """
 
     aspect: Literal["keep", "stretch"]
     windows: Mapping[str, Mapping[str, tuple[float, float]]]
     percentiles: tuple[float, float]
     max_frames: int
-    frames: Literal["auto", "all", "middle"] = "auto"
+    frames: Literal["auto", "all", "middle"] | int = "auto"
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a window that no image could ever take: a slip there would pass unseen."""
@@ -140,7 +140,7 @@ class Preprocessing:
         """Numbers (from 0) of the frames to read of an object that has `frames` of them."""
         if self.frames == "middle" or (self.frames == "auto" and not enhanced):
             return [frames // 2]
-        wanted = min(frames, self.max_frames)
+        wanted = min(frames, self.frames if isinstance(self.frames, int) else self.max_frames)
         return [(2 * i + 1) * frames // (2 * wanted) for i in range(wanted)]
 
 
@@ -155,7 +155,8 @@ class Tags:
     modality: str
     body_part: str
     modality_raw: str | None
-    body_part_raw: str | None  # BodyPartExamined, or the term of the coded region where that is empty
+    # BodyPartExamined, or a term: of the coded region where that is empty, of itself where it is no code.
+    body_part_raw: str | None
     kind: Kind
     sex: str | None
     age_years: float | None
@@ -372,6 +373,7 @@ def _tags(ds: Dataset, stored: Stored, sop_class: str, vocabulary: Vocabulary) -
     if raw_body_part is None:
         region = vocabulary.region(_region_codes(ds))
         raw_body_part = None if region == UNKNOWN else region
+    body_part = vocabulary.body_part(raw_body_part)
     spacing = pixels.pixel_spacing(ds, 0)
     measures = functional_group(ds, 0, "PixelMeasuresSequence")
     thickness = number(measures, "SliceThickness") if measures is not None else number(ds, "SliceThickness")
@@ -384,9 +386,9 @@ def _tags(ds: Dataset, stored: Stored, sop_class: str, vocabulary: Vocabulary) -
         study_instance_uid=_uid(ds, "StudyInstanceUID"),
         patient_id_raw=_text(ds, "PatientID"),
         modality=modality,
-        body_part=vocabulary.body_part(raw_body_part),
+        body_part=body_part,
         modality_raw=_code_string(raw_modality),
-        body_part_raw=_code_string(raw_body_part),
+        body_part_raw=_code_string(raw_body_part) or (None if body_part == UNKNOWN else body_part),
         kind=kind,
         sex=_one_of(_text(ds, "PatientSex"), ("M", "F", "O")),
         age_years=_age_years(ds),

@@ -84,6 +84,7 @@ def preprocessing_of(settings: Settings) -> Preprocessing:
         windows=settings.pixels.windows,
         percentiles=settings.pixels.percentiles,
         max_frames=settings.pixels.max_frames,
+        frames=settings.pixels.frames,
     )
 
 

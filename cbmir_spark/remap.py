@@ -62,6 +62,25 @@ class Report:
     published: t.Published
 
 
+@dataclass(frozen=True)
+class Unmapped:
+    """A raw code without a term, and how many images have it, by modality: the most frequent modality first."""
+
+    raw: str
+    images: int
+    modalities: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """What the vocabulary of the settings has no term for, the most frequent first; `images` are all of the lake."""
+
+    vocabulary: str
+    images: int
+    body_parts: Sequence[Unmapped]
+    modalities: Sequence[Unmapped]
+
+
 # --- transforms ---
 
 
@@ -91,6 +110,26 @@ def changes(
                 Change(modality_raw, body_part_raw, modality, body_part, new_modality, new_body_part, reread, low, high)
             )
     return changed
+
+
+def gaps(found: Iterable[tuple[str | None, str | None, int]], vocabulary: Vocabulary) -> Gaps:
+    """Of (modality_raw, body_part_raw, images) what has no term, but for what the site itself maps to UNKNOWN."""
+    parts: dict[str, Counter[str]] = {}
+    modalities: dict[str, Counter[str]] = {}
+    total = 0
+    for modality_raw, body_part_raw, images in found:
+        total += images
+        modality = vocabulary.modality(modality_raw)
+        if body_part_raw is not None and not vocabulary.is_settled(body_part_raw):
+            parts.setdefault(body_part_raw, Counter())[modality] += images
+        if modality_raw is not None and modality == UNKNOWN:
+            modalities.setdefault(modality_raw, Counter())[modality] += images
+
+    def ranked(counted: Mapping[str, Counter[str]]) -> list[Unmapped]:
+        rows = [Unmapped(raw, counts.total(), dict(counts.most_common())) for raw, counts in counted.items()]
+        return sorted(rows, key=lambda row: (-row.images, row.raw))
+
+    return Gaps(vocabulary.version, total, ranked(parts), ranked(modalities))
 
 
 def _reread(modality: str, new_modality: str, old: tuple[float, float] | None, new: tuple[float, float] | None) -> str:
@@ -214,6 +253,16 @@ def run(spark: SparkSession, settings: Settings) -> Report:
         versions_written={"sources": done.published.sources, "tags": done.published.tags},
     )
     return report
+
+
+def unmapped(spark: SparkSession, settings: Settings) -> Gaps:
+    """The codes of a lake's images that the vocabulary of the settings has no term for; nothing is written."""
+    lake = t.Lake.of(settings)
+    pinned = t.require_published(spark, lake)
+    found = codes(t.read(spark, lake.path(t.TAGS), pinned.tags)).collect()
+    return gaps(
+        ((*(row[name] for name in _RAW), row["count"]) for row in found), Vocabulary(settings.vocabulary.body_parts)
+    )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from cbmir_spark import demo, evaluation
+    from cbmir_spark import demo, evaluation, remap
     from cbmir_spark.doctor import Check
 
 out = Console()
@@ -95,6 +95,22 @@ def print_report(title: str, report: Any) -> None:
             continue
         table.add_row(name.replace("_", " "), plain(_value(value)))
     out.print(table)
+
+
+def print_gaps(gaps: "remap.Gaps") -> None:
+    """Codes without a term as YAML that a settings file takes, with the counts of images beside them."""
+    lines = [
+        f"# {gaps.images} images by {gaps.vocabulary}. Write the term that is meant in place of UNKNOWN; what stays"
+    ]
+    lines += ["# UNKNOWN is not listed again. Then run `cbmir remap`.", "vocabulary:"]
+    lines.append("  body_parts:" if gaps.body_parts else "  body_parts: {}")
+    for part in gaps.body_parts:
+        counts = ", ".join(f"{modality} {images}" for modality, images in part.modalities.items())
+        lines.append(f"    {json.dumps(part.raw) + ': UNKNOWN':<30} # {counts}")
+    if gaps.modalities:
+        lines.append("# Modality has no settings of its own; without a term are:")
+        lines += [f"#   {json.dumps(modality.raw)}: {modality.images}" for modality in gaps.modalities]
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 def _value(value: Any) -> str:

@@ -493,6 +493,7 @@ class Vocabulary:
                 raise ValueError(f"vocabulary: the raw value {raw!r} has no letters or digits to match")
             table[key] = term
         self._table: Mapping[str, str] = {**_BODY_PART_TABLE, **table}
+        self._nameless = frozenset(key for key, term in table.items() if term == UNKNOWN)
 
     @property
     def version(self) -> str:
@@ -503,6 +504,10 @@ class Vocabulary:
             [words, combinations, _MODALITY_SYNONYMS, self._table, _INSIDE, _REGION_CODES], sort_keys=True
         )
         return f"voc{REVISION}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+    def is_settled(self, raw: str) -> bool:
+        """Whether a BodyPartExamined has a term, or the site itself says that it has none."""
+        return self.body_part(raw) != UNKNOWN or _joined(_words(raw)) in self._nameless
 
     def modality(self, raw: str | None) -> str:
         """Modality (0008,0060), or a label's spelling of it, as a term of MODALITIES."""

@@ -421,7 +421,7 @@ def deaths() -> dict[str, Trap]:
         "interrupt": [Reason.CRASHED],
         "panic": [Reason.UNDECODABLE],
         "hang": [Reason.TIMEOUT],
-        "memory": [Reason.UNDECODABLE, Reason.TOO_LARGE],
+        "memory": [Reason.UNDECODABLE, Reason.TOO_LARGE, Reason.TIMEOUT],
         "noise": [Reason.UNDECODABLE],
     }
     return {

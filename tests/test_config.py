@@ -30,6 +30,8 @@ def test_layers_win_in_their_order(tmp_path: Path) -> None:
         ("retrieval.k=ten", "retrieval.k, set by the command line: .*valid integer"),
         ("retrieval.k=true", "retrieval.k, set by the command line: .*valid integer"),
         ("retrieval=1", "retrieval is a section"),
+        ("pixels.frames=0", "pixels.frames, set by the command line: must be auto, all, middle, or a number"),
+        ("pixels.frames=some", "pixels.frames, set by the command line: must be auto, all, middle, or a number"),
         ("lake.uri.deeper=1", "lake.uri has no keys below it"),
         ("retrieval.k", "section.key=value"),
         ("dataset.seed=0", "dataset.seed, set by the command line"),

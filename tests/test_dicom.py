@@ -628,6 +628,14 @@ def test_middle_frame_of_a_cine_and_every_frame_of_an_enhanced_object() -> None:
     assert [frame.number for frame in spaced.frames] == [1, 3]
     every = read(made(values, SOPClassUID=ULTRASOUND, Modality="US"), replace(PREPROCESSING, frames="all"))
     assert len(every.frames) == 5
+    three = replace(PREPROCESSING, frames=3)
+    assert [frame.number for frame in read(made(values, SOPClassUID=ULTRASOUND, Modality="US"), three).frames] == [
+        0,
+        2,
+        4,
+    ]
+    assert len(read(made(values, SOPClassUID=ENHANCED_CT), three).frames) == 3
+    assert three.chosen(2, enhanced=False) == [0, 1]
 
 
 def test_functional_groups_decide_for_each_frame() -> None:
@@ -712,6 +720,18 @@ def test_the_coded_region_stands_in_for_an_empty_body_part() -> None:
     anatomy = item(FrameAnatomySequence=Sequence([item(AnatomicRegionSequence=region, FrameLaterality="L")]))
     tags = read(made(TINY, SOPClassUID=ENHANCED_CT, SharedFunctionalGroupsSequence=Sequence([anatomy]))).tags
     assert (tags.body_part, tags.laterality) == ("KIDNEY", "L")
+    frames = np.stack([TINY, TINY])
+    per_frame = Sequence([anatomy, anatomy])
+    tags = read(made(frames, SOPClassUID=ENHANCED_CT, PerFrameFunctionalGroupsSequence=per_frame)).tags
+    assert (tags.body_part, tags.body_part_raw, tags.laterality) == ("KIDNEY", "KIDNEY", "L")
+
+
+@pytest.mark.filterwarnings("ignore:.*Invalid value.*")
+@pytest.mark.filterwarnings("ignore:.*value length.*")
+def test_a_body_part_that_is_no_code_leaves_its_term_to_be_mapped_by() -> None:
+    """The free text is not kept, yet a changed vocabulary has to start from something."""
+    tags = read(made(TINY, BodyPartExamined="Chest/Abdomen of Mr Miller")).tags
+    assert (tags.body_part, tags.body_part_raw) == ("CHESTABDOMEN", "CHESTABDOMEN")
 
 
 @pytest.mark.filterwarnings("ignore:.*Invalid value.*")
@@ -780,6 +800,7 @@ def test_the_version_names_everything_that_changes_pixels() -> None:
         replace(PREPROCESSING, percentiles=(1.0, 98.0)),
         replace(PREPROCESSING, max_frames=9),
         replace(PREPROCESSING, frames="middle"),
+        replace(PREPROCESSING, frames=8),
         replace(PREPROCESSING, windows={**PREPROCESSING.windows, "PT": {"*": (0.0, 11.0)}}),
         replace(PREPROCESSING, windows={"CT": {"*": (-160.0, 240.0)}, "PT": {"*": (0.0, 10.0)}}),
     ]

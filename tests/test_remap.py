@@ -5,17 +5,19 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from cbmir_spark import config, features, parse, remap, storage
+from cbmir_spark import config, features, ingest, parse, remap, storage, terminal
 from cbmir_spark import tables as t
 from cbmir_spark.config import Settings
 from cbmir_spark.dicom import Preprocessing
 from cbmir_spark.errors import TableError
 from cbmir_spark.vocabulary import UNKNOWN, Vocabulary
 from tests.conftest import MakeSettings
+from tests.test_dicom import made
 from tests.test_features import save_model
 from tests.tiny_lake import KEY_ID, Drawn, pseudonym, publish
 
@@ -137,28 +139,33 @@ def test_it_equals_a_lake_that_was_made_with_the_new_vocabulary(
     assert rows(spark, settings) == lakes.rows_before
 
 
-@pytest.mark.parametrize("step", ["publish", "second update_rows"])
-def test_killed_anywhere_a_second_run_ends_at_the_same_tables(
-    spark: SparkSession, lakes: Lakes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+def test_killed_anywhere_the_next_run_goes_on_to_the_same_tables(
+    spark: SparkSession, lakes: Lakes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The first run dies with TAGS written and not published, the second with both published and FEATURES to move."""
     settings = copy(lakes, tmp_path)
-    name = step.split()[-1]
-    real, calls = getattr(t, name), [0]
 
-    def die(*args: object, **named: object) -> object:
-        calls[0] += 1
-        if calls[0] == 1 + step.startswith("second"):
-            raise KeyboardInterrupt
-        return real(*args, **named)
+    def die_at(name: str, call: int) -> None:
+        real, calls = getattr(t, name), [0]
 
-    with monkeypatch.context() as patched:
-        patched.setattr(t, name, die)
-        with pytest.raises(KeyboardInterrupt):
-            remap.run(spark, settings)
+        def die(*args: object, **named: object) -> object:
+            calls[0] += 1
+            if calls[0] == call:
+                raise KeyboardInterrupt
+            return real(*args, **named)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(t, name, die)
+            with pytest.raises(KeyboardInterrupt):
+                remap.run(spark, settings)
+
+    die_at("publish", 1)
+    assert rows(spark, settings) == lakes.rows_before
+    lake = t.Lake.of(settings)
+    assert t.version(spark, lake.path(t.TAGS)) > t.require_published(spark, lake).tags
+    die_at("update_rows", 2)
     seen = rows(spark, settings)
-    published = step.startswith("second")
-    assert seen["tags"] == (lakes.rows_wanted if published else lakes.rows_before)["tags"]
-    assert seen["features"] == lakes.rows_before["features"]
+    assert (seen["tags"], seen["features"]) == (lakes.rows_wanted["tags"], lakes.rows_before["features"])
     remap.run(spark, settings)
     assert rows(spark, settings) == lakes.rows_wanted
 
@@ -205,7 +212,83 @@ def test_what_was_no_code_stays_what_it_is() -> None:
     assert remap.changes([(None, None, "CT", "HEAD"), (None, "", "MR", UNKNOWN)], Vocabulary(), PREPROCESSING) == []
 
 
-@pytest.mark.parametrize("minimum", [0.0, 0.5, 0.8, 1.0])
+def test_gaps_are_ranked_and_leave_out_what_the_site_settled() -> None:
+    found = [
+        ("CT", "FEMORALA", 3),
+        ("MR", "FEMORALA", 5),
+        ("CT", "OUTSIDE FIL", 2),
+        ("CT", "CHEST", 100),
+        ("ZZ", "CHEST", 4),
+        ("CT", "OTHER", 9),
+        ("CT", None, 50),
+        (None, None, 1),
+    ]
+    gaps = remap.gaps(found, Vocabulary({"Other": "UNKNOWN", "ZQX": "HEAD"}))
+    assert gaps.images == 174
+    assert [(row.raw, row.images, row.modalities) for row in gaps.body_parts] == [
+        ("FEMORALA", 8, {"MR": 5, "CT": 3}),
+        ("OUTSIDE FIL", 2, {"CT": 2}),
+    ]
+    assert [(row.raw, row.images) for row in gaps.modalities] == [("ZZ", 4)]
+
+
+def test_gaps_are_printed_as_settings_that_close_them(
+    spark: SparkSession, lakes: Lakes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gaps = remap.unmapped(spark, lakes.before)
+    assert {row.raw: row.modalities for row in gaps.body_parts} == {"SCHAEDEL NATIV": {"CT": 2}, "STUDIE 3": {"MR": 1}}
+    terminal.print_gaps(gaps)
+    printed = capsys.readouterr().out
+    assert [line.split("#")[1].strip() for line in printed.splitlines() if ": UNKNOWN" in line] == ["CT 2", "MR 1"]
+    pasted = tmp_path / "site.yaml"
+    pasted.write_text(printed.replace('"SCHAEDEL NATIV": UNKNOWN', '"SCHAEDEL NATIV": HEAD'))
+    settings = config.load(pasted, [f"lake.uri={t.Lake.of(lakes.before).uri}"], environ={})
+    assert Vocabulary(settings.vocabulary.body_parts).body_part("Schaedel nativ") == "HEAD"
+    closed = remap.unmapped(spark, settings)
+    assert (closed.body_parts, closed.images) == ([], gaps.images)
+    terminal.print_gaps(closed)
+    assert "body_parts: {}" in capsys.readouterr().out
+
+
+def test_a_vocabulary_applied_later_equals_one_that_was_there(
+    spark: SparkSession, make_settings: MakeSettings, tmp_path: Path
+) -> None:
+    """Through the archive: what remap marks, the next ingest makes anew, and nothing else."""
+    archive = tmp_path / "archive"
+    archive.mkdir()
+    values = np.arange(-1024, 0, dtype=np.int16).reshape(32, 32)
+    units = {"RescaleSlope": 2, "RescaleIntercept": 1024}
+    for name, elements in {
+        "head": {"BodyPartExamined": "SCHAEDEL NATIV", **units},
+        "head of no units": {"BodyPartExamined": "SCHAEDEL NATIV"},
+        "knee": {"BodyPartExamined": "KNEE", **units},
+    }.items():
+        (archive / name).write_bytes(made(values, **elements))
+    given = [f"ingest.archive={archive}"]
+    before = make_settings(*given)
+    ingest.run(spark, before)
+    key = f"privacy.key_file={storage.local_path(t.Lake.of(before).vault)}/pseudonym.key"
+    later = make_settings(*given, *PARTS)
+    with pytest.raises(TableError, match="run `cbmir remap` first"):
+        ingest.run(spark, later)
+    assert remap.run(spark, later).reread == 1
+    night = ingest.run(spark, later)
+    assert (night.read, night.outcomes) == (1, {t.INGESTED: 1})
+    again = ingest.run(spark, later)
+    assert (again.read, again.unchanged) == (0, 3)
+    fresh = make_settings(*given, *PARTS, f"lake.uri={tmp_path / 'fresh'}", key)
+    ingest.run(spark, fresh)
+    found = []
+    for settings in (later, fresh):
+        lake = t.Lake.of(settings)
+        pinned = t.require_published(spark, lake)
+        tables = [(t.TAGS, pinned.tags), (t.PIXELS, pinned.pixels), (t.SOURCES, pinned.sources)]
+        read = [t.read(spark, lake.path(table), version).drop(t.BATCH) for table, version in tables]
+        found.append([sorted(repr(row) for row in df.collect()) for df in read])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("minimum", [0.5, 0.8])
 def test_a_row_without_its_tag_gets_what_the_index_would_give_it(spark: SparkSession, minimum: float) -> None:
     labels = ["CT/CHEST", "HEAD", None, "MR/BRAIN", None]
     probabilities = [0.8, 0.5, 1.0, 0.1, 0.0]
