@@ -285,8 +285,8 @@ def seconds_old(uri: str, storage: StorageSettings) -> float:
     with _told_without_names(bucket):
         answer = _client(storage).head_object(Bucket=bucket, Key=key)
     now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
-    # The header's clock may tick late.
-    return max(0.0, (now - answer["LastModified"]).total_seconds())
+    age: float = (now - answer["LastModified"]).total_seconds()
+    return max(0.0, age)
 
 
 def _is_file_uri(uri: str) -> bool:

@@ -45,7 +45,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """Reply with an error of S3's and forward nothing."""
+    """Reply with an error of S3's, or with a success that never was, and forward nothing."""
 
     status: int
     code: str
@@ -212,8 +212,9 @@ class FaultProxy:
 
 
 def _refusal(request: Request, answer: Answer) -> bytes:
-    body = b"" if request.method == "HEAD" else _ANSWER.format(code=answer.code).encode()
-    lines = [f"HTTP/1.1 {answer.status} {answer.code}", "Content-Type: application/xml", f"Content-Length: {len(body)}"]
+    body = b"" if request.method == "HEAD" or answer.status < 300 else _ANSWER.format(code=answer.code).encode()
+    lines = [f"HTTP/1.1 {answer.status} {answer.code}", f"Content-Length: {len(body)}"]
+    lines += ['ETag: "0123456789abcdef"'] if answer.status < 300 else ["Content-Type: application/xml"]
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 

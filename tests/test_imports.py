@@ -25,6 +25,7 @@ FORBIDDEN = {
     "scan_task": {"mlflow", "torch", "petastorm"},
     "synthesis": {"pyspark", "delta", "mlflow", "torch", "petastorm"},
     "storage": {"pyspark", "delta", "mlflow", "torch"},
+    "lease": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pyarrow"},
 }
 # Packages that one room alone may import, and the rooms of ours that build sessions or read settings.
 ONLY_IN = {
