@@ -1,0 +1,297 @@
+"""The whole ingest over a real S3 server, which answers well, badly, late or not at all: the tables stay the same."""
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydicom.data import get_testdata_file
+from pyspark.sql import DataFrame, SparkSession
+
+from cbmir_spark import config, ingest, storage
+from cbmir_spark import tables as t
+from cbmir_spark.errors import CbmirError
+from tests.fault_proxy import Answer, Before, DropReply, FaultProxy, Request, Reset, Rule, each, listings, share
+from tests.s3_server import S3Server
+from tests.test_ingest import NIGHT, _sample
+
+pytestmark = pytest.mark.timeout(900)
+
+TABLES = (t.TAGS, t.PIXELS, t.SOURCES)
+# Columns that say when and how rows came to be, rather than what the archive holds.
+OF_THE_RUN = {t.BATCH, t.ETAG}
+SLOW_DOWN = Answer(503, "SlowDown")
+
+
+@dataclass(frozen=True)
+class World:
+    """An archive that is both a folder and part of a bucket, and what ingest makes of it as a folder."""
+
+    server: S3Server
+    folder: Path
+    key_file: Path
+    spark: SparkSession
+    digest: dict[str, str]
+    objects: int
+
+    @property
+    def archive(self) -> str:
+        return "s3a://" + "/".join(self.folder.parts[-2:])
+
+    def settings(self, lake: str, *overrides: str, proxy: FaultProxy | None = None) -> config.Settings:
+        """Settings of a lake, `s3a:` or local, in which everything goes to the server or to a proxy before it."""
+        endpoint = proxy.endpoint if proxy else self.server.endpoint
+        if lake.startswith("s3a://"):
+            _reach(self.spark, lake.split("/")[2], endpoint)
+        return _settings(self.key_file, f"lake.uri={lake}", f"storage.endpoint={endpoint}", *overrides)
+
+
+def _settings(key_file: Path, *overrides: str) -> config.Settings:
+    # Small tasks and batches, so that there is more than one of each.
+    small = ("ingest.files_per_task=8", "ingest.max_files_per_batch=25", f"privacy.key_file={key_file}")
+    return config.load(overrides=[*small, *overrides], environ={})
+
+
+def _reach(spark: SparkSession, bucket: str, endpoint: str) -> None:
+    """Tell the suite's session, which started before the server, where one bucket is."""
+    jvm: Any = spark.sparkContext._jsc
+    hadoop = jvm.hadoopConfiguration()
+    for key, value in {"endpoint": endpoint, "connection.ssl.enabled": "false"}.items():
+        hadoop.set(f"fs.s3a.bucket.{bucket}.{key}", value)
+
+
+def _fill(folder: Path, files: int) -> int:
+    """`files` of pydicom's own small files, and images of one SOP instance: a duplicate and a correction."""
+    root = Path(str(get_testdata_file("CT_small.dcm"))).parent
+    small = sorted(path for path in root.glob("*.dcm") if path.stat().st_size < 16_000)
+    for number in range(files):
+        source = small[number % len(small)]
+        target = folder / f"{number:04d}" / source.name
+        target.parent.mkdir(parents=True)
+        shutil.copyfile(source, target)
+        os.utime(target, (NIGHT.timestamp() + number,) * 2)
+    _sample(folder, "ct/one.dcm", hour=1)
+    shutil.copy2(folder / "ct/one.dcm", folder / "ct/one again.dcm")
+    _sample(folder, "ct/two.dcm", hour=1, SOPInstanceUID="1.2.3.2", PatientSex="F")
+    _sample(folder, "ct/two corrected.dcm", hour=2, SOPInstanceUID="1.2.3.2", PatientSex="M")
+    (folder / ".hidden").write_text("not DICOM at all")
+    (folder / "empty.dcm").touch()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            os.utime(path, (int(path.stat().st_mtime),) * 2)
+    return files + 6
+
+
+def _rows(spark: SparkSession, settings: config.Settings, table: t.Table) -> DataFrame:
+    lake = t.Lake.of(settings)
+    pinned = t.require_published(spark, lake)
+    version = {t.TAGS: pinned.tags, t.PIXELS: pinned.pixels, t.SOURCES: pinned.sources}[table]
+    return t.read(spark, lake.path(table), version)
+
+
+def _digest(spark: SparkSession, settings: config.Settings) -> dict[str, str]:
+    """A digest of the live rows of each table, and how many there are; uris relative to the archive."""
+    archive = storage.canonical(settings.ingest.archive or "")
+    digests = {}
+    for table in TABLES:
+        frame = _rows(spark, settings, table)
+        names = [name for name in frame.columns if name not in OF_THE_RUN]
+        rows = [row.asDict() for row in frame.select(names).collect()]
+        for row in rows:
+            if t.URI in row:
+                row[t.URI] = row[t.URI].removeprefix(archive + "/")
+        lines = sorted(repr([(name, row[name]) for name in names]) for row in rows)
+        digests[table.name] = f"{len(lines)} rows {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()}"
+    return digests
+
+
+def _outcomes(spark: SparkSession, settings: config.Settings) -> dict[str, int]:
+    counted = _rows(spark, settings, t.SOURCES).groupBy(t.OUTCOME).count().collect()
+    return {row[t.OUTCOME]: row["count"] for row in counted}
+
+
+def _commits(spark: SparkSession, settings: config.Settings) -> dict[str, list[tuple[int, str]]]:
+    """Version and operation of every commit of each table."""
+    lake = t.Lake.of(settings)
+    found = {}
+    for table in (*TABLES, t.RUNS):
+        history = spark.sql(f"DESCRIBE HISTORY delta.`{lake.path(table)}`").select("version", "operation").collect()
+        found[table.name] = sorted((row["version"], row["operation"]) for row in history)
+    return found
+
+
+def _world(spark: SparkSession, server: S3Server, folder: Path, name: str, files: int) -> World:
+    archive = server.bucket(name) / "archive"
+    objects = _fill(archive, files)
+    key_file = folder / "pseudonym.key"
+    key_file.write_text("a key for the tests of object storage")
+    settings = _settings(key_file, f"ingest.archive={archive}", f"lake.uri={folder / 'lake'}")
+    report = ingest.run(spark, settings)
+    assert report.listed == objects == report.read
+    assert report.outcomes[t.INGESTED] > files // 4
+    return World(server, archive, key_file, spark, _digest(spark, settings), objects)
+
+
+@pytest.fixture(scope="module")
+def world(spark: SparkSession, s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> World:
+    return _world(spark, s3, tmp_path_factory.mktemp("world"), "pacs", 38)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(spark: SparkSession, world: World) -> config.Settings:
+    """A lake in object storage after its first night."""
+    world.server.bucket("undisturbed")
+    settings = world.settings("s3a://undisturbed/lake", f"ingest.archive={world.archive}")
+    report = ingest.run(spark, settings)
+    assert report.listed == world.objects == report.read
+    assert report.batches > 1
+    return settings
+
+
+def test_archive_and_lake_in_object_storage_hold_what_folders_hold(
+    spark: SparkSession, world: World, undisturbed: config.Settings
+) -> None:
+    assert _digest(spark, undisturbed) == world.digest
+    lake = t.Lake.of(undisturbed)
+    before = _commits(spark, undisturbed)
+    again = ingest.run(spark, undisturbed)
+    assert (again.read, again.unchanged, again.deleted) == (0, world.objects, 0)
+    after = _commits(spark, undisturbed)
+    assert len(after.pop(t.RUNS.name)) == len(before.pop(t.RUNS.name)) + 1
+    assert before == after
+    left = [o.uri for o in storage.list_objects(lake.vault, undisturbed.storage) if "/staging/" in o.uri]
+    assert left == []
+
+
+def test_one_request_in_ten_refused_changes_nothing(spark: SparkSession, world: World) -> None:
+    world.server.bucket("refusing")
+    with FaultProxy(world.server.host, world.server.port, [share(0.1, 1, SLOW_DOWN)]) as proxy:
+        settings = world.settings("s3a://refusing/lake", f"ingest.archive={world.archive}", proxy=proxy)
+        report = ingest.run(spark, settings)
+        refused = len(proxy.faults())
+        assert 0.05 * len(proxy.seen) < refused < 0.2 * len(proxy.seen)
+        assert {request.path.split("/")[1] for request, _ in proxy.faults()} == {"pacs", "refusing"}
+        assert report.outcomes.get(t.VANISHED, 0) == 0
+        assert _digest(spark, settings) == world.digest
+
+
+def test_commits_whose_reply_was_lost_land_once(
+    spark: SparkSession, world: World, undisturbed: config.Settings
+) -> None:
+    """Every commit reaches the server, and its first answer never reaches the job."""
+    world.server.bucket("silent")
+    rule = each("PUT", r"/_delta_log/\d+\.json$", DropReply())
+    with FaultProxy(world.server.host, world.server.port, [rule]) as proxy:
+        settings = world.settings("s3a://silent/lake", f"ingest.archive={world.archive}", proxy=proxy)
+        ingest.run(spark, settings)
+        lost = [request.path for request, _ in proxy.faults()]
+        assert len(lost) == len(set(lost))
+        assert _digest(spark, settings) == world.digest
+        commits = _commits(spark, settings)
+        assert sum(len(found) for found in commits.values()) == len(lost)
+        expected = _commits(spark, undisturbed)
+        # The undisturbed lake may have been through a second night.
+        assert {name: found for name, found in commits.items() if name != t.RUNS.name} == {
+            name: found for name, found in expected.items() if name != t.RUNS.name
+        }
+        assert len(commits[t.RUNS.name]) <= len(expected[t.RUNS.name])
+
+
+def test_objects_replaced_or_deleted_while_the_job_runs(spark: SparkSession, world: World, tmp_path: Path) -> None:
+    """Each row says what was read; what was gone is counted; the next night finds nothing else to do."""
+    archive = world.server.bucket("moving") / "archive"
+    shutil.copytree(world.folder, archive)
+    uri = "s3a://moving/archive"
+    files = world.settings(str(tmp_path / "none")).storage
+    corrected = _sample(tmp_path, "corrected.dcm", source="MR_small.dcm", SOPInstanceUID="1.2.3.9").read_bytes()
+
+    def replace(name: str) -> Rule:
+        return each(
+            "GET", re.escape(name) + "$", Before(lambda: storage.write_bytes(f"{uri}/{name}", corrected, files))
+        )
+
+    def delete(name: str) -> Rule:
+        return each("GET", re.escape(name) + "$", Before((archive / name).unlink))
+
+    replaced, deleted = ["ct/one.dcm", "empty.dcm"], ["ct/two.dcm", ".hidden"]
+    broken = each("GET", r"/0007/", Reset())
+    rules = [*map(replace, replaced), *map(delete, deleted), broken]
+    with FaultProxy(world.server.host, world.server.port, rules) as proxy:
+        settings = world.settings(str(tmp_path / "lake"), f"ingest.archive={uri}", proxy=proxy)
+        report = ingest.run(spark, settings)
+        assert len(proxy.faults()) == 5
+    assert report.outcomes[t.VANISHED] == len(deleted)
+    rows = {row[t.URI].removeprefix(uri + "/"): row for row in _rows(spark, settings, t.SOURCES).collect()}
+    assert {name for name, row in rows.items() if row[t.OUTCOME] == t.VANISHED} == set(deleted)
+    for name in replaced:
+        now = storage.find(f"{uri}/{name}", files)
+        assert now is not None
+        assert rows[name][t.DIGEST] == hashlib.sha256(corrected).hexdigest()
+        assert rows[name][t.OUTCOME] in (t.INGESTED, t.DUPLICATE)
+        assert (rows[name][t.SIZE], rows[name][t.ETAG]) == (now.size, now.etag)
+    night = world.settings(str(tmp_path / "lake"), f"ingest.archive={uri}")
+    again = ingest.run(spark, night)
+    assert (again.read, again.unchanged, again.deleted) == (0, world.objects - len(deleted), len(deleted))
+    fresh = world.settings(str(tmp_path / "fresh"), f"ingest.archive={uri}")
+    ingest.run(spark, fresh)
+    assert {name: d for name, d in _digest(spark, night).items() if name != t.SOURCES.name} == {
+        name: d for name, d in _digest(spark, fresh).items() if name != t.SOURCES.name
+    }
+
+
+def _one_folder(request: Request) -> Answer | None:
+    """Refuses to list a single folder, which a task lists long after the driver listed the rest."""
+    return SLOW_DOWN if request.is_listing and "0007" in request.target else None
+
+
+@pytest.fixture
+def known(spark: SparkSession, world: World, tmp_path: Path) -> Iterator[config.Settings]:
+    """A local lake that knows all of the archive."""
+    settings = world.settings(str(tmp_path / "lake"), f"ingest.archive={world.archive}")
+    ingest.run(spark, settings)
+    yield settings
+
+
+@pytest.mark.parametrize("rules", [[listings(SLOW_DOWN)], [listings(Answer(403, "AccessDenied"))], [_one_folder]])
+def test_a_listing_that_fails_deletes_nothing(
+    spark: SparkSession, world: World, known: config.Settings, rules: Sequence[Rule]
+) -> None:
+    before, commits = _digest(spark, known), _commits(spark, known)
+    with FaultProxy(world.server.host, world.server.port, rules) as proxy:
+        again = world.settings(known.lake.uri, f"ingest.archive={world.archive}", "storage.attempts=2", proxy=proxy)
+        with pytest.raises(CbmirError) as caught:
+            ingest.run(spark, again)
+        assert proxy.faults()
+    assert caught.value.exit_code != 0
+    assert len(str(caught.value).splitlines()) == 1
+    assert "0007" not in str(caught.value)
+    assert _digest(spark, known) == before
+    assert t.DELETED not in _outcomes(spark, known)
+    commits.pop(t.RUNS.name)
+    assert {name: found for name, found in _commits(spark, known).items() if name in commits} == commits
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3 * 3600)
+@pytest.mark.parametrize("seed", range(10))
+def test_bad_weather_of_every_kind_changes_nothing(
+    spark: SparkSession, s3: S3Server, tmp_path: Path, seed: int
+) -> None:
+    """Refusals, resets and lost replies at once, over more objects."""
+    larger = _world(spark, s3, tmp_path, f"larger-{seed}", 1000)
+    s3.bucket(f"weather-{seed}")
+    rules = [
+        each("PUT", r"/_delta_log/\d+\.json$", DropReply()),
+        share(0.1, seed, SLOW_DOWN),
+        share(0.03, seed + 1000, Reset()),
+        share(0.03, seed + 2000, Answer(500, "InternalError")),
+    ]
+    with FaultProxy(s3.host, s3.port, rules) as proxy:
+        settings = larger.settings(f"s3a://weather-{seed}/lake", f"ingest.archive={larger.archive}", proxy=proxy)
+        ingest.run(spark, settings)
+        assert _digest(spark, settings) == larger.digest
