@@ -90,8 +90,7 @@ def _fill(folder: Path, files: int) -> int:
 def _rows(spark: SparkSession, settings: config.Settings, table: t.Table) -> DataFrame:
     lake = t.Lake.of(settings)
     pinned = t.require_published(spark, lake)
-    version = {t.TAGS: pinned.tags, t.PIXELS: pinned.pixels, t.SOURCES: pinned.sources}[table]
-    return t.read(spark, lake.path(table), version)
+    return t.read(spark, lake.path(table), getattr(pinned, table.name))
 
 
 def _digest(spark: SparkSession, settings: config.Settings) -> dict[str, str]:
