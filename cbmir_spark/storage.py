@@ -456,12 +456,23 @@ def _pages(uri: str, storage: StorageSettings, **how: object) -> Iterator[Mappin
     bucket, _ = _address(uri)
     following: dict[str, object] = {}
     while True:
-        with _told_without_names(bucket):
+        with _told_without_names(bucket), _told_of_a_lost_bucket(bucket):
             page = _client(storage).list_objects_v2(Bucket=bucket, Prefix=_prefix(uri), **how, **following)
         yield page
         if not page.get("IsTruncated"):
             return
         following = {"ContinuationToken": page["NextContinuationToken"]}
+
+
+@contextmanager
+def _told_of_a_lost_bucket(bucket: str) -> Iterator[None]:
+    """No prefix is ever missing from a listing, only its bucket: which must not pass for a folder that is gone."""
+    try:
+        yield
+    except ClientError as error:
+        if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 404:
+            raise StorageError(f"bucket {bucket} does not exist") from None
+        raise
 
 
 def _listed(bucket: str, page: Mapping[str, Any]) -> list[StoredObject]:

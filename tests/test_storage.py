@@ -15,7 +15,7 @@ import pytest
 
 from cbmir_spark import config, storage
 from cbmir_spark.config import StorageSettings
-from cbmir_spark.errors import AccessDenied, InputError, NotThere, StorageError
+from cbmir_spark.errors import AccessDenied, InputError, StorageError
 from tests.fault_proxy import Answer, Before, CutReply, DropReply, FaultProxy, Reset, Rule, Stall, each, share
 from tests.s3_server import S3Server
 
@@ -304,6 +304,9 @@ def test_objects_with_empty_components_and_folder_markers(bucket: Place) -> None
     assert storage.kind(f"s3a://{name}", bucket.settings) == "folder"
     assert storage.kind("s3a://no-such-bucket", bucket.settings) == "nothing"
     assert storage.kind("s3a://no-such-bucket/x", bucket.settings) == "nothing"
+    with pytest.raises(StorageError) as caught:
+        storage.list_folder("s3a://no-such-bucket/x", bucket.settings)
+    assert not isinstance(caught.value, FileNotFoundError)
 
 
 def test_long_listings_come_in_pages(s3: S3Server, bucket: Place) -> None:
@@ -396,7 +399,7 @@ def test_an_object_replaced_while_it_is_asked_for_describes_itself(s3: S3Server,
 
 @pytest.mark.parametrize(
     ("status", "code", "raised"),
-    [(403, "AccessDenied", AccessDenied), (404, "NoSuchKey", NotThere), (400, "BadRequest", StorageError)],
+    [(403, "AccessDenied", AccessDenied), (400, "BadRequest", StorageError)],
 )
 def test_refusals_name_the_bucket_alone(
     s3: S3Server, bucket: Place, status: int, code: str, raised: type[StorageError]
