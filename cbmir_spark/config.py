@@ -36,6 +36,7 @@ class StorageSettings(_Section):
     endpoint: str | None
     region: str
     path_style: bool
+    attempts: Positive
 
 
 class SparkSettings(_Section):

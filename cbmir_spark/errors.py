@@ -31,3 +31,21 @@ class TrainingError(CbmirError):
 
 class EnvironmentProblem(CbmirError):
     """This machine lacks something the jobs need, such as Java 17."""
+
+
+class Busy(CbmirError):
+    """Another job writes to this lake, or took its turn while this one stood still; trying again later may help."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h, which schedulers take for "try again"
+
+
+class StorageError(CbmirError, OSError):
+    """Object storage does not answer, or not with what was asked for. Names a bucket at most, never an object."""
+
+
+class NotThere(StorageError, FileNotFoundError):
+    """Object storage has no such object or bucket."""
+
+
+class AccessDenied(StorageError, PermissionError):
+    """Object storage refuses these credentials, or there are none."""

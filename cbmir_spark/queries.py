@@ -217,8 +217,10 @@ def _unfit(naming: str, value: str) -> str | None:
     if len(value) > LONGEST_CELL or not value.isprintable():
         return "uri is too long or holds control characters"
     try:
-        storage.canonical(value)
+        usable = storage.is_native(storage.canonical(value))
     except InputError:
+        usable = False
+    if not usable:
         return "uri has a scheme that is not supported; use a path, file: or s3a:"
     return None
 

@@ -19,6 +19,7 @@ from cbmir_spark.errors import EnvironmentProblem
 
 JAVA_VERSIONS = (17, 21)
 LOOPBACK = "127.0.0.1"
+S3A_RETRIES = "3"
 
 
 def build(settings: Settings, job: str) -> SparkSession:
@@ -82,6 +83,13 @@ def properties(settings: Settings) -> dict[str, str]:
         "spark.ui.enabled": "false",
         "spark.hadoop.fs.s3a.endpoint.region": storage.region,
         "spark.hadoop.fs.s3a.path.style.access": str(storage.path_style).lower(),
+        # Each request is sent as often as our own. S3A tries again around that, and by default so often, with waits
+        # that double, that a server which answers "slow down" for good would hold a job for hours.
+        "spark.hadoop.fs.s3a.attempts.maximum": str(storage.attempts),
+        "spark.hadoop.fs.s3a.retry.limit": S3A_RETRIES,
+        "spark.hadoop.fs.s3a.retry.throttle.limit": S3A_RETRIES,
+        # A connection that went silent would be waited for 200 seconds. Writes of big parts are answered late.
+        "spark.hadoop.fs.s3a.connection.timeout": "60s",
     }
     if storage.endpoint:
         wanted["spark.hadoop.fs.s3a.endpoint"] = storage.endpoint

@@ -8,12 +8,17 @@ import pytest
 from pyspark.sql import SparkSession
 
 from cbmir_spark import config, session
+from tests import s3_server
 
 REPO = Path(__file__).resolve().parent.parent
 
 # A developer's own settings must not decide what the tests see.
 for name in [name for name in os.environ if name.startswith(config.ENVIRONMENT_PREFIX)]:
     del os.environ[name]
+# Nor may their cloud account: Spark's JVM and its workers inherit this environment.
+for name in [name for name in os.environ if name.startswith("AWS_")]:
+    del os.environ[name]
+os.environ.update(s3_server.CREDENTIALS)
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +56,13 @@ def make_settings(tmp_path: Path) -> MakeSettings:
         return config.load(overrides=[f"lake.uri={tmp_path / 'lake'}", *overrides], environ={})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3_server.S3Server]:
+    """A real S3 server for the whole suite; each test makes buckets of its own."""
+    with s3_server.running(tmp_path_factory.mktemp("s3")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from cbmir_spark.dataset import TEST, TRAIN, VALIDATION, DataFile, Loader, Snaps
 from cbmir_spark.errors import TrainingError
 from tests.tiny_lake import Drawn, draw, pseudonym, publish
 
-LOCAL = StorageSettings(endpoint=None, region="us-east-1", path_style=True)
+LOCAL = StorageSettings(endpoint=None, region="us-east-1", path_style=True, attempts=8)
 
 
 def images_of(patients: dict[str, list[str]]) -> pd.DataFrame:

@@ -26,6 +26,7 @@ FORBIDDEN = {
     "synthesis": {"pyspark", "delta", "mlflow", "torch", "petastorm"},
     "remap": {"mlflow", "torch", "petastorm"},
     "storage": {"pyspark", "delta", "mlflow", "torch"},
+    "lease": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pyarrow"},
 }
 # Packages that one room alone may import, and the rooms of ours that build sessions or read settings.
 ONLY_IN = {

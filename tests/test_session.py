@@ -43,6 +43,8 @@ def test_object_storage_settings_reach_hadoop_and_the_sites_own_come_last() -> N
     settings = config.load(
         overrides=[
             "storage.endpoint=http://127.0.0.1:7070",
+            "storage.path_style=false",
+            "storage.attempts=5",
             "spark.conf.spark.sql.session.timeZone=Europe/Vienna",
         ],
         environ={},
@@ -50,6 +52,8 @@ def test_object_storage_settings_reach_hadoop_and_the_sites_own_come_last() -> N
     wanted = session.properties(settings)
     assert wanted["spark.hadoop.fs.s3a.endpoint"] == "http://127.0.0.1:7070"
     assert wanted["spark.hadoop.fs.s3a.connection.ssl.enabled"] == "false"
+    assert wanted["spark.hadoop.fs.s3a.path.style.access"] == "false"
+    assert wanted["spark.hadoop.fs.s3a.attempts.maximum"] == "5"
     assert wanted["spark.sql.session.timeZone"] == "Europe/Vienna"
     assert not any("secret" in key or "access.key" in key for key in wanted)
 

@@ -1,0 +1,300 @@
+"""One writer at a time: who holds a lake's lease may commit to its tables, and everyone else is told who does.
+
+Two drivers that append to one Delta table in object storage can lose each other's commits, so a job holds a lease
+while it writes, and checks it before each commit. Runs on the driver; no Spark.
+
+Below `file:` the lease is a lock on a file, which the kernel gives back when its process ends, however it ends. Below
+`s3a:` it is an object that is only ever written on condition that nobody else wrote it: its holder renews it, and it
+is free once it was not renewed for a minute by the storage's own clock, or at once where its holder is known to have
+died on this very machine. A holder that stood still for longer finds out at its next check.
+"""
+
+import fcntl
+import json
+import os
+import secrets
+import socket
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cbmir_spark import storage
+from cbmir_spark.config import StorageSettings
+from cbmir_spark.errors import Busy, EnvironmentProblem
+
+SECONDS = 60.0
+FOLDER = "leases"
+# The storage's two clocks, of an object's time and of an answer's, may differ by as much.
+_CLOCK_SECONDS = 2.0
+_RENEWALS_IN_LEASE = 4
+# Rounds against others who take and give back the lease in between.
+_TRIES = 5
+
+
+class Held(ABC):
+    """A lease that this process holds."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Make sure that the lease is still held. Raises Busy where another job took it over meanwhile.
+
+        To be called right before a commit. Below `s3a:` this renews the lease, and raises StorageError where that
+        cannot be done.
+        """
+
+
+@dataclass(frozen=True)
+class _Holder:
+    """What a lease says of who holds it; `host` is for people, `system` names the kernel and its process table."""
+
+    host: str
+    system: str
+    pid: int
+    started: str
+    since: str
+    seconds: float
+    token: str
+    renewals: int = 0
+    released: bool = False
+
+    @classmethod
+    def this_process(cls, seconds: float) -> "_Holder":
+        return cls(
+            host=socket.gethostname(),
+            system=_system(),
+            pid=os.getpid(),
+            started=_started(os.getpid()) or "",
+            since=datetime.now(UTC).isoformat(timespec="seconds"),
+            seconds=seconds,
+            token=secrets.token_hex(16),
+        )
+
+    @classmethod
+    def from_json(cls, content: bytes) -> "_Holder | None":
+        """What a lease says, None where it says nothing that can be understood."""
+        try:
+            return cls(**json.loads(content))
+        except (ValueError, TypeError):
+            return None
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    def is_dead(self) -> bool:
+        """Whether the holder ran on this very system and is gone; False where that cannot be known from here."""
+        if not self.system or self.system != _system():
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            pass
+        started = _started(self.pid)
+        return started is not None and started != self.started
+
+
+@contextmanager
+def hold(vault: str, name: str, files: StorageSettings, seconds: float = SECONDS) -> Iterator[Held]:
+    """Hold the lease `name` of a vault (canonical URI) while the block runs.
+
+    Raises Busy where another job holds it, saying which one and since when. `seconds` is for how long a lease below
+    `s3a:` outlives its last renewal. A process that is forked inside the block must end before it.
+    """
+    if storage.is_local(vault):
+        folder = os.path.join(storage.local_path(vault), FOLDER)
+        with _locked(folder, name) as held:
+            yield held
+        return
+    uri = storage.join(vault, FOLDER, f"{name}.json")
+    _check_conditions(vault, files)
+    renewed = _acquire(uri, name, files, seconds)
+    renewed.start()
+    try:
+        yield renewed
+    finally:
+        renewed.end()
+
+
+@dataclass(frozen=True)
+class _Locked(Held):
+    path: str
+    descriptor: int
+    name: str
+
+    def check(self) -> None:
+        if not _is_at(self.path, self.descriptor):
+            raise Busy(f"the file of lease {self.name} was removed from the vault while it was held: run this again")
+
+
+@contextmanager
+def _locked(folder: str, name: str) -> Iterator[Held]:
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, f"{name}.lock")
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise _busy(name, _Holder.from_json(os.pread(descriptor, 65536, 0))) from None
+            if not _is_at(path, descriptor):
+                continue
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, _Holder.this_process(0.0).to_json(), 0)
+            yield _Locked(path, descriptor, name)
+            return
+        finally:
+            # The file stays: were it removed, one job could lock the old file and another one the new.
+            os.close(descriptor)
+
+
+def _is_at(path: str, descriptor: int) -> bool:
+    """Whether an open file is still the one that its path names."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+class _Renewed(Held):
+    """A lease below `s3a:`, written anew several times in its length by a thread of its own."""
+
+    def __init__(self, uri: str, name: str, files: StorageSettings, holder: _Holder, etag: str) -> None:
+        self._uri, self._name, self._files = uri, name, files
+        self._holder, self._etag = holder, etag
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._lost: Busy | None = None
+        self._thread = threading.Thread(target=self._renew_until_ended, name=f"lease {name}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def check(self) -> None:
+        self._write(released=False)
+
+    def end(self) -> None:
+        """Give the lease back. Where that fails it runs out by itself."""
+        self._ended.set()
+        with suppress(OSError, Busy):
+            self._write(released=True)
+        self._thread.join()
+
+    def _renew_until_ended(self) -> None:
+        while not self._ended.wait(self._holder.seconds / _RENEWALS_IN_LEASE):
+            try:
+                self._write(released=False)
+            except OSError:
+                continue
+            except Busy:
+                return
+
+    def _write(self, released: bool) -> None:
+        with self._lock:
+            if self._lost is not None:
+                raise self._lost
+            if self._ended.is_set() and not released:
+                return
+            following = replace(self._holder, renewals=self._holder.renewals + 1, released=released)
+            # Should the answer be lost for good, the next try must know this content for its own.
+            self._holder = following
+            etag = storage.replace_if_match(self._uri, following.to_json(), self._etag, self._files)
+            if etag is None:
+                etag = self._recovered()
+            if etag is None:
+                self._lost = self._taken_over()
+                raise self._lost
+            self._etag = etag
+
+    def _recovered(self) -> str | None:
+        """The new ETag, where what stands there is ours after all: an earlier write whose failure was only reported."""
+        try:
+            content, found = storage.read(self._uri, self._files)
+        except FileNotFoundError:
+            return None
+        there = _Holder.from_json(content)
+        if there is None or there.token != self._holder.token or found.etag is None:
+            return None
+        return storage.replace_if_match(self._uri, self._holder.to_json(), found.etag, self._files)
+
+    def _taken_over(self) -> Busy:
+        try:
+            holder = _Holder.from_json(storage.read_bytes(self._uri, self._files))
+        except FileNotFoundError:
+            holder = None
+        return Busy(
+            f"lease {self._name} of this lake ran out while this job stood still, and {_described(holder)} took it: "
+            "nothing more was committed; run this again once that job is done"
+        )
+
+
+def _acquire(uri: str, name: str, files: StorageSettings, seconds: float) -> _Renewed:
+    holder = _Holder.this_process(seconds)
+    for _ in range(_TRIES):
+        try:
+            content, found = storage.read(uri, files)
+            before = _Holder.from_json(content)
+            if not _is_free(uri, before, files):
+                raise _busy(name, before)
+            etag = storage.replace_if_match(uri, holder.to_json(), str(found.etag), files)
+        except FileNotFoundError:
+            etag = storage.create_if_absent(uri, holder.to_json(), files)
+        if etag is not None:
+            return _Renewed(uri, name, files, holder, etag)
+    raise Busy(f"lease {name} of this lake changes hands all the time: try again later")
+
+
+def _is_free(uri: str, holder: _Holder | None, files: StorageSettings) -> bool:
+    if holder is not None and (holder.released or holder.is_dead()):
+        return True
+    seconds = SECONDS if holder is None else holder.seconds
+    return storage.seconds_old(uri, files) > seconds + _CLOCK_SECONDS
+
+
+def _check_conditions(vault: str, files: StorageSettings) -> None:
+    """Refuse a server that writes whatever the condition: two jobs would both believe that they hold the lease."""
+    probe = storage.join(vault, FOLDER, "probe")
+    storage.write_bytes(probe, b"there", files)
+    found = storage.find(probe, files)
+    if storage.create_if_absent(probe, b"must not be written", files) is not None or found is None or not found.etag:
+        raise EnvironmentProblem(
+            f"the server of vault {vault} ignores conditional writes (If-None-Match) or gives no ETags; both keep two "
+            "jobs from writing to one lake: use a server that knows them, or a vault below file:"
+        )
+
+
+def _busy(name: str, holder: _Holder | None) -> Busy:
+    return Busy(f"lease {name} of this lake is held by {_described(holder)}: wait for that job, or end it")
+
+
+def _described(holder: _Holder | None) -> str:
+    if holder is None:
+        return "another job"
+    return f"process {holder.pid} on host {holder.host} since {holder.since}"
+
+
+def _system() -> str:
+    """What names this boot of this kernel and this table of process ids; empty where there is no telling."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> str | None:
+    """When a process started, in ticks since boot: process ids are used again. Empty once it has ended.
+
+    None where there is no telling.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    state, started = fields[0], fields[19]
+    return "" if state in "ZX" else started
