@@ -164,6 +164,13 @@ def write_bytes(uri: str, content: bytes, storage: StorageSettings) -> None:
     os.replace(unfinished, path)
 
 
+def delete(uri: str, storage: StorageSettings) -> None:
+    """Remove an object; nothing happens where there is none."""
+    filesystem, path = _open(uri, storage)
+    if filesystem.get_file_info(path).type == fs.FileType.File:
+        filesystem.delete_file(path)
+
+
 def delete_folder(uri: str, storage: StorageSettings) -> None:
     """Remove a folder and all below it; nothing happens where there is none."""
     filesystem, path = _open(uri, storage)
