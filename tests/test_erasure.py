@@ -6,17 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
+import pydicom
 import pytest
+from pydicom.data import get_testdata_file
+from pydicom.uid import UID
 from pyspark.sql import SparkSession
 
-from cbmir_spark import config, dataset, erasure, features, pseudonyms, retrieval, storage
+from cbmir_spark import config, dataset, erasure, features, ingest, parse, pseudonyms, queries, retrieval, storage
 from cbmir_spark import tables as t
 from cbmir_spark.config import Settings
 from cbmir_spark.dataset import Snapshot
 from cbmir_spark.erasure import Request
 from cbmir_spark.errors import InputError, TableError
 from cbmir_spark.pseudonyms import Pseudonyms
+from tests.conftest import MakeSettings
 from tests.leaks import contents
 from tests.test_features import save_model
 from tests.tiny_lake import PREPROCESSING, Drawn, draw, identifiers, owners, publish
@@ -308,3 +313,69 @@ def test_a_tombstone_may_come_before_the_first_image(spark: SparkSession, tmp_pa
     own = pseudonyms.identities("1.2.3", None, None, GONE, names)
     assert pseudonyms.is_forgotten(own, tombstones)
     assert not pseudonyms.is_forgotten(pseudonyms.identities("1.2.3", None, None, "someone else", names), tombstones)
+
+
+# --- with ingest ---
+
+
+def _object(path: Path, number: int, patient: str, shift: int = 0) -> None:
+    """A CT slice of a patient, in the one study that each patient has."""
+    ds = pydicom.dcmread(str(get_testdata_file("CT_small.dcm")))
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = UID(f"1.2.826.{number}")
+    ds.SeriesInstanceUID = UID(f"1.2.827.{number}")
+    ds.StudyInstanceUID = UID(f"1.2.828.{len(patient)}")
+    ds.PatientID = patient
+    ds.PixelData = np.roll(ds.pixel_array, 8 * number + shift).tobytes()
+    path.parent.mkdir(exist_ok=True)
+    ds.save_as(path)
+
+
+def test_ingest_keeps_identities_while_there_are_images_and_nothing_of_the_forgotten(
+    spark: SparkSession, make_settings: MakeSettings, tmp_path: Path
+) -> None:
+    archive = tmp_path / "archive"
+    for number, patient in enumerate(["MRN-1", "MRN-1", "MRN-OTHER"]):
+        _object(archive / f"{number}.dcm", number, patient)
+    settings = make_settings(f"ingest.archive={archive}", "privacy.identity=true")
+    lake = t.Lake.of(settings)
+    ingest.run(spark, settings)
+    names = _names(settings)
+
+    def identities() -> dict[tuple[str, str], str]:
+        rows = t.read(spark, lake.path(t.IDENTITY)).collect()
+        return {(row[t.KIND], row[t.IDENTIFIER]): row[t.PSEUDONYM] for row in rows}
+
+    def outcomes() -> dict[str, tuple[str, str | None, str | None]]:
+        rows = t.read(spark, lake.path(t.SOURCES)).collect()
+        return {row[t.URI].rpartition("/")[2]: (row[t.OUTCOME], row[t.REASON], row[t.DIGEST]) for row in rows}
+
+    known = identities()
+    assert len(known) == 3 + 3 + 2 + 2
+    assert known["patient", "MRN-1"] == names.patient("MRN-1")
+    assert known["image", "1.2.826.2"] == names.image("1.2.826.2")
+    # A correction moves an image to another patient, another object leaves the archive: what is left of it is known.
+    (archive / "1.dcm").unlink()
+    _object(archive / "2.dcm", 2, "MRN-CORRECTED")
+    ingest.run(spark, settings)
+    assert {text for kind, text in identities() if kind == "patient"} == {"MRN-1", "MRN-CORRECTED"}
+    assert {text for kind, text in identities() if kind == "image"} == {"1.2.826.0", "1.2.826.2"}
+
+    report = erasure.run(spark, settings, [Request("patient", "MRN-1")])
+    assert (report.images, report.places["identity"].rows) == (1, 4)
+    forgotten = (t.REJECTED, t.ERASED, None)
+    assert outcomes()["0.dcm"] == forgotten
+    # Neither an object that is written anew nor one that was never seen brings the patient back.
+    _object(archive / "0.dcm", 0, "MRN-1", shift=3)
+    _object(archive / "new.dcm", 7, " MRN-1 ")
+    again = ingest.run(spark, settings)
+    assert again.reasons == {t.ERASED: 2} and (again.read, again.unchanged) == (2, 1)
+    assert outcomes()["0.dcm"] == outcomes()["new.dcm"] == forgotten
+    tags = t.read(spark, lake.path(t.TAGS), again.published.tags).collect()
+    assert [row[t.PATIENT_ID] for row in tags] == [names.patient("MRN-CORRECTED")]
+    assert ("patient", "MRN-1") not in identities()
+    parser = parse.Parser(
+        settings.storage, settings.ingest, parse.preprocessing_of(settings), {}, names, t.tombstones(spark, lake)
+    )
+    reader = queries.Reader("", (storage.canonical(str(archive)),), parser, frozenset())
+    asked = queries.read_uri(storage.canonical(str(archive / "0.dcm")), None, False, reader)
+    assert asked == {t.STATUS: "not_found", t.REASON: t.ERASED}

@@ -24,6 +24,7 @@ FORBIDDEN = {
     "arrays": {"mlflow", "torch", "petastorm"},
     "scan_task": {"mlflow", "torch", "petastorm"},
     "synthesis": {"pyspark", "delta", "mlflow", "torch", "petastorm"},
+    "pseudonyms": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pydicom"},
     "storage": {"pyspark", "delta", "mlflow", "torch"},
 }
 # Packages that one room alone may import, and the rooms of ours that build sessions or read settings.
