@@ -243,6 +243,40 @@ def features(
     return None
 
 
+@app.command()
+def forget(
+    patient: Annotated[list[str] | None, typer.Option(help="A Patient ID. Repeatable.")] = None,
+    study: Annotated[list[str] | None, typer.Option(help="A Study Instance UID. Repeatable.")] = None,
+    series: Annotated[list[str] | None, typer.Option(help="A Series Instance UID. Repeatable.")] = None,
+    image: Annotated[list[str] | None, typer.Option(help="A SOP Instance UID. Repeatable.")] = None,
+    pseudonym: Annotated[list[str] | None, typer.Option(help="kind:pseudonym, as patient:9f3a… Repeatable.")] = None,
+    file: Annotated[str | None, typer.Option("--list", help="CSV with kind,identifier.")] = None,
+    now: Annotated[bool, typer.Option("--now", help="Remove superseded files at once; readers of them fail.")] = False,
+    purge: Annotated[bool, typer.Option("--purge", help="Remove files superseded for a week, as every night.")] = False,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    lake: LakeUri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Erase patients, studies, series or images everywhere; ingest keeps nothing of them from then on."""
+    settings = _settings(config, overrides, {"lake.uri": lake})
+    from cbmir_spark import erasure as room
+
+    given = {"patient": patient, "study": study, "series": series, "image": image, room.PSEUDONYM: pseudonym}
+    requests = [room.Request(kind, value) for kind, values in given.items() for value in values or ()]
+    requests += room.read_list(file, settings.storage) if file is not None else ()
+    if now:
+        terminal.err.print("Superseded files go at once: readers of older versions of the tables will fail.")
+    with _session(settings, "forget") as spark:
+        report = room.run(spark, settings, requests, now=now, purge=purge)
+    if as_json:
+        return terminal.print_json(report)
+    counts = {"asked": report.asked, "of no image here": report.unknown, "images": report.images}
+    gone = {f"{name}, {what}": count for name, each in report.places.items() for what, count in asdict(each).items()}
+    terminal.print_counts("Forgotten", counts | {name: count for name, count in gone.items() if count})
+    return None
+
+
 @app.command("config")
 def show_config(
     config: ConfigFile = None,

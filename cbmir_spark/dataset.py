@@ -13,13 +13,15 @@ import hashlib
 import json
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
@@ -41,6 +43,7 @@ with warnings.catch_warnings():
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"petastorm\.")
 
 FORMAT = 1
+MANIFEST = "manifest.json"
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 SPLITS = (TRAIN, VALIDATION, TEST)
 
@@ -261,7 +264,7 @@ def snapshot(
     )
     digest = _digest(chosen, settings, classes, pinned.preprocessing)
     uri = storage.join(lake.snapshots(), digest)
-    manifest = storage.join(uri, "manifest.json")
+    manifest = storage.join(uri, MANIFEST)
     if storage.kind(manifest, storage_settings) == "file":
         return Snapshot.from_json(storage.read_bytes(manifest, storage_settings), uri)
     patients_of = kept.groupby(LABEL)[t.PATIENT_ID].nunique()
@@ -285,6 +288,86 @@ def snapshot(
     )
     storage.write_bytes(manifest, written.to_json().encode(), storage_settings)
     return written
+
+
+def erase(spark: SparkSession, uri: str, owners: DataFrame, settings: StorageSettings) -> tuple[int, int]:
+    """Take the frames that belong to `owners` (kind, pseudonym) out of the snapshot in folder `uri`; rows and files.
+
+    Tasks write the files that hold such frames again under new names, the manifest then names those, and files that it
+    does not name are removed: until then, and after a kill, the snapshot is the old one, whole. Frames of snapshots
+    from before series and study were written to them are known by image and patient alone.
+    """
+    manifest = storage.join(uri, MANIFEST)
+    snapshot = Snapshot.from_json(storage.read_bytes(manifest, settings), uri)
+    split_of = {file.path: split for split, files in snapshot.files.items() for file in files}
+    rows, written = 0, {}
+    if split_of:
+        frames = spark.read.parquet(*[storage.join(uri, path) for path in split_of])
+        place = F.regexp_extract(F.input_file_name(), "([^/]+/[^/]+)$", 1).alias(_PATH)
+        ids = [name for name in (t.IMAGE_ID, *_OWNERS) if name in frames.columns]
+        lost = t.belonging(frames.select(*ids, place), owners).groupBy(_PATH).agg(F.collect_set(t.IMAGE_ID))
+        done = lost.toDF(_PATH, t.IMAGE_ID).mapInArrow(_eraser(uri, settings), _ERASED)
+        written = {row[_PATH]: row for row in done.collect()}
+    if written:
+        images = {split: dict(counts) for split, counts in snapshot.images.items()}
+        for path, row in written.items():
+            for label, count in row["lost"].items():
+                images[split_of[path]][label] -= count
+                rows += count
+        files: dict[str, tuple[DataFile, ...]] = {}
+        patients: dict[str, int] = {}
+        for split, old in snapshot.files.items():
+            new = [written.get(file.path, file) for file in old]
+            kept = [
+                file if isinstance(file, DataFile) else DataFile(file["made"], tuple(file["groups"]), file["sha256"])
+                for file in new
+                if isinstance(file, DataFile) or file["groups"]
+            ]
+            files[split] = tuple(kept)
+            uris = [storage.join(uri, file.path) for file in kept]
+            patients[split] = spark.read.parquet(*uris).select(t.PATIENT_ID).distinct().count() if uris else 0
+        snapshot = replace(snapshot, images=images, patients=patients, files=files)
+        storage.write_bytes(manifest, snapshot.to_json().encode(), settings)
+    named = {storage.join(uri, file.path) for files in snapshot.files.values() for file in files} | {manifest}
+    for left in [found.uri for found in storage.list_objects(uri, settings) if found.uri not in named]:
+        storage.delete(left, settings)
+    return rows, len(written)
+
+
+_PATH = "path"
+_ERASED = f"{_PATH} string, made string, groups array<int>, sha256 string, lost map<string, int>"
+
+
+def _eraser(uri: str, settings: StorageSettings) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
+    """Per task: files and the images to leave out of each → what was written in their place, a row for each file."""
+
+    def erase_from(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            for path, images in zip(batch[_PATH].to_pylist(), batch[t.IMAGE_ID].to_pylist(), strict=True):
+                old = pq.ParquetFile(pa.BufferReader(storage.read_bytes(storage.join(uri, path), settings)))
+                file = _File()
+                lost: Counter[str] = Counter()
+                for number in range(old.num_row_groups):
+                    group = old.read_row_group(number)
+                    gone = pc.is_in(group[t.IMAGE_ID], value_set=pa.array(images, pa.string()))
+                    lost.update(group.filter(gone)[LABEL].to_pylist())
+                    file.add(group.filter(pc.invert(gone)))
+                stem = path.removesuffix(".parquet")
+                base, _, times = stem.partition("-erased-")
+                made = f"{base}-erased-{int(times or 0) + 1}.parquet"
+                groups, sha256 = file.close(storage.join(uri, made), settings)
+                yield pa.RecordBatch.from_arrays(
+                    [
+                        pa.array([path]),
+                        pa.array([made]),
+                        pa.array([groups], type=pa.list_(pa.int32())),
+                        pa.array([sha256]),
+                        pa.array([list(lost.items())], type=pa.map_(pa.string(), pa.int32())),
+                    ],
+                    names=[_PATH, "made", "groups", "sha256", "lost"],
+                )
+
+    return erase_from
 
 
 class Loader:
@@ -529,16 +612,42 @@ def _part_writer(
     return write
 
 
+class _File:
+    """A Parquet file being written in memory, row group by row group."""
+
+    def __init__(self) -> None:
+        self._sink = pa.BufferOutputStream()
+        self._writer: pq.ParquetWriter | None = None
+        self._groups: list[int] = []
+
+    def add(self, rows: pa.Table) -> None:
+        """One row group, unless there are no rows."""
+        if not len(rows):
+            return
+        if self._writer is None:
+            # Pixels hardly repeat: a dictionary of them is built in vain.
+            self._writer = pq.ParquetWriter(self._sink, rows.schema, compression="snappy", use_dictionary=[LABEL])
+        self._writer.write_table(rows, row_group_size=len(rows))
+        self._groups.append(len(rows))
+
+    def close(self, uri: str, settings: StorageSettings) -> tuple[list[int], str]:
+        """Write the file, unless it is empty; the rows of its groups and its digest."""
+        if self._writer is None:
+            return [], ""
+        self._writer.close()
+        content = self._sink.getvalue().to_pybytes()
+        storage.write_bytes(uri, content, settings)
+        return self._groups, hashlib.sha256(content).hexdigest()
+
+
 class _Part:
-    """A Parquet file being written in memory, at most a few row groups long."""
+    """The file of one split and part, filled in even row groups; in memory, at most a few of them long."""
 
     def __init__(self, name: tuple[str, int], group_rows: int) -> None:
         self.name = name
         self._group_rows = group_rows
-        self._sink = pa.BufferOutputStream()
-        self._writer: pq.ParquetWriter | None = None
+        self._file = _File()
         self._held: list[pa.RecordBatch] = []
-        self._groups: list[int] = []
 
     def add(self, batch: pa.RecordBatch) -> None:
         self._held.append(batch)
@@ -551,28 +660,20 @@ class _Part:
     def close(self, uri: str, settings: StorageSettings) -> pa.RecordBatch:
         if self._held:
             self._write(pa.Table.from_batches(self._held))
-        assert self._writer is not None
-        self._writer.close()
-        content = self._sink.getvalue().to_pybytes()
         path = f"{self.name[0]}/part-{self.name[1]:05d}.parquet"
-        storage.write_bytes(storage.join(uri, path), content, settings)
+        groups, sha256 = self._file.close(storage.join(uri, path), settings)
         return pa.RecordBatch.from_arrays(
             [
                 pa.array([self.name[0]]),
                 pa.array([path]),
-                pa.array([self._groups], type=pa.list_(pa.int32())),
-                pa.array([hashlib.sha256(content).hexdigest()]),
+                pa.array([groups], type=pa.list_(pa.int32())),
+                pa.array([sha256]),
             ],
             names=[SPLIT, "path", "groups", "sha256"],
         )
 
     def _write(self, rows: pa.Table) -> None:
-        rows = rows.drop([SPLIT, _PART, _KEY])
-        if self._writer is None:
-            # Pixels hardly repeat: a dictionary of them is built in vain.
-            self._writer = pq.ParquetWriter(self._sink, rows.schema, compression="snappy", use_dictionary=[LABEL])
-        self._writer.write_table(rows, row_group_size=len(rows))
-        self._groups.append(len(rows))
+        self._file.add(rows.drop([SPLIT, _PART, _KEY]))
 
 
 def _listed(counts: Mapping[str, int]) -> str:

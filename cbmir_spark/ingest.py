@@ -36,6 +36,7 @@ from cbmir_spark.reconcile import (
     UNCHANGED,
     arrivals,
     compare,
+    identity_rows,
     newcomers,
     pixel_rows,
     promote,
@@ -101,7 +102,15 @@ def run(spark: SparkSession, settings: Settings, progress: Progress | None = Non
         raise InputError(f"lake {lake.uri} lies inside archive {archive}: give a lake elsewhere, with --lake")
     preprocessing = preprocessing_of(settings)
     names = pseudonyms.of(settings, storage.local_path(lake.vault) if storage.is_local(lake.vault) else None)
-    parser = Parser(settings.storage, settings.ingest, preprocessing, settings.vocabulary.body_parts, names)
+    parser = Parser(
+        settings.storage,
+        settings.ingest,
+        preprocessing,
+        settings.vocabulary.body_parts,
+        names,
+        t.tombstones(spark, lake),
+        settings.privacy.identity,
+    )
     with record.stage("open"):
         pinned, mended = _open_tables(spark, lake, parser)
     staging = storage.join(lake.vault, "staging")
@@ -263,6 +272,8 @@ class _Run:
         with self.record.stage("publish"):
             only_new = not any(row[KNOWN] for row in counted)
             published = t.publish(self.spark, self.lake, rows.drop(TALLY, KNOWN), belongs, only_new)
+        with self.record.stage("identity"):
+            self._part_with(resolved, pinned, published)
         unchanged = found.pop(UNCHANGED, 0)
         return _Done(published, found, unchanged, reasons, frames)
 
@@ -308,6 +319,10 @@ class _Run:
             with self.record.stage("tags"):
                 rows = tag_rows(arrived, pinned.batch).coalesce(math.ceil(images / TAGS_PER_FILE))
                 pinned = replace(pinned, tags=t.replace_batch(rows, t.TAGS, tags_path, pinned.batch))
+            if self.parser.identity:
+                with self.record.stage("identity"):
+                    known = identity_rows(arrived, self.parser.pseudonyms.key_id)
+                    t.merge_identities(self.spark, self.lake, known)
         if leaving_batches:
             gone = leaving.select(t.IMAGE_ID)
             with self.record.stage("remove pixels"):
@@ -315,6 +330,14 @@ class _Run:
             with self.record.stage("remove tags"):
                 pinned = replace(pinned, tags=t.delete_images(self.spark, tags_path, gone, leaving_batches))
         return pinned, frames
+
+    def _part_with(self, resolved: DataFrame, before: t.Published, after: t.Published) -> None:
+        """What IDENTITY says of images that have left, and of what they alone belonged to, goes when they are gone."""
+        if not t.exists(self.spark, self.lake.path(t.IDENTITY)) or (leaving := superseded(resolved)).isEmpty():
+            return
+        path = self.lake.path(t.TAGS)
+        left = t.read(self.spark, path, before.tags).join(F.broadcast(leaving), on=t.IMAGE_ID, how="left_semi")
+        t.prune_identities(self.spark, self.lake, t.read(self.spark, path, after.tags), left)
 
     def _at(self, name: str) -> str:
         return storage.join(self.staging, name)

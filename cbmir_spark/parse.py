@@ -16,15 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyspark.sql import DataFrame
 from pyspark.sql.pandas.types import to_arrow_schema
-from pyspark.sql.types import IntegerType, StringType, StructField, StructType
+from pyspark.sql.types import IntegerType, MapType, StringType, StructField, StructType
 
 from cbmir_spark import storage
 from cbmir_spark import tables as t
 from cbmir_spark.config import IngestSettings, Settings, StorageSettings
 from cbmir_spark.decoder import Decoder
 from cbmir_spark.dicom import Instance, NotAnImage, Preprocessing, Rejected
-from cbmir_spark.pseudonyms import Pseudonyms
-from cbmir_spark.reconcile import PARSED, STAGED_BY
+from cbmir_spark.pseudonyms import Identity, Pseudonyms, identities, is_forgotten
+from cbmir_spark.reconcile import IDENTIFIERS, PARSED, STAGED_BY
 from cbmir_spark.vocabulary import Vocabulary
 
 # Reasons that storage gives, beside those of preflight.Reason.
@@ -47,6 +47,7 @@ STAGED = StructType(
         StructField(t.REASON, StringType()),
         StructField(t.IMAGE_ID, StringType()),
         StructField("tags", _TAGS_OF_INSTANCE),
+        StructField(IDENTIFIERS, MapType(StringType(), StringType())),
         StructField(KEPT_FRAMES, IntegerType()),
         StructField(STAGED_BY, StringType()),
     ]
@@ -65,13 +66,19 @@ Tally = Callable[[Counter[str]], None]
 
 @dataclass(frozen=True)
 class Parser:
-    """Everything a task needs to turn an object into a staged row; carries the key's path, never the key."""
+    """Everything a task needs to turn an object into a staged row; carries the key's path, never the key.
+
+    `forgotten` are tombstones (see tables.tombstones): nothing is kept of what they name. With `identity` staged rows
+    carry the identifiers, which belong in the vault alone.
+    """
 
     storage: StorageSettings
     limits: IngestSettings
     preprocessing: Preprocessing
     body_parts: Mapping[str, str]
     pseudonyms: Pseudonyms
+    forgotten: frozenset[str] = frozenset()
+    identity: bool = False
 
     def __hash__(self) -> int:
         return hash((self.preprocessing.version, self.pseudonyms))
@@ -134,7 +141,12 @@ def parse_object(uri: str, size: int, parser: Parser) -> dict[str, Any]:
         return row | {t.OUTCOME: t.NOT_AN_IMAGE, t.REASON: str(error.reason)}
     except Rejected as error:
         return row | {t.OUTCOME: t.REJECTED, t.REASON: str(error.reason)}
-    tags = tags_of(instance, parser.pseudonyms)
+    owners = owners_of(instance, parser.pseudonyms)
+    if is_forgotten(owners, parser.forgotten):
+        return {**row, t.DIGEST: None, t.OUTCOME: t.REJECTED, t.REASON: t.ERASED}
+    tags = tags_of(instance, owners)
+    if parser.identity:
+        row[IDENTIFIERS] = {owner.kind: owner.identifier for owner in owners if owner.identifier is not None}
     frames = [
         {
             t.FRAME: frame.number,
@@ -149,23 +161,18 @@ def parse_object(uri: str, size: int, parser: Parser) -> dict[str, Any]:
     return row | {t.OUTCOME: PARSED, t.IMAGE_ID: tags[t.IMAGE_ID], "tags": tags, "frames": frames}
 
 
-def tags_of(instance: Instance, names: Pseudonyms) -> dict[str, object]:
-    """The TAGS row of an instance without its batch: identifiers become pseudonyms, and nothing else is kept.
+def owners_of(instance: Instance, names: Pseudonyms) -> tuple[Identity, ...]:
+    """What an instance is and belongs to."""
+    tags = instance.tags
+    uids = (tags.sop_instance_uid, tags.series_instance_uid, tags.study_instance_uid)
+    return identities(*uids, tags.patient_id_raw, names)
 
-    An empty identifier must not make one patient, study or series of all who lack it: the next one below stands in.
-    """
+
+def tags_of(instance: Instance, owners: Iterable[Identity]) -> dict[str, object]:
+    """The TAGS row of an instance without its batch: pseudonyms for identifiers, and nothing else is kept."""
     values = asdict(instance.tags)
-    image = str(values["sop_instance_uid"])
-    series = str(values["series_instance_uid"] or image)
-    study = str(values["study_instance_uid"] or series)
-    patient = str(values["patient_id_raw"] or study)
-    ids = {
-        t.IMAGE_ID: names.image(image),
-        t.SERIES_ID: names.series(series),
-        t.STUDY_ID: names.study(study),
-        t.PATIENT_ID: names.patient(patient),
-    }
-    return ids | {f.name: values[f.name] for f in _TAGS_OF_INSTANCE if f.name not in ids}
+    ids: dict[str, object] = {t.OWNERS[owner.kind]: owner.pseudonym for owner in owners}
+    return ids | {f.name: values[f.name] for f in _TAGS_OF_INSTANCE if f.name in values and f.name not in ids}
 
 
 class _Frames:

@@ -8,6 +8,7 @@ import hmac
 import os
 import secrets
 import stat
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,6 +18,8 @@ from cbmir_spark.errors import ConfigError
 KEY_VARIABLE = "CBMIR_PRIVACY__KEY"
 KEY_FILE = "pseudonym.key"
 SHORTEST_KEY = 16
+# What identifiers are of, from the smallest to the largest.
+KINDS = ("image", "series", "study", "patient")
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,46 @@ class Pseudonyms:
     def patient(self, patient_id: str) -> str:
         return self._of("patient", patient_id)
 
+    def of_kind(self, kind: str, identifier: str) -> str:
+        """The pseudonym of an identifier of one of KINDS."""
+        if kind not in KINDS:
+            raise ValueError(f"{kind!r} is none of {', '.join(KINDS)}")
+        return self._of(kind, identifier)
+
     def _of(self, domain: str, identifier: str) -> str:
         return _digest(_key(self.key_file), domain, identifier)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """One pseudonym of an instance; `identifier` is None where it lacks one of its own, and another stands in."""
+
+    kind: str
+    pseudonym: str
+    identifier: str | None
+
+
+def identities(
+    sop_instance_uid: str,
+    series_instance_uid: str | None,
+    study_instance_uid: str | None,
+    patient_id: str | None,
+    names: Pseudonyms,
+) -> tuple[Identity, ...]:
+    """The pseudonyms of an instance, its image's, series', study's and patient's, in the order of KINDS.
+
+    An empty identifier must not make one patient, study or series of all who lack it: the next one below stands in.
+    """
+    found, below = [], sop_instance_uid
+    for kind, own in zip(KINDS, (sop_instance_uid, series_instance_uid, study_instance_uid, patient_id), strict=True):
+        below = own or below
+        found.append(Identity(kind, names.of_kind(kind, below), own or None))
+    return tuple(found)
+
+
+def is_forgotten(owners: Iterable[Identity], tombstones: Collection[str]) -> bool:
+    """Whether something that an instance belongs to was forgotten; `tombstones` are kind:pseudonym."""
+    return any(f"{owner.kind}:{owner.pseudonym}" in tombstones for owner in owners)
 
 
 def of(settings: Settings, vault_folder: str | None) -> Pseudonyms:

@@ -12,6 +12,8 @@ from cbmir_spark import tables as t
 
 # What became of an object in a task, before it is known whether it wins.
 PARSED = "parsed"
+# What a staged row has of its identifiers, by kind.
+IDENTIFIERS = "identifiers"
 # Columns of the work of a run.
 SLICE = "slice"
 PROMOTED = "promoted"
@@ -234,6 +236,19 @@ def arrivals(staged: DataFrame, resolved: DataFrame) -> DataFrame:
 def tag_rows(arrived: DataFrame, batch: int) -> DataFrame:
     """Rows of TAGS."""
     return arrived.select("tags.*", F.lit(batch).cast("bigint").alias(t.BATCH))
+
+
+def identity_rows(arrived: DataFrame, key_id: str) -> DataFrame:
+    """Rows of IDENTITY: who the images that arrived are, and what they belong to."""
+    owners = [(kind, F.col(f"tags.{column}")) for kind, column in t.OWNERS.items()]
+    named = [F.struct(F.lit(kind).alias(t.KIND), id_.alias(t.PSEUDONYM)) for kind, id_ in owners]
+    return (
+        arrived.select(IDENTIFIERS, F.explode(F.array(*named)).alias("owner"))
+        .select("owner.*", F.col(IDENTIFIERS)[F.col(f"owner.{t.KIND}")].alias(t.IDENTIFIER))
+        .where(F.col(t.IDENTIFIER).isNotNull())
+        .withColumn(t.KEY_ID, F.lit(key_id))
+        .distinct()
+    )
 
 
 def pixel_rows(frames: DataFrame, arrived: DataFrame, batch: int) -> DataFrame:

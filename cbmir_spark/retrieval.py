@@ -248,7 +248,7 @@ def scanned(df: DataFrame) -> Scanned:
 
 
 def run(spark: SparkSession, settings: Settings) -> Report:
-    """Answer the query list of `retrieval.queries`: hits, statuses and a gallery in a folder of their own.
+    """Answer the query list of `retrieval.queries`: hits, statuses, what the queries were and a gallery, in one folder.
 
     Raises InputError for a list that cannot be used or a folder that holds something already, ModelError and
     TableError as `features.open_index` does; all before anything is written.
@@ -281,6 +281,10 @@ def run(spark: SparkSession, settings: Settings) -> Report:
         rows = [(s.query_id, str(s.status), s.reason, list(s.partitions), s.candidates, s.hits) for s in statuses]
         named = spark.createDataFrame(rows, t.RESULTS_STATUSES.schema).coalesce(1)
         t.conform(named, t.RESULTS_STATUSES).write.parquet(storage.join(out, t.RESULTS_STATUSES.name))
+        names = t.RESULTS_QUERIES.schema.names
+        meant = [tuple(getattr(query, name) for name in names) for query in resolved.queries.values()]
+        images = spark.createDataFrame(meant, t.RESULTS_QUERIES.schema).coalesce(1)
+        t.conform(images, t.RESULTS_QUERIES).write.parquet(storage.join(out, t.RESULTS_QUERIES.name))
     counts = Counter(status.status for status in statuses)
     files = index.rows.inputFiles()
     size = t.size_of(spark, index.path)

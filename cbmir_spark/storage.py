@@ -242,6 +242,13 @@ def write_bytes(uri: str, content: bytes, storage: StorageSettings) -> None:
         _client(storage).put_object(Bucket=bucket, Key=key, Body=content)
 
 
+def delete(uri: str, storage: StorageSettings) -> None:
+    """Remove an object; nothing happens where there is none."""
+    filesystem, path = _open(uri, storage)
+    if filesystem.get_file_info(path).type == fs.FileType.File:
+        filesystem.delete_file(path)
+
+
 def delete_folder(uri: str, storage: StorageSettings) -> None:
     """Remove a folder and all below it; nothing happens where there is none."""
     if _is_file_uri(uri):

@@ -96,6 +96,9 @@ CANDIDATES = "candidates"
 HITS = "hits"
 RUN_ID = "run_id"
 JOB = "job"
+PSEUDONYM = "pseudonym"
+IDENTIFIER = "identifier"
+FORGOTTEN_AT = "forgotten_at"
 
 # Outcomes of an object in SOURCES.
 INGESTED = "ingested"
@@ -114,6 +117,8 @@ FROM_TAG, FROM_PREDICTION, FROM_NOTHING = "tag", "predicted", "unknown"
 # Reasons for which an object is read again although storage holds what it held: its pixels have to be made anew, or
 # storage refused it.
 REREAD, UNREADABLE = "REREAD", "UNREADABLE"
+# Why nothing is kept of an object: its image, series, study or patient was erased.
+ERASED = "FORGOTTEN"
 
 LAKE, VAULT = "lake", "vault"
 
@@ -239,6 +244,38 @@ SOURCES = Table(
     },
 )
 
+# Whose column holds the pseudonym of each kind of identifier.
+OWNERS = {"image": IMAGE_ID, "series": SERIES_ID, "study": STUDY_ID, "patient": PATIENT_ID}
+
+IDENTITY = Table(
+    name="identity",
+    root=VAULT,
+    schema=StructType(
+        [
+            _required(KIND, StringType()),
+            _required(PSEUDONYM, StringType()),
+            _required(IDENTIFIER, StringType()),
+            _required(KEY_ID, StringType()),
+        ]
+    ),
+    partitioned_by=(KIND,),
+    constraints={"kind_known": _one_of(KIND, OWNERS)},
+)
+
+FORGOTTEN = Table(
+    name="forgotten",
+    root=VAULT,
+    schema=StructType(
+        [
+            _required(KIND, StringType()),
+            _required(PSEUDONYM, StringType()),
+            _required(KEY_ID, StringType()),
+            _required(FORGOTTEN_AT, TimestampType()),
+        ]
+    ),
+    constraints={"kind_known": _one_of(KIND, OWNERS)},
+)
+
 FEATURES = Table(
     name="features",
     root=LAKE,
@@ -309,6 +346,14 @@ RESULTS_STATUSES = Table(
             _required(CANDIDATES, LongType()),
             _required(HITS, IntegerType()),
         ]
+    ),
+)
+
+RESULTS_QUERIES = Table(
+    name="queries",
+    root=LAKE,
+    schema=StructType(
+        [_required(QUERY_ID, StringType()), *[_optional(name, StringType()) for name in OWNERS.values()]]
     ),
 )
 
@@ -601,6 +646,92 @@ def roll_back(spark: SparkSession, lake: Lake, pinned: Published) -> list[str]:
             DeltaTable.forPath(spark, path).restoreToVersion(wanted)
             mended.append(table.name)
     return mended
+
+
+def merge_new(spark: SparkSession, rows: DataFrame, table: Table, path: str) -> int:
+    """Insert those of `rows` whose kind and pseudonym the table (IDENTITY or FORGOTTEN) lacks; how many went in."""
+    ensure(spark, table, path)
+    merge = (
+        DeltaTable.forPath(spark, path)
+        .alias("t")
+        .merge(
+            conform(rows, table).dropDuplicates([KIND, PSEUDONYM]).alias("s"),
+            f"t.{KIND} = s.{KIND} AND t.{PSEUDONYM} = s.{PSEUDONYM}",
+        )
+    )
+    done = merge.whenNotMatchedInsertAll().execute().select("num_inserted_rows").first()
+    return int(done["num_inserted_rows"]) if done else 0
+
+
+def merge_identities(spark: SparkSession, lake: Lake, rows: DataFrame) -> int:
+    """Add what the vault's IDENTITY lacks of `rows`, before SOURCES is published: a batch tried again adds nothing."""
+    return merge_new(spark, rows, IDENTITY, lake.path(IDENTITY))
+
+
+def prune_identities(spark: SparkSession, lake: Lake, tags: DataFrame, left: DataFrame | None = None) -> int:
+    """Remove from IDENTITY what no row of `tags` belongs to any more; how many rows went.
+
+    `left` are rows of an earlier TAGS whose image_id, series_id, study_id and patient_id alone are looked at: those of
+    images that have just left. Without it all of IDENTITY is. To be called when `tags` is published.
+    """
+    path = lake.path(IDENTITY)
+    if not exists(spark, path):
+        return 0
+    candidates = read(spark, path).select(KIND, PSEUDONYM)
+    if left is not None:
+        candidates = candidates.join(_owners(left), on=[KIND, PSEUDONYM], how="left_semi")
+    orphans = candidates.join(_owners(tags), on=[KIND, PSEUDONYM], how="left_anti").persist()
+    count = orphans.count()
+    if count:
+        delete_rows(spark, path, orphans, "true")
+    orphans.unpersist()
+    return count
+
+
+def _owners(tags: DataFrame) -> DataFrame:
+    """(kind, pseudonym) of all that rows with the four ids belong to."""
+    named = [F.struct(F.lit(kind).alias(KIND), F.col(column).alias(PSEUDONYM)) for kind, column in OWNERS.items()]
+    return tags.select(F.explode(F.array(*named)).alias("owner")).select("owner.*")
+
+
+def belonging(rows: DataFrame, owners: DataFrame) -> DataFrame:
+    """Those of `rows` that belong to one of `owners` (kind, pseudonym; each once) by the id columns that they have."""
+    columns, flags = rows.columns, []
+    for kind, column in OWNERS.items():
+        if column in columns:
+            flag = f"is_of_{kind}"
+            of_kind = owners.where(F.col(KIND) == kind).select(F.col(PSEUDONYM).alias(column), F.lit(True).alias(flag))
+            rows = rows.join(F.broadcast(of_kind), on=column, how="left")
+            flags.append(F.col(flag))
+    return rows.where(F.coalesce(*flags)).select(*columns)
+
+
+def tombstones(spark: SparkSession, lake: Lake) -> frozenset[str]:
+    """What must not be kept, as kind:pseudonym; what was asked to be forgotten is a list that a driver can hold."""
+    path = lake.path(FORGOTTEN)
+    if not exists(spark, path):
+        return frozenset()
+    return frozenset(f"{row[KIND]}:{row[PSEUDONYM]}" for row in read(spark, path).select(KIND, PSEUDONYM).collect())
+
+
+def vacuum(spark: SparkSession, path: str, hours: int) -> None:
+    """Remove the files that no version of the last `hours` needs; below 168 readers of older versions will fail."""
+    settings = {
+        "spark.databricks.delta.retentionDurationCheck.enabled": "false",
+        # Logged, it would be a version of its own, which no published one names.
+        "spark.databricks.delta.vacuum.logging.enabled": "false",
+    }
+    before = {key: spark.conf.get(key, None) for key in settings}
+    for key, value in settings.items():
+        spark.conf.set(key, value)
+    try:
+        DeltaTable.forPath(spark, path).vacuum(hours)
+    finally:
+        for key, old in before.items():
+            if old is None:
+                spark.conf.unset(key)
+            else:
+                spark.conf.set(key, old)
 
 
 def version(spark: SparkSession, path: str) -> int:

@@ -25,6 +25,7 @@ FORBIDDEN = {
     "scan_task": {"mlflow", "torch", "petastorm"},
     "synthesis": {"pyspark", "delta", "mlflow", "torch", "petastorm"},
     "remap": {"mlflow", "torch", "petastorm"},
+    "pseudonyms": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pydicom"},
     "storage": {"pyspark", "delta", "mlflow", "torch"},
     "lease": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pyarrow"},
 }

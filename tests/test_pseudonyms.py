@@ -47,3 +47,30 @@ def test_a_key_on_the_command_line_or_too_short_is_refused(tmp_path: Path, monke
         pseudonyms.of(config.load(overrides=[f"privacy.key_file={short}"], environ={}), None)
     monkeypatch.setenv("CBMIR_PRIVACY__KEY", "k" * 32)
     assert pseudonyms.of(config.load(), None).key_file is None
+
+
+def test_what_an_instance_belongs_to_has_a_name_even_where_the_header_gives_none(tmp_path: Path) -> None:
+    names = pseudonyms.of(config.load(environ={}), str(tmp_path))
+    whole = pseudonyms.identities("1.1", "1.2", "1.3", "MRN", names)
+    assert [(each.kind, each.identifier) for each in whole] == [
+        ("image", "1.1"),
+        ("series", "1.2"),
+        ("study", "1.3"),
+        ("patient", "MRN"),
+    ]
+    assert [each.pseudonym for each in whole] == [
+        names.image("1.1"),
+        names.series("1.2"),
+        names.study("1.3"),
+        names.patient("MRN"),
+    ]
+    # All who have no Patient ID are not one patient: the next smaller thing stands in, and is nobody's identifier.
+    bare = pseudonyms.identities("1.1", "1.2", None, "", names)
+    assert [each.identifier for each in bare] == ["1.1", "1.2", None, None]
+    assert [each.pseudonym for each in bare[2:]] == [names.study("1.2"), names.patient("1.2")]
+    assert not pseudonyms.is_forgotten(bare, {f"patient:{names.patient('MRN')}"})
+    for each in whole:
+        assert pseudonyms.is_forgotten(whole, {f"{each.kind}:{each.pseudonym}"})
+        assert not pseudonyms.is_forgotten(whole, {f"image:{each.pseudonym}"}) or each.kind == "image"
+    with pytest.raises(ValueError, match="none of"):
+        names.of_kind("person", "1")

@@ -44,7 +44,7 @@ def test_every_phantom_is_read_as_what_it_was_drawn_to_be(
     for path in phantoms(archive):
         modality, body_part = path.parts[-3].split("-")[1:3]
         tags = (instance := read_instance(path.read_bytes(), preprocessing, Vocabulary())).tags
-        assert (tags.modality, tags.kind, tags.burned_in) == (modality, "image", "NO"), path
+        assert (tags.modality, tags.kind, tags.burned_in, tags.text_risk) == (modality, "image", "NO", False), path
         assert tags.body_part in (body_part, UNKNOWN), path
         assert tags.sex is not None and tags.age_years is not None and tags.year is not None, path
         # Structure that survives the fixed window, not a black or a white square.

@@ -12,6 +12,7 @@ from pyspark.sql import SparkSession
 
 from cbmir_spark import tables as t
 from cbmir_spark.config import Settings
+from cbmir_spark.pseudonyms import Pseudonyms
 
 PREPROCESSING = "px1-test"
 KEY_ID = "test"
@@ -50,18 +51,41 @@ def draw(image: Drawn, frame: int) -> NDArray[np.uint8]:
     return np.clip(stripes + noise, 0, 255).astype(np.uint8)
 
 
-def publish(spark: SparkSession, settings: Settings, images: Sequence[Drawn], batch: int = 1) -> t.Lake:
+def identifiers(image: Drawn) -> dict[str, str]:
+    """What `owners` are the pseudonyms of, by kind."""
+    return {
+        "image": image.name,
+        "series": "series " + image.name,
+        "study": "study " + image.patient,
+        "patient": image.patient,
+    }
+
+
+def owners(image: Drawn, names: Pseudonyms | None = None) -> dict[str, str]:
+    """An image's pseudonyms by column: keyed ones where there is a key."""
+    return {
+        t.OWNERS[kind]: pseudonym(identifier) if names is None else names.of_kind(kind, identifier)
+        for kind, identifier in identifiers(image).items()
+    }
+
+
+def publish(
+    spark: SparkSession,
+    settings: Settings,
+    images: Sequence[Drawn],
+    batch: int = 1,
+    names: Pseudonyms | None = None,
+) -> t.Lake:
     """Write TAGS and PIXELS of the images as one batch and publish it, as ingest does."""
     lake = t.Lake.of(settings)
-    known = t.published(spark, lake) or t.publish_empty(spark, lake, KEY_ID, PREPROCESSING)
+    key_id = names.key_id if names is not None else KEY_ID
+    known = t.published(spark, lake) or t.publish_empty(spark, lake, key_id, PREPROCESSING)
     tags, pixels = [], []
     for image in images:
-        image_id, patient_id = pseudonym(image.name), pseudonym(image.patient)
+        ids = owners(image, names)
+        image_id = ids[t.IMAGE_ID]
         values = {
-            t.IMAGE_ID: image_id,
-            t.SERIES_ID: pseudonym("series " + image.name),
-            t.STUDY_ID: pseudonym("study " + image.patient),
-            t.PATIENT_ID: patient_id,
+            **ids,
             t.MODALITY: image.modality,
             t.BODY_PART: image.body_part,
             t.MODALITY_RAW: image.modality_raw,
@@ -102,8 +126,8 @@ def publish(spark: SparkSession, settings: Settings, images: Sequence[Drawn], ba
             t.MODIFIED: now,
             t.DIGEST: pseudonym("content " + image.name),
             t.OUTCOME: t.INGESTED,
-            t.IMAGE_ID: pseudonym(image.name),
-            t.KEY_ID: KEY_ID,
+            t.IMAGE_ID: owners(image, names)[t.IMAGE_ID],
+            t.KEY_ID: key_id,
             t.BATCH: batch,
         }
         for image in images
