@@ -21,7 +21,7 @@ from pyspark import StorageLevel
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from cbmir_spark import dataset, pseudonyms, storage
+from cbmir_spark import dataset, lease, pseudonyms, storage
 from cbmir_spark import tables as t
 from cbmir_spark.config import Settings, StorageSettings
 from cbmir_spark.errors import InputError, TableError
@@ -119,12 +119,29 @@ def run(
     """Forget what is asked for, and finish what earlier runs left; `now` or `purge` then removes superseded files.
 
     Without requests it only does the latter two. Raises InputError before anything is changed where a request cannot
-    be understood, TableError for a lake of another key.
+    be understood, TableError for a lake of another key, Busy while another job writes to the lake.
     """
-    record = Record("forget")
     if not requests and not (now or purge):
         raise InputError("nothing to forget: give --patient, --study, --series, --image, --pseudonym or --list")
     lake = t.Lake.of(settings)
+    with (
+        lease.hold(lake.vault, lease.TABLES, settings.storage) as tables,
+        lease.hold(lake.vault, lease.INDEX, settings.storage) as index,
+    ):
+        return _run(spark, settings, lake, requests, (tables, index), now=now, purge=purge)
+
+
+def _run(
+    spark: SparkSession,
+    settings: Settings,
+    lake: t.Lake,
+    requests: Sequence[Request],
+    held: Sequence[lease.Held],
+    *,
+    now: bool,
+    purge: bool,
+) -> Report:
+    record = Record("forget")
     names = pseudonyms.of(settings, storage.local_path(lake.vault) if storage.is_local(lake.vault) else None)
     asked = owners_of(requests, names)
     pinned = t.published(spark, lake)
@@ -160,8 +177,12 @@ def run(
             newest = forgotten.agg(F.max(F.unix_seconds(t.FORGOTTEN_AT)).alias("newest")).collect()[0]["newest"]
             latest = datetime.fromtimestamp((newest or 0) + 1, UTC)
             places["results"], places["pages"] = _results(lake, listed, latest, settings.storage)
+        for each in held:
+            each.check()
         with record.stage("features"):
             places["features"] = _features(spark, lake, owners, settings.storage)
+        for each in held:
+            each.check()
         with record.stage("images"):
             pinned = _images(spark, lake, pinned, found, owners, places)
         with record.stage("identity"):

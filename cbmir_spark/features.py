@@ -21,7 +21,7 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import LongType, StructField, StructType
 
-from cbmir_spark import arrays, model, storage, training
+from cbmir_spark import arrays, lease, model, storage, training
 from cbmir_spark import tables as t
 from cbmir_spark.config import Settings, StorageSettings
 from cbmir_spark.errors import ModelError, TableError
@@ -312,11 +312,16 @@ def live_files(spark: SparkSession, settings: Settings) -> tuple[str, list[str]]
 def run(spark: SparkSession, settings: Settings) -> Report:
     """Bring a model's FEATURES up to the published frames, and make it the champion where a registry knows it.
 
-    Run again it embeds nothing and commits nothing. Raises ModelError for a model of other preprocessing, and
-    TableError, before anything is visible, for vectors that cannot be searched.
+    Run again it embeds nothing and commits nothing. Raises ModelError for a model of other preprocessing, TableError,
+    before anything is visible, for vectors that cannot be searched, and Busy while another job writes FEATURES.
     """
-    record = Record("index")
     lake = t.Lake.of(settings)
+    with lease.hold(lake.vault, lease.INDEX, settings.storage) as held:
+        return _run(spark, settings, lake, held)
+
+
+def _run(spark: SparkSession, settings: Settings, lake: t.Lake, held: lease.Held) -> Report:
+    record = Record("index")
     pinned = t.require_published(spark, lake)
     with record.stage("model"):
         uri = settings.index.model or _alias(settings, training.CANDIDATE)
@@ -363,6 +368,7 @@ def run(spark: SparkSession, settings: Settings) -> Report:
                     f"model {manifest.model_id} embedded {embedded} frames: {problem}; nothing was written, "
                     "train the model again"
                 )
+    held.check()
     with record.stage("write"):
         # Deleted first: a reader in between finds a frame missing, never a frame with two vectors.
         if emptied:

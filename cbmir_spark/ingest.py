@@ -18,7 +18,7 @@ from pyspark import AccumulatorParam, SparkContext
 from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 
-from cbmir_spark import pseudonyms, storage
+from cbmir_spark import lease, pseudonyms, storage
 from cbmir_spark import tables as t
 from cbmir_spark.archive import LISTING, check_listing, list_archive
 from cbmir_spark.config import Settings
@@ -93,7 +93,7 @@ def run(spark: SparkSession, settings: Settings, progress: Progress | None = Non
     """Ingest what is new in `ingest.archive`; a second run over the same archive writes nothing but its RUNS row.
 
     Raises InputError for an archive that is not there, EnvironmentProblem where storage fails, TableError for a lake
-    made with another key, other pixel settings or another vocabulary.
+    made with another key, other pixel settings or another vocabulary, Busy while another job writes to the lake.
     """
     record = Record("ingest")
     archive = _archive(settings)
@@ -102,21 +102,35 @@ def run(spark: SparkSession, settings: Settings, progress: Progress | None = Non
         raise InputError(f"lake {lake.uri} lies inside archive {archive}: give a lake elsewhere, with --lake")
     preprocessing = preprocessing_of(settings)
     names = pseudonyms.of(settings, storage.local_path(lake.vault) if storage.is_local(lake.vault) else None)
-    parser = Parser(
-        settings.storage,
-        settings.ingest,
-        preprocessing,
-        settings.vocabulary.body_parts,
-        names,
-        t.tombstones(spark, lake),
-        settings.privacy.identity,
-    )
+    with lease.hold(lake.vault, lease.TABLES, settings.storage) as held:
+        parser = Parser(
+            settings.storage,
+            settings.ingest,
+            preprocessing,
+            settings.vocabulary.body_parts,
+            names,
+            t.tombstones(spark, lake),
+            settings.privacy.identity,
+        )
+        return _ingest(spark, settings, lake, archive, parser, record, held, progress)
+
+
+def _ingest(
+    spark: SparkSession,
+    settings: Settings,
+    lake: t.Lake,
+    archive: str,
+    parser: Parser,
+    record: Record,
+    held: lease.Held,
+    progress: Progress | None,
+) -> Report:
     with record.stage("open"):
         pinned, mended = _open_tables(spark, lake, parser)
     staging = storage.join(lake.vault, "staging")
     storage.delete_folder(staging, settings.storage)
     try:
-        report = _Run(spark, settings, lake, archive, parser, staging, record, progress).all(pinned, mended)
+        report = _Run(spark, settings, lake, archive, parser, staging, record, held, progress).all(pinned, mended)
     finally:
         storage.delete_folder(staging, settings.storage)
     record.write(
@@ -154,6 +168,7 @@ class _Run:
     parser: Parser
     staging: str
     record: Record
+    held: lease.Held
     progress: Progress | None
 
     def all(self, pinned: t.Published, mended: list[str]) -> Report:
@@ -270,6 +285,7 @@ class _Run:
             _obey_law(read, found.total(), "given an outcome")
         belongs, frames = self._write(staged, resolved, number, replace(pinned, batch=batch))
         with self.record.stage("publish"):
+            self.held.check()
             only_new = not any(row[KNOWN] for row in counted)
             published = t.publish(self.spark, self.lake, rows.drop(TALLY, KNOWN), belongs, only_new)
         with self.record.stage("identity"):
@@ -309,6 +325,7 @@ class _Run:
             counts = arrived.select(F.count("*").alias("images"), F.sum(KEPT_FRAMES).alias("frames")).first()
             images, frames = (counts["images"], counts["frames"] or 0) if counts else (0, 0)
             _obey_law(newcomers(resolved).count(), images, "found among the parsed")
+        self.held.check()
         tags_path, pixels_path = self.lake.path(t.TAGS), self.lake.path(t.PIXELS)
         if frames:
             with self.record.stage("pixels"):

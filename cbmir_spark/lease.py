@@ -28,6 +28,8 @@ from cbmir_spark.errors import Busy, EnvironmentProblem
 
 SECONDS = 60.0
 FOLDER = "leases"
+# What a job holds: TABLES to write SOURCES, TAGS and PIXELS, INDEX to write FEATURES.
+TABLES, INDEX = "tables", "index"
 # The storage's two clocks, of an object's time and of an answer's, may differ by as much.
 _CLOCK_SECONDS = 2.0
 _RENEWALS_IN_LEASE = 4

@@ -13,7 +13,7 @@ from pyspark import StorageLevel
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from cbmir_spark import parse, storage
+from cbmir_spark import lease, parse, storage
 from cbmir_spark import tables as t
 from cbmir_spark.config import Settings
 from cbmir_spark.dicom import Preprocessing
@@ -214,10 +214,18 @@ def run(spark: SparkSession, settings: Settings) -> Report:
 
     TAGS first, then SOURCES, whose commit publishes both and the vocabulary, then each FEATURES table in one commit of
     its own. Killed in between, the next run finishes it. Raises TableError where there is nothing to apply it to, or
-    where the `pixels` settings are not those that the lake was made with.
+    where the `pixels` settings are not those that the lake was made with, Busy while another job writes to the lake.
     """
-    record = Record("remap")
     lake = t.Lake.of(settings)
+    with (
+        lease.hold(lake.vault, lease.TABLES, settings.storage) as tables,
+        lease.hold(lake.vault, lease.INDEX, settings.storage) as index,
+    ):
+        return _run(spark, settings, lake, (tables, index))
+
+
+def _run(spark: SparkSession, settings: Settings, lake: t.Lake, held: Sequence[lease.Held]) -> Report:
+    record = Record("remap")
     vocabulary = Vocabulary(settings.vocabulary.body_parts)
     preprocessing = parse.preprocessing_of(settings)
     pinned = t.require_published(spark, lake)
@@ -226,13 +234,15 @@ def run(spark: SparkSession, settings: Settings) -> Report:
             f"lake {lake.uri} holds pixels of preprocessing {pinned.preprocessing}, the `pixels` settings give "
             f"{preprocessing.version}: put the settings back, so that it can be said which windows change"
         )
+    _check(held)
     t.roll_back(spark, lake, pinned)
     done = _Done(pinned, 0, 0, 0)
     if pinned.vocabulary != vocabulary.version:
-        done = _remap_tags(spark, lake, pinned, vocabulary, preprocessing, record)
+        done = _remap_tags(spark, lake, pinned, vocabulary, preprocessing, record, held)
     with record.stage("features"):
         tags = t.read(spark, lake.path(t.TAGS), done.published.tags)
         tables = _features(spark, lake, settings)
+        _check(held)
         moved = {name: _move(spark, path, tags, settings.index.min_probability) for name, path in tables.items()}
     report = Report(
         before=pinned.vocabulary,
@@ -280,6 +290,7 @@ def _remap_tags(
     vocabulary: Vocabulary,
     preprocessing: Preprocessing,
     record: Record,
+    held: Sequence[lease.Held],
 ) -> _Done:
     with record.stage("compare"):
         tags = t.read(spark, lake.path(t.TAGS), pinned.tags)
@@ -288,6 +299,7 @@ def _remap_tags(
         table = _as_table(spark, changed)
         images = changed_images(tags, table).persist(StorageLevel.MEMORY_AND_DISK)
         batches = Counter({row[t.BATCH]: row["count"] for row in images.groupBy(t.BATCH).count().collect()})
+    _check(held)
     with record.stage("write"):
         tags_version = pinned.tags
         if batches:
@@ -299,11 +311,17 @@ def _remap_tags(
         marked = sources.join(to_reread(images, pixels), on=t.IMAGE_ID, how="left_semi")
         marked = marked.withColumn(t.REASON, F.lit(t.REREAD)).persist(StorageLevel.MEMORY_AND_DISK)
         reread = marked.count()
+        _check(held)
         belongs = replace(pinned, tags=tags_version, vocabulary=vocabulary.version)
         published = t.publish(spark, lake, marked, belongs) if reread else t.publish_without_rows(spark, lake, belongs)
         marked.unpersist()
         images.unpersist()
     return _Done(published, len({c[:2] for c in _codes_of(changed)}), batches.total(), reread)
+
+
+def _check(held: Sequence[lease.Held]) -> None:
+    for each in held:
+        each.check()
 
 
 def _codes_of(changed: Sequence[Change]) -> list[tuple[str | None, str | None]]:

@@ -244,9 +244,13 @@ def write_bytes(uri: str, content: bytes, storage: StorageSettings) -> None:
 
 def delete(uri: str, storage: StorageSettings) -> None:
     """Remove an object; nothing happens where there is none."""
-    filesystem, path = _open(uri, storage)
-    if filesystem.get_file_info(path).type == fs.FileType.File:
-        filesystem.delete_file(path)
+    if _is_file_uri(uri):
+        with _told_without_path(), suppress(FileNotFoundError):
+            os.remove(local_path(uri))
+        return
+    bucket, key = _address(uri)
+    with _told_without_names(bucket):
+        _client(storage).delete_object(Bucket=bucket, Key=key)
 
 
 def delete_folder(uri: str, storage: StorageSettings) -> None:
