@@ -239,7 +239,8 @@ def write_bytes(uri: str, content: bytes, storage: StorageSettings) -> None:
         return
     bucket, key = _address(uri)
     with _told_without_names(bucket):
-        _client(storage).put_object(Bucket=bucket, Key=key, Body=content)
+        # Arrow's buffers, which a file would take, are no bytes to boto3.
+        _client(storage).put_object(Bucket=bucket, Key=key, Body=bytes(content))
 
 
 def delete(uri: str, storage: StorageSettings) -> None:

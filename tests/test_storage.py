@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow as pa
 import pytest
 
 from cbmir_spark import config, storage
@@ -156,7 +157,7 @@ def test_what_stands_at_a_location(place: Place) -> None:
 def test_writing_replaces_whole_objects(place: Place) -> None:
     uri = f"{place.uri}/new/object"
     storage.write_bytes(uri, b"one", place.settings)
-    storage.write_bytes(uri, b"two", place.settings)
+    storage.write_bytes(uri, pa.py_buffer(b"two"), place.settings)
     assert storage.read_bytes(uri, place.settings) == b"two"
     assert [o.uri for o in storage.list_objects(place.uri, place.settings)] == [uri]
 
