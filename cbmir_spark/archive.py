@@ -1,10 +1,13 @@
 """Every object below an archive, listed in parallel; a listing that fails anywhere is no listing at all."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import pyarrow as pa
-from pyspark.sql import DataFrame, SparkSession
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import AnalysisException
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_schema
 from pyspark.sql.types import StructType
@@ -12,7 +15,7 @@ from pyspark.sql.types import StructType
 from cbmir_spark import storage
 from cbmir_spark import tables as t
 from cbmir_spark.config import StorageSettings
-from cbmir_spark.errors import EnvironmentProblem
+from cbmir_spark.errors import EnvironmentProblem, InputError
 
 # Folders are listed by tasks once the driver has found this many; fewer would leave cores idle.
 LISTING_TASKS = 32
@@ -22,6 +25,8 @@ _ROWS = 10_000
 LISTING = StructType([f for f in t.SOURCES.schema if f.name in (t.URI, t.SIZE, t.MODIFIED, t.ETAG)])
 # The size of a row that stands for a folder which could not be listed.
 _FAILED = -1
+CONTENT = "content"
+_OBJECTS_AT_A_TIME = 8
 
 
 def list_archive(spark: SparkSession, archive: str, settings: StorageSettings) -> DataFrame:
@@ -29,7 +34,11 @@ def list_archive(spark: SparkSession, archive: str, settings: StorageSettings) -
 
     The driver goes down folder by folder until there are enough of them to share out; tasks list the rest. A folder
     that cannot be listed is a row that `check_listing` finds: its name must not reach the logs of a failed task.
+    Schemes other than `file:` and `s3a:` are listed by Hadoop's connectors, where names that begin with a dot or an
+    underscore are not seen. Raises InputError where nothing is there, EnvironmentProblem where listing fails.
     """
+    if not storage.is_native(archive):
+        return _listed_by_hadoop(spark, archive)
     found: list[storage.StoredObject] = []
     folders = [archive]
     while folders and len(folders) < LISTING_TASKS:
@@ -58,6 +67,67 @@ def list_archive(spark: SparkSession, archive: str, settings: StorageSettings) -
 
     shared = spark.createDataFrame([(folder,) for folder in folders], "folder string")
     return here.unionByName(shared.repartition(LISTING_TASKS, "folder").mapInArrow(list_below, LISTING))
+
+
+def with_content(spark: SparkSession, objects: DataFrame) -> DataFrame:
+    """Objects of an archive that only Hadoop's connectors read, and their bytes in the column CONTENT.
+
+    What is gone since it was listed has no row. The URIs of `objects`, a batch at most, go through the driver.
+    """
+    uris = [row[t.URI] for row in objects.select(t.URI).collect()]
+    # Names may hold brackets and asterisks; each is one object, never a pattern.
+    reader = spark.read.format("binaryFile").option("__globPaths__", "false").option("ignoreMissingFiles", "true")
+    try:
+        read = reader.load(uris)
+    except AnalysisException:
+        raise EnvironmentProblem("objects were deleted while the batch was planned: run ingest again") from None
+    return read.select(
+        _spelled("path").alias(t.URI),
+        F.col("length").alias(t.SIZE),
+        F.col("modificationTime").alias(t.MODIFIED),
+        F.lit(None).cast("string").alias(t.ETAG),
+        F.col("content").alias(CONTENT),
+    )
+
+
+@contextmanager
+def few_rows_at_a_time(spark: SparkSession) -> Iterator[None]:
+    """Rows that hold whole objects go to Python in small batches while the block runs its job."""
+    key = "spark.sql.execution.arrow.maxRecordsPerBatch"
+    before = spark.conf.get(key, None)
+    spark.conf.set(key, str(_OBJECTS_AT_A_TIME))
+    try:
+        yield
+    finally:
+        if before is None:
+            spark.conf.unset(key)
+        else:
+            spark.conf.set(key, before)
+
+
+def _listed_by_hadoop(spark: SparkSession, archive: str) -> DataFrame:
+    reader = spark.read.format("binaryFile").option("recursiveFileLookup", "true").option("__globPaths__", "false")
+    try:
+        found = reader.load(archive)
+    except AnalysisException as error:
+        if error.getCondition() == "PATH_NOT_FOUND":
+            raise InputError(
+                f"archive {archive} does not exist: give the folder or prefix that holds the .dcm objects"
+            ) from None
+        raise _failure(1) from None
+    except Py4JJavaError:
+        raise _failure(1) from None
+    return found.select(
+        _spelled("path").alias(t.URI),
+        F.col("length").alias(t.SIZE),
+        F.col("modificationTime").alias(t.MODIFIED),
+        F.lit(None).cast("string").alias(t.ETAG),
+    )
+
+
+def _spelled(column: str) -> Column:
+    """Hadoop leaves out an empty authority: `hdfs:/a` is `hdfs:///a`, as `storage.canonical` spells it."""
+    return F.regexp_replace(column, "^([a-z0-9]+):/(?!/)", "$1:///")
 
 
 def check_listing(listing: DataFrame) -> int:

@@ -20,10 +20,20 @@ from pyspark.sql import functions as F
 
 from cbmir_spark import lease, pseudonyms, storage
 from cbmir_spark import tables as t
-from cbmir_spark.archive import LISTING, check_listing, list_archive
+from cbmir_spark.archive import LISTING, check_listing, few_rows_at_a_time, list_archive, with_content
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import EnvironmentProblem, InputError, TableError
-from cbmir_spark.parse import KEPT_FRAMES, STAGED, STAGED_FRAMES, Parser, Tally, parse, preprocessing_of
+from cbmir_spark.parse import (
+    GONE,
+    KEPT_FRAMES,
+    STAGED,
+    STAGED_FRAMES,
+    TOO_LARGE,
+    Parser,
+    Tally,
+    parse,
+    preprocessing_of,
+)
 from cbmir_spark.reconcile import (
     ACTION,
     KNOWN,
@@ -300,9 +310,13 @@ class _Run:
             counted = objects.select(F.count("*").alias("all"), F.count_if(~F.col(PROMOTED)).alias(READ)).first()
             planned, read = (counted["all"], counted[READ]) if counted else (0, 0)
             tasks = max(1, math.ceil(planned / self.settings.ingest.files_per_task))
-            parsed = parse(objects.repartition(tasks, t.URI), self.parser, self._at(f"frames-{number}"), tally)
-            parsed.write.parquet(self._at(f"parsed-{number}"))
-            staged = self.spark.read.schema(STAGED).parquet(self._at(f"parsed-{number}"))
+            frames_folder, staged_folder = self._at(f"frames-{number}"), self._at(f"parsed-{number}")
+            if storage.is_native(self.archive):
+                objects = objects.repartition(tasks, t.URI)
+                parse(objects, self.parser, frames_folder, tally).write.parquet(staged_folder)
+            else:
+                self._parse_by_hadoop(objects, frames_folder, staged_folder, tally)
+            staged = self.spark.read.schema(STAGED).parquet(staged_folder)
             refused = F.count_if(F.col(t.REASON) == t.UNREADABLE)
             ended = staged.select(F.count("*").alias("all"), refused.alias("refused")).first()
             done, failed = (ended["all"], ended["refused"]) if ended else (0, 0)
@@ -313,6 +327,26 @@ class _Run:
                     "ingest again; what was published before stands"
                 )
         return staged, read
+
+    def _parse_by_hadoop(self, objects: DataFrame, frames_folder: str, staged_folder: str, tally: Tally) -> None:
+        """As `parse`, of objects whose bytes come through the JVM: few at a time, since each may have a gigabyte."""
+        too_large = F.col(t.SIZE) > self.settings.ingest.max_object_mb * 2**20
+        wanted = objects.where(~too_large)
+        with few_rows_at_a_time(self.spark):
+            if not wanted.isEmpty():
+                parse(with_content(self.spark, wanted), self.parser, frames_folder, tally).write.parquet(staged_folder)
+        refused = self._unread(objects.where(too_large), t.REJECTED, TOO_LARGE)
+        refused.write.mode("append").parquet(staged_folder)
+        staged = self.spark.read.schema(STAGED).parquet(staged_folder)
+        gone = objects.join(staged.select(t.URI), on=t.URI, how="left_anti")
+        self._unread(gone, t.VANISHED, GONE).write.mode("append").parquet(staged_folder)
+
+    def _unread(self, objects: DataFrame, outcome: str, reason: str) -> DataFrame:
+        """STAGED rows of objects that were not read."""
+        known = {t.OUTCOME: F.lit(outcome), t.REASON: F.lit(reason), KEPT_FRAMES: F.lit(0)}
+        known |= {name: F.col(name) for name in (t.URI, t.SIZE, t.MODIFIED, t.ETAG)}
+        empty = {f.name: F.lit(None) for f in STAGED}
+        return objects.select(*[(empty | known)[f.name].cast(f.dataType).alias(f.name) for f in STAGED])
 
     def _write(
         self, staged: DataFrame, resolved: DataFrame, number: int, pinned: t.Published
@@ -367,6 +401,8 @@ def _archive(settings: Settings) -> str:
     if settings.ingest.archive is None:
         raise InputError("no archive named: give --archive URI, the folder or prefix that holds the .dcm objects")
     archive = storage.canonical(settings.ingest.archive)
+    if not storage.is_native(archive):
+        return archive
     found = storage.kind(archive, settings.storage)
     if found != "folder":
         problem = "is a file, not a folder" if found == "file" else "does not exist"

@@ -20,6 +20,7 @@ from pyspark.sql.types import IntegerType, MapType, StringType, StructField, Str
 
 from cbmir_spark import storage
 from cbmir_spark import tables as t
+from cbmir_spark.archive import CONTENT
 from cbmir_spark.config import IngestSettings, Settings, StorageSettings
 from cbmir_spark.decoder import Decoder
 from cbmir_spark.dicom import Instance, NotAnImage, Preprocessing, Rejected
@@ -96,7 +97,10 @@ def preprocessing_of(settings: Settings) -> Preprocessing:
 
 
 def parse(objects: DataFrame, parser: Parser, frames_folder: str, tally: Tally) -> DataFrame:
-    """Read and decode each object: (uri, size, …) → STAGED rows, lazily; the frames go to files in `frames_folder`."""
+    """Read and decode each object: (uri, size, …) → STAGED rows, lazily; the frames go to files in `frames_folder`.
+
+    Objects that come with their bytes, in the column CONTENT, are not read again.
+    """
     arrow = to_arrow_schema(STAGED)
 
     def stage(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -104,7 +108,7 @@ def parse(objects: DataFrame, parser: Parser, frames_folder: str, tally: Tally) 
         for batch in batches:
             rows, done = [], Counter[str]()
             for listed in batch.to_pylist():
-                row = parse_object(listed[t.URI], listed[t.SIZE], parser)
+                row = _parsed(listed, parser)
                 kept = row.pop("frames", [])
                 frames.add(listed[t.URI], row.get(t.IMAGE_ID), kept)
                 rows.append(listed | row | {KEPT_FRAMES: len(kept), STAGED_BY: frames.attempt})
@@ -114,7 +118,8 @@ def parse(objects: DataFrame, parser: Parser, frames_folder: str, tally: Tally) 
             yield pa.RecordBatch.from_pylist(rows, schema=arrow)
         frames.write()
 
-    return objects.select(*[f.name for f in _LISTED]).mapInArrow(stage, STAGED)
+    brought = [name for name in objects.columns if name == CONTENT]
+    return objects.select(*[f.name for f in _LISTED], *brought).mapInArrow(stage, STAGED)
 
 
 def parse_object(uri: str, size: int, parser: Parser) -> dict[str, Any]:
@@ -133,8 +138,13 @@ def parse_object(uri: str, size: int, parser: Parser) -> dict[str, Any]:
         return {t.OUTCOME: t.VANISHED, t.REASON: REPLACED}
     except OSError:
         return {t.OUTCOME: t.REJECTED, t.REASON: t.UNREADABLE}
-    digest = hashlib.sha256(content).hexdigest()
-    row: dict[str, Any] = {t.SIZE: found.size, t.MODIFIED: found.modified, t.ETAG: found.etag, t.DIGEST: digest}
+    row = {t.SIZE: found.size, t.MODIFIED: found.modified, t.ETAG: found.etag}
+    return row | parse_content(content, parser)
+
+
+def parse_content(content: bytes, parser: Parser) -> dict[str, Any]:
+    """What became of the bytes of an object: digest, outcome, tags and under `frames` rows of its frames."""
+    row: dict[str, Any] = {t.DIGEST: hashlib.sha256(content).hexdigest()}
     try:
         instance = _decoder(parser).read(content)
     except NotAnImage as error:
@@ -159,6 +169,15 @@ def parse_object(uri: str, size: int, parser: Parser) -> dict[str, Any]:
         for frame in instance.frames
     ]
     return row | {t.OUTCOME: PARSED, t.IMAGE_ID: tags[t.IMAGE_ID], "tags": tags, "frames": frames}
+
+
+def _parsed(listed: dict[str, Any], parser: Parser) -> dict[str, Any]:
+    if CONTENT not in listed:
+        return parse_object(listed[t.URI], listed[t.SIZE], parser)
+    content = listed.pop(CONTENT)
+    if len(content) != listed[t.SIZE]:
+        return {t.OUTCOME: t.VANISHED, t.REASON: REPLACED}
+    return parse_content(content, parser)
 
 
 def owners_of(instance: Instance, names: Pseudonyms) -> tuple[Identity, ...]:

@@ -12,11 +12,12 @@ import pytest
 from pydicom.config import disable_value_validation
 from pydicom.data import get_testdata_file
 from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
 
-from cbmir_spark import config, ingest, storage
+from cbmir_spark import config, ingest, parse, storage
 from cbmir_spark import tables as t
 from cbmir_spark.dicom import Reason
-from cbmir_spark.errors import InputError, TableError
+from cbmir_spark.errors import EnvironmentProblem, InputError, TableError
 from tests.conftest import MakeSettings
 from tests.test_dicom import predicted
 
@@ -274,3 +275,132 @@ def test_real_files_have_the_outcome_that_their_index_predicts(
     assert "INTERNAL" not in report.reasons
     again = ingest.run(spark, settings)
     assert (again.read, again.unchanged) == (0, len(files))
+
+
+def test_an_archive_that_only_hadoop_can_read(spark: SparkSession, night: Night, tmp_path: Path) -> None:
+    """By a mount of Hadoop's ViewFs, the same rows as from the folder itself, but for names that Spark leaves out."""
+    jvm = spark.sparkContext._jsc
+    assert jvm is not None
+    jvm.hadoopConfiguration().set("fs.viewfs.mounttable.clinic.link./pacs", night.archive.as_uri())
+    lake = t.Lake.of(night.settings)
+    settings = config.load(
+        overrides=["ingest.archive=viewfs://clinic/pacs", f"lake.uri={tmp_path / 'lake'}", _key_of(lake)], environ={}
+    )
+    report = ingest.run(spark, settings)
+    assert report.listed == report.read == 10
+    mounted, direct = _live(spark, settings), _live(spark, night.settings)
+    assert mounted["tags"] == direct["tags"]
+    assert mounted["pixels"] == direct["pixels"]
+    assert ingest.run(spark, settings).unchanged == 10
+    absent = config.load(overrides=[f"lake.uri={tmp_path / 'other'}", "ingest.archive=viewfs://clinic/no"], environ={})
+    with pytest.raises(InputError, match="does not exist"):
+        ingest.run(spark, absent)
+
+
+def test_what_a_run_does_not_reach_is_deferred(spark: SparkSession, night: Night, make_settings: MakeSettings) -> None:
+    settings = make_settings(*night.overrides[:1], "ingest.max_files_per_batch=5", "ingest.max_batches=1")
+    told: list[tuple[int, int]] = []
+    done = 0
+    for _ in range(12):
+        report = ingest.run(spark, settings, lambda done, total, figures: told.append((done, total)))
+        done += report.read
+        assert report.listed == 12 == report.unchanged + report.deferred + report.read
+        assert (report.batches, report.unchanged) == (1, done - report.read)
+        if not report.deferred:
+            break
+    assert done == 12
+    assert told[0][1] == 12
+    whole = t.read(spark, t.Lake.of(settings).path(t.TAGS), report.published.tags).drop(t.BATCH)
+    assert whole.count() == 3
+
+
+def test_the_same_bytes_written_anew_are_unchanged(
+    spark: SparkSession, make_settings: MakeSettings, tmp_path: Path
+) -> None:
+    archive = tmp_path / "archive"
+    _sample(archive, "one.dcm", hour=1)
+    (archive / "none.dcm").write_bytes(bytes(5000))
+    settings = make_settings(f"ingest.archive={archive}")
+    first = ingest.run(spark, settings)
+    for path in archive.iterdir():
+        os.utime(path, (at(9).timestamp(),) * 2)
+    again = ingest.run(spark, settings)
+    assert (again.unchanged, again.read, again.frames) == (2, 0, 0)
+    assert (again.published.tags, again.published.pixels) == (first.published.tags, first.published.pixels)
+    assert ingest.run(spark, settings).published == again.published
+
+
+def test_an_image_marked_for_reading_is_read_and_its_rows_made_anew(
+    spark: SparkSession, make_settings: MakeSettings, tmp_path: Path
+) -> None:
+    """What remap asks for where a body part changes the window: the next run replaces rows of the same content."""
+    archive = tmp_path / "archive"
+    _sample(archive, "one.dcm", hour=1)
+    _sample(archive, "two.dcm", hour=1, SOPInstanceUID="1.2.3.2")
+    settings = make_settings(f"ingest.archive={archive}")
+    first = ingest.run(spark, settings)
+    lake = t.Lake.of(settings)
+    before = _live(spark, settings)
+    sources = t.read(spark, lake.path(t.SOURCES)).where("uri like '%two.dcm'")
+    marked = sources.withColumn(t.REASON, F.lit(t.REREAD)).collect()
+    t.publish(spark, lake, spark.createDataFrame(marked, t.SOURCES.schema), first.published)
+    again = ingest.run(spark, settings)
+    assert (again.listed, again.unchanged, again.frames) == (2, 2, 1)
+    assert _live(spark, settings) == before
+    pixels = t.read(spark, lake.path(t.PIXELS), again.published.pixels)
+    assert sorted(row[t.BATCH] for row in pixels.collect()) == [1, 2]
+    assert ingest.run(spark, settings).batches == 0
+
+
+def test_a_folder_that_cannot_be_listed_deletes_nothing(
+    spark: SparkSession, make_settings: MakeSettings, tmp_path: Path
+) -> None:
+    """Nor does it name the folder: names of folders may be patients'."""
+    archive = tmp_path / "archive"
+    for number in range(40):
+        _sample(archive, f"MILLER{number}/one.dcm", hour=1, SOPInstanceUID=f"1.2.3.{number}")
+    settings = make_settings(f"ingest.archive={archive}")
+    ingest.run(spark, settings)
+    before = _live(spark, settings)
+    # A name that is a loop of links is an error for everybody, root included.
+    shutil.rmtree(archive / "MILLER7")
+    (archive / "MILLER7").symlink_to(archive / "MILLER7")
+    with pytest.raises(EnvironmentProblem, match="could not be listed") as raised:
+        ingest.run(spark, settings)
+    assert "MILLER" not in str(raised.value)
+    assert _live(spark, settings) == before
+
+
+def test_a_storage_that_refuses_everything_is_no_rejection(
+    spark: SparkSession, make_settings: MakeSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One object that cannot be read is rejected and tried again every night; all of them are the storage's fault."""
+    archive = tmp_path / "archive"
+    for number in range(11):
+        _sample(archive, f"{number}.dcm", hour=1, SOPInstanceUID=f"1.2.3.{number}")
+    settings = make_settings(f"ingest.archive={archive}")
+    staged = [(f"file://{archive}/{n}.dcm", 1, at(1), None, None, t.REJECTED, t.UNREADABLE) for n in range(11)]
+    rows = spark.createDataFrame([(*row, None, None, 0, None, None) for row in staged], parse.STAGED)
+    monkeypatch.setattr(ingest, "parse", lambda *_: rows)
+    with pytest.raises(EnvironmentProblem, match="refused all 11 objects"):
+        ingest.run(spark, settings)
+
+
+def test_a_lake_of_an_older_version_gets_the_columns_it_lacks(
+    spark: SparkSession, make_settings: MakeSettings, tmp_path: Path
+) -> None:
+    archive = tmp_path / "archive"
+    _sample(archive, "one.dcm", hour=1)
+    settings = make_settings(f"ingest.archive={archive}")
+    ingest.run(spark, settings)
+    lake = t.Lake.of(settings)
+    path = tmp_path / "older"
+    t.read(spark, lake.path(t.SOURCES)).drop(t.ETAG).write.format("delta").save(str(path))
+    assert t.evolve(spark, t.SOURCES, str(path)) is not None
+    assert t.ETAG in t.read(spark, str(path)).columns
+    assert t.evolve(spark, t.SOURCES, str(path)) is None
+    assert t.read(spark, str(path)).count() == 1
+    other = tmp_path / "other"
+    t.read(spark, lake.path(t.SOURCES)).withColumn(t.SIZE, F.lit("many")).write.format("delta").save(str(other))
+    with pytest.raises(TableError, match="size is string instead of bigint"):
+        t.evolve(spark, t.SOURCES, str(other))
