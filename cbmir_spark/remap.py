@@ -236,14 +236,17 @@ def _run(spark: SparkSession, settings: Settings, lake: t.Lake, held: Sequence[l
         )
     _check(held)
     t.roll_back(spark, lake, pinned)
+    # Rows of SOURCES are written whole: a table of an older version has to have all columns first.
+    if (evolved := t.evolve(spark, t.SOURCES, lake.path(t.SOURCES), pinned.message())) is not None:
+        pinned = replace(pinned, sources=evolved)
     done = _Done(pinned, 0, 0, 0)
     if pinned.vocabulary != vocabulary.version:
         done = _remap_tags(spark, lake, pinned, vocabulary, preprocessing, record, held)
     with record.stage("features"):
         tags = t.read(spark, lake.path(t.TAGS), done.published.tags)
         tables = _features(spark, lake, settings)
-        _check(held)
-        moved = {name: _move(spark, path, tags, settings.index.min_probability) for name, path in tables.items()}
+        minimum = settings.index.min_probability
+        moved = {name: _move(spark, path, tags, minimum, held) for name, path in tables.items()}
     report = Report(
         before=pinned.vocabulary,
         vocabulary=vocabulary.version,
@@ -344,7 +347,7 @@ def _features(spark: SparkSession, lake: t.Lake, settings: Settings) -> dict[str
     return {name: path for name, path in named.items() if t.exists(spark, path)}
 
 
-def _move(spark: SparkSession, path: str, tags: DataFrame, minimum: float) -> int:
+def _move(spark: SparkSession, path: str, tags: DataFrame, minimum: float, held: Sequence[lease.Held]) -> int:
     """Bring the rows of one FEATURES table to their places; how many were elsewhere. Only their partitions are read."""
     moved = moves(t.read(spark, path, t.version(spark, path)), tags, minimum).persist(StorageLevel.MEMORY_AND_DISK)
     places = moved.groupBy(*_TERMS).count().collect()
@@ -353,6 +356,7 @@ def _move(spark: SparkSession, path: str, tags: DataFrame, minimum: float) -> in
             f"(t.{t.MODALITY} = '{modality}' AND t.{t.BODY_PART} = '{body_part}')"
             for modality, body_part in sorted((row[t.MODALITY], row[t.BODY_PART]) for row in places)
         )
+        _check(held)
         t.update_rows(spark, path, moved, (*_ROW, *_TERMS), _PLACE, within)
     moved.unpersist()
     return sum(row["count"] for row in places)

@@ -272,10 +272,8 @@ def test_a_vocabulary_applied_later_equals_one_that_was_there(
     with pytest.raises(TableError, match="run `cbmir remap` first"):
         ingest.run(spark, later)
     assert remap.run(spark, later).reread == 1
-    night = ingest.run(spark, later)
-    assert (night.read, night.outcomes) == (1, {t.INGESTED: 1})
-    again = ingest.run(spark, later)
-    assert (again.read, again.unchanged) == (0, 3)
+    assert ingest.run(spark, later).batches == 1
+    assert ingest.run(spark, later).batches == 0
     fresh = make_settings(*given, *PARTS, f"lake.uri={tmp_path / 'fresh'}", key)
     ingest.run(spark, fresh)
     found = []
