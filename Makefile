@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check-machine demo test soak lint notebook clean
+.PHONY: help setup check-machine demo test soak bench lint notebook clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -21,6 +21,9 @@ test: lint ## ruff, mypy and every test
 
 soak: $(READY) ## the tests that take hours: more mutants, cuts, kills and nights
 	$(BIN)/python -m pytest -m soak
+
+bench: $(READY) ## ingest beside a plain loop, and by the size of the archive; results in tests/benchmarks
+	$(BIN)/python -m tests.benchmarks.ingest
 
 lint: $(READY) ## ruff and mypy alone
 	$(BIN)/ruff check .

@@ -134,8 +134,10 @@ def labelled(tags: DataFrame, label: LabelKind, burned_in: Choice = "exclude") -
         name = F.concat_ws("/", t.MODALITY, t.BODY_PART)
     if burned_in == "exclude":
         known &= F.col(t.TEXT_RISK).eqNullSafe(F.lit(False))
-    usable = tags.where((F.col(t.KIND) == t.IMAGE_KIND) & known).select(
-        t.IMAGE_ID, t.BATCH, *_OWNERS, t.MODALITY, name.alias(LABEL)
+    usable = (
+        t.widened(tags, t.TAGS)
+        .where((F.col(t.KIND) == t.IMAGE_KIND) & known)
+        .select(t.IMAGE_ID, t.BATCH, *_OWNERS, t.MODALITY, name.alias(LABEL))
     )
 
     def apply(pixels: DataFrame) -> DataFrame:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
+from functools import cached_property
 from io import BytesIO
 from typing import Any, Literal
 
@@ -113,7 +114,7 @@ class Preprocessing:
             if unknown := [part for part in parts if part != "*" and part not in BODY_PARTS]:
                 raise ConfigError(f"pixels.windows.{modality}: {unknown[0]!r} is no body part of the vocabulary")
 
-    @property
+    @cached_property
     def version(self) -> str:
         """A short name that changes with every value, or line of code, that changes a pixel."""
         text = json.dumps(

@@ -435,7 +435,7 @@ def read_uri(uri: str, frame: int | None, allowed: bool, reader: Reader) -> dict
     if found is None:
         return _status(Answered.NOT_FOUND, "there is no such object")
     parsed = parse.parse_object(uri, found.size, reader.parser)
-    if parsed[t.OUTCOME] == t.VANISHED or parsed[t.REASON] == t.ERASED:
+    if parsed[t.OUTCOME] == t.VANISHED or parsed.get(t.REASON) == t.ERASED:
         return _status(Answered.NOT_FOUND, parsed[t.REASON])
     if parsed[t.OUTCOME] != reconcile.PARSED:
         return _status(Answered.UNREADABLE, parsed[t.REASON])

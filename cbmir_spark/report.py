@@ -186,7 +186,7 @@ def _pictures(
     columns = (t.IMAGE_ID, t.BATCH, t.TEXT_RISK, t.MODALITY, t.BODY_PART, t.SEX, t.AGE_YEARS, t.YEAR)
     tags = {
         row[t.IMAGE_ID]: row.asDict()
-        for row in t.read(spark, lake.path(t.TAGS), pinned.tags)
+        for row in t.widened(t.read(spark, lake.path(t.TAGS), pinned.tags), t.TAGS)
         .join(F.broadcast(images), on=t.IMAGE_ID, how="inner")
         .select(*columns)
         .collect()

@@ -502,6 +502,12 @@ def evolve(spark: SparkSession, table: Table, path: str, message: str = "") -> i
     return version(spark, path)
 
 
+def widened(df: DataFrame, table: Table) -> DataFrame:
+    """`df` with those nullable columns of the table that it lacks, empty: rows that an older version wrote."""
+    lacking = [f for f in table.schema if f.nullable and f.name not in df.columns]
+    return df.withColumns({f.name: F.lit(None).cast(f.dataType) for f in lacking}) if lacking else df
+
+
 def conform(df: DataFrame, table: Table) -> DataFrame:
     """`df` with the table's columns in its order. Raises TableError naming missing, extra and mistyped columns."""
     wanted = {f.name: f.dataType for f in table.schema}

@@ -282,6 +282,20 @@ def test_snapshot_holds_every_usable_frame_once_and_no_patient_twice(
     assert any(a != b for a, b in zip(train.label, sorted(train.label), strict=True))
 
 
+def test_rows_of_older_lakes_are_left_out_unless_the_policy_includes_them(
+    spark: SparkSession, lake_and_settings: tuple[t.Lake, Settings]
+) -> None:
+    lake, _ = lake_and_settings
+    pinned = t.require_published(spark, lake)
+    pixels = t.read(spark, lake.path(t.PIXELS), pinned.pixels)
+    tags = t.read(spark, lake.path(t.TAGS), pinned.tags)
+    older = tags.drop(t.TEXT_RISK)
+    assert pixels.transform(dataset.labelled(older, "body_part")).isEmpty()
+    included = pixels.transform(dataset.labelled(older, "body_part", "include")).count()
+    assert included == pixels.transform(dataset.labelled(tags, "body_part", "include")).count()
+    assert included == pixels.transform(dataset.labelled(tags, "body_part")).count() + 2
+
+
 def test_snapshot_manifest_says_what_the_files_hold(
     spark: SparkSession, lake_and_settings: tuple[t.Lake, Settings]
 ) -> None:

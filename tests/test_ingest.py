@@ -1,5 +1,6 @@
 """Ingest: one outcome for each object, one winner for each SOP instance, nothing twice, nothing half."""
 
+import csv
 import os
 import shutil
 from datetime import UTC, datetime, timedelta
@@ -14,8 +15,10 @@ from pyspark.sql import SparkSession
 
 from cbmir_spark import config, ingest, storage
 from cbmir_spark import tables as t
+from cbmir_spark.dicom import Reason
 from cbmir_spark.errors import InputError, TableError
 from tests.conftest import MakeSettings
+from tests.test_dicom import predicted
 
 NIGHT = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -257,6 +260,13 @@ def test_real_files_have_the_outcome_that_their_index_predicts(
     rows = t.read(spark, lake.path(t.SOURCES)).collect()
     assert sorted(storage.local_path(row["uri"]) for row in rows) == [os.path.abspath(f) for f in files]
     assert report.listed == len(files) == sum(report.outcomes.values())
+    with (shared_data / "dicom_index.csv").open(newline="", encoding="utf-8") as index:
+        wanted = {os.path.abspath(shared_data / row["file"]): predicted(row) for row in csv.DictReader(index)}
+    for row in rows:
+        # Beside the files of the index lie their licences.
+        outcome, reason = wanted.get(storage.local_path(row["uri"]), (t.NOT_AN_IMAGE, Reason.NOT_DICOM))
+        may_be = (t.INGESTED, t.DUPLICATE, t.CONFLICT) if outcome == t.INGESTED else (outcome,)
+        assert row["outcome"] in may_be and row["reason"] == reason, row["uri"]
     images = [row["image_id"] for row in rows if row["outcome"] == t.INGESTED]
     assert len(images) == len(set(images)) > 150
     pixels = t.read(spark, lake.path(t.PIXELS), report.published.pixels)
