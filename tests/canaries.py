@@ -287,7 +287,7 @@ def _malformed(folder: Path, tokens: Tokens) -> None:
         ds.add_new(tag, "LO", "name " + tokens.text())
         path = folder / tokens.text() / f"{tokens.text()} {keyword}.dcm"
         path.parent.mkdir()
-        path.write_bytes(_written(ds) if keyword not in ("SOPClassUID", "SOPInstanceUID") else _patched(ds, tokens))
+        path.write_bytes(_written(ds))
     whole = _written(_image(tokens, 0, "ISO_IR 100"))
     (folder / f"{tokens.text()} cut.dcm").write_bytes(whole[:-700])
     syntax = whole.replace(b"1.2.840.10008.1.2.1\0", tokens.text().encode() + b"-syntax\0", 1)
@@ -298,13 +298,6 @@ def _malformed(folder: Path, tokens: Tokens) -> None:
     (folder / f"{tokens.text()} empty.dcm").touch()
     with zipfile.ZipFile(folder / f"{tokens.text()}.zip", "w") as packed:
         packed.writestr(tokens.text(), tokens.text())
-
-
-def _patched(ds: Dataset, tokens: Tokens) -> bytes:
-    """An object whose class or UID is text, in the file meta information too."""
-    wrong = str(ds.get("SOPClassUID") or ds.get("SOPInstanceUID"))
-    content = _written(_image(tokens, 0, "ISO_IR 100"))
-    return content.replace(b"1.2.840.10008.5.1.4.1.1.2\0", wrong.encode().ljust(26)[:26])
 
 
 # --- what finds them ---
