@@ -267,10 +267,10 @@ def _write(ds: Dataset, folder: Path, tokens: Tokens, number: int) -> None:
 
 def _written(ds: Dataset) -> bytes:
     buffer = io.BytesIO()
-    ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID
-    ds.file_meta.MediaStorageSOPInstanceUID = ds.get("SOPInstanceUID", UID_ROOT + "0")
     with pydicom.config.disable_value_validation(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID
+        ds.file_meta.MediaStorageSOPInstanceUID = ds.get("SOPInstanceUID", UID_ROOT + "0")
         pydicom.dcmwrite(buffer, ds, enforce_file_format=True)
     return buffer.getvalue()
 
