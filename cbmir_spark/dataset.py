@@ -292,12 +292,14 @@ def snapshot(
     return written
 
 
-def erase(spark: SparkSession, uri: str, owners: DataFrame, settings: StorageSettings) -> tuple[int, int]:
-    """Take the frames that belong to `owners` (kind, pseudonym) out of the snapshot in folder `uri`; rows and files.
+def erase(
+    uri: str, lost: Callable[[DataFrame], DataFrame], spark: SparkSession, settings: StorageSettings
+) -> tuple[int, int]:
+    """Take frames out of the snapshot in folder `uri`: rows that went, and files that held them.
 
-    Tasks write the files that hold such frames again under new names, the manifest then names those, and files that it
-    does not name are removed: until then, and after a kill, the snapshot is the old one, whole. Frames of snapshots
-    from before series and study were written to them are known by image and patient alone.
+    `lost` picks them by their ids. Tasks write the files that hold such frames again under new names, the manifest then
+    names those, and files that it does not name are removed: until then, and after a kill, the snapshot is the old one,
+    whole. Snapshots from before series and study were written to them are known by image and patient alone.
     """
     manifest = storage.join(uri, MANIFEST)
     snapshot = Snapshot.from_json(storage.read_bytes(manifest, settings), uri)
@@ -307,8 +309,8 @@ def erase(spark: SparkSession, uri: str, owners: DataFrame, settings: StorageSet
         frames = spark.read.parquet(*[storage.join(uri, path) for path in split_of])
         place = F.regexp_extract(F.input_file_name(), "([^/]+/[^/]+)$", 1).alias(_PATH)
         ids = [name for name in (t.IMAGE_ID, *_OWNERS) if name in frames.columns]
-        lost = t.belonging(frames.select(*ids, place), owners).groupBy(_PATH).agg(F.collect_set(t.IMAGE_ID))
-        done = lost.toDF(_PATH, t.IMAGE_ID).mapInArrow(_eraser(uri, settings), _ERASED)
+        images_of = lost(frames.select(*ids, place)).groupBy(_PATH).agg(F.collect_set(t.IMAGE_ID).alias(t.IMAGE_ID))
+        done = images_of.mapInArrow(_eraser(uri, settings), _ERASED)
         written = {row[_PATH]: row for row in done.collect()}
     if written:
         images = {split: dict(counts) for split, counts in snapshot.images.items()}

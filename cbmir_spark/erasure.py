@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import reduce
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pyspark import StorageLevel
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
+from pyspark.sql.types import StructType
 
 from cbmir_spark import dataset, lease, pseudonyms, storage
 from cbmir_spark import tables as t
@@ -35,7 +36,6 @@ RETENTION_HOURS = 168
 NOTE = "<!doctype html><title>Erased</title><p>This page showed images that have been erased since.</p>\n"
 
 _PSEUDONYM = re.compile(rf"({'|'.join(KINDS)}):([0-9a-f]{{32}})")
-_OWNER = f"{t.KIND} string, {t.PSEUDONYM} string"
 
 
 @dataclass(frozen=True)
@@ -155,41 +155,36 @@ def _run(
         rows = [(kind, pseudonym, names.key_id, moment) for kind, pseudonym in sorted(set(asked))]
         new = t.merge_new(spark, spark.createDataFrame(rows, t.FORGOTTEN.schema), t.FORGOTTEN, lake.path(t.FORGOTTEN))
     places: dict[str, Gone] = {}
-    images = unknown = 0
+    found: list[Row] = []
     storage.delete_folder(storage.join(lake.vault, "staging"), settings.storage)
-    if pinned is None:
-        unknown = len(asked)
-    else:
+    if pinned is not None:
         t.roll_back(spark, lake, pinned)
         evolved = t.evolve(spark, t.SOURCES, lake.path(t.SOURCES), pinned.message())
         pinned = pinned if evolved is None else replace(pinned, sources=evolved)
-        forgotten = t.read(spark, lake.path(t.FORGOTTEN))
-        tags = t.read(spark, lake.path(t.TAGS), pinned.tags)
-        marks = forgotten.select(t.KIND, t.PSEUDONYM)
-        found = t.belonging(tags.select(t.BATCH, *t.OWNERS.values()), marks).persist(StorageLevel.MEMORY_AND_DISK)
-        images = found.count()
-        unknown = _unknown(spark, found, asked)
-        owners = marks.union(found.select(F.lit("image"), t.IMAGE_ID)).distinct().persist(StorageLevel.MEMORY_AND_DISK)
+        forgotten = t.read(spark, lake.path(t.FORGOTTEN)).collect()
+        owners = {(row[t.KIND], row[t.PSEUDONYM]) for row in forgotten}
+        tags = t.read(spark, lake.path(t.TAGS), pinned.tags).select(t.BATCH, *t.OWNERS.values())
+        found = masked(tags, belonging(owners)).collect()
+        owners |= {("image", row[t.IMAGE_ID]) for row in found}
+        mask = belonging(owners)
         with record.stage("snapshots"):
-            places["snapshots"] = _snapshots(spark, lake, owners, settings.storage, now, purge)
+            places["snapshots"] = _snapshots(spark, lake, mask, settings.storage, now, purge)
         with record.stage("results"):
-            listed = [(row[t.KIND], row[t.PSEUDONYM]) for row in owners.collect()]
-            newest = forgotten.agg(F.max(F.unix_seconds(t.FORGOTTEN_AT)).alias("newest")).collect()[0]["newest"]
-            latest = datetime.fromtimestamp((newest or 0) + 1, UTC)
-            places["results"], places["pages"] = _results(lake, listed, latest, settings.storage)
+            newest = max((row[t.FORGOTTEN_AT].timestamp() for row in forgotten), default=0.0)
+            places["results"], places["pages"] = _results(lake, mask, newest, settings.storage)
         for each in held:
             each.check()
         with record.stage("features"):
-            places["features"] = _features(spark, lake, owners, settings.storage)
+            places["features"] = _features(spark, lake, mask, settings.storage)
         for each in held:
             each.check()
         with record.stage("images"):
-            pinned = _images(spark, lake, pinned, found, owners, places)
+            pinned = _images(spark, lake, pinned, found, mask, places)
         with record.stage("identity"):
             left = t.read(spark, lake.path(t.TAGS), pinned.tags)
             places["identity"] = Gone(rows=t.prune_identities(spark, lake, left))
-        found.unpersist()
-        owners.unpersist()
+    known = {(kind, row[column]) for row in found for kind, column in t.OWNERS.items()}
+    unknown, images = sum(owner not in known for owner in asked), len(found)
     hours = 0 if now else RETENTION_HOURS if purge else None
     if hours is not None:
         with record.stage("vacuum"):
@@ -205,22 +200,40 @@ def _run(
     return Report(len(asked), unknown, new, images, places, hours, record.seconds)
 
 
-def _unknown(spark: SparkSession, found: DataFrame, asked: Sequence[tuple[str, str]]) -> int:
-    """How many of the requests no image of TAGS belongs to."""
-    owner = [F.struct(F.lit(kind).alias(t.KIND), F.col(column).alias(t.PSEUDONYM)) for kind, column in t.OWNERS.items()]
-    known = found.select(F.explode(F.array(*owner)).alias("owner")).select("owner.*")
-    wanted = spark.createDataFrame(list(asked), _OWNER)
-    return wanted.join(known, on=[t.KIND, t.PSEUDONYM], how="left_anti").count()
+Mask = Callable[[Any], Any]
+"""True for the rows of an Arrow table or batch that have to go."""
 
 
-def _snapshots(
-    spark: SparkSession, lake: t.Lake, owners: DataFrame, files: StorageSettings, now: bool, purge: bool
-) -> Gone:
+def belonging(owners: Iterable[tuple[str, str]]) -> Mask:
+    """What belongs to one of the owners (kind, pseudonym), by those id columns that there are. Driver or per task."""
+    by_column: dict[str, list[str]] = {column: [] for column in t.OWNERS.values()}
+    for kind, pseudonym in owners:
+        by_column[t.OWNERS[kind]].append(pseudonym)
+    masks = {column: _is_in(column, values) for column, values in by_column.items()}
+    return lambda rows: reduce(pc.or_, [mask(rows) for column, mask in masks.items() if column in rows.schema.names])
+
+
+def masked(rows: DataFrame, mask: Mask) -> DataFrame:
+    """Those of `rows` that have to go, found by tasks: in the plan of a join, logs could show who is looked for."""
+
+    def pick(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            yield batch.filter(mask(batch))
+
+    return rows.mapInArrow(pick, rows.schema)
+
+
+def _is_in(column: str, values: Sequence[str]) -> Mask:
+    wanted = pa.array(values, pa.string())
+    return lambda rows: pc.is_in(rows[column], value_set=wanted)
+
+
+def _snapshots(spark: SparkSession, lake: t.Lake, mask: Mask, files: StorageSettings, now: bool, purge: bool) -> Gone:
     """Training snapshots: their files are written again; those that a killed job left unfinished go with their age."""
     gone = Gone()
     for folder in _folders(lake.snapshots(), files):
         if storage.kind(storage.join(folder, dataset.MANIFEST), files) == "file":
-            rows, rewritten = dataset.erase(spark, folder, owners, files)
+            rows, rewritten = dataset.erase(folder, lambda rows: masked(rows, mask), spark, files)
             gone.rows += rows
             gone.files += rewritten
             continue
@@ -232,36 +245,28 @@ def _snapshots(
     return gone
 
 
-Mask = Callable[[pa.Table], pa.ChunkedArray]
-"""True for the rows of a table that have to go."""
-
-
-def _results(
-    lake: t.Lake, owners: Iterable[tuple[str, str]], newest: datetime, files: StorageSettings
-) -> tuple[Gone, Gone]:
+def _results(lake: t.Lake, of_owners: Mask, newest: float, files: StorageSettings) -> tuple[Gone, Gone]:
     """Answers below the lake: hits that are of the owners, all of the queries that are, and the pages that show them.
 
     `queries` says what each query was, so it goes last; of answers without it, which older versions wrote, every page
-    that is not newer than the `newest` tombstone goes.
+    goes that is not newer than the `newest` tombstone (seconds since 1970).
     """
     rows, pages = Gone(), Gone()
-    of_owners = _belonging(owners)
     for folder in [f for root in ("results", "evaluation") for f in _folders(storage.join(lake.uri, root), files)]:
         hits, statuses, queries = (
             storage.join(folder, table.name) for table in (t.RESULTS_HITS, t.RESULTS_STATUSES, t.RESULTS_QUERIES)
         )
-        lost = [
-            query for table in _tables(queries, files) for query in _masked(table, of_owners)[t.QUERY_ID].to_pylist()
-        ]
+        asked = [table.filter(of_owners(table)) for table in _tables(queries, files)]
+        lost = [query for table in asked for query in table[t.QUERY_ID].to_pylist()]
         of_query = _is_in(t.QUERY_ID, lost)
 
-        def of_either(table: pa.Table, of_query: Mask = of_query) -> pa.ChunkedArray:
+        def of_either(table: pa.Table, of_query: Mask = of_query) -> Any:
             return pc.or_(of_owners(table), of_query(table))
 
-        found = any(len(_masked(table, of_either)) for table in _tables(hits, files))
+        found = any(pc.any(of_either(table)).as_py() for table in _tables(hits, files))
         recorded = storage.kind(queries, files) == "folder"
         for page in [each for each in storage.list_folder(folder, files)[1] if each.uri.endswith(".html")]:
-            unsure = not recorded and storage.kind(hits, files) == "folder" and page.modified <= newest
+            unsure = not recorded and storage.kind(hits, files) == "folder" and page.modified.timestamp() <= newest + 1
             if (lost or found or unsure) and page.size != len(NOTE):
                 storage.write_bytes(page.uri, NOTE.encode(), files)
                 pages.files += 1
@@ -270,28 +275,6 @@ def _results(
             rows.rows += gone.rows
             rows.files += gone.files
     return rows, pages
-
-
-def _belonging(owners: Iterable[tuple[str, str]]) -> Mask:
-    """What belongs to one of the owners (kind, pseudonym), by the id columns that a table has."""
-    by_column: dict[str, list[str]] = {column: [] for column in t.OWNERS.values()}
-    for kind, pseudonym in owners:
-        by_column[t.OWNERS[kind]].append(pseudonym)
-    masks = {column: _is_in(column, values) for column, values in by_column.items()}
-
-    def of_owners(table: pa.Table) -> pa.ChunkedArray:
-        return reduce(pc.or_, [mask(table) for column, mask in masks.items() if column in table.column_names])
-
-    return of_owners
-
-
-def _is_in(column: str, values: Sequence[str]) -> Mask:
-    wanted = pa.array(values, pa.string())
-    return lambda table: pc.is_in(table[column], value_set=wanted)
-
-
-def _masked(table: pa.Table, mask: Mask) -> pa.Table:
-    return table.filter(mask(table))
 
 
 def _tables(uri: str, files: StorageSettings) -> Iterator[pa.Table]:
@@ -325,60 +308,45 @@ def _drop(uri: str, mask: Mask, files: StorageSettings) -> Gone:
     return gone
 
 
-def _features(spark: SparkSession, lake: t.Lake, owners: DataFrame, files: StorageSettings) -> Gone:
+def _features(spark: SparkSession, lake: t.Lake, mask: Mask, files: StorageSettings) -> Gone:
     """FEATURES of every model, at once for every reader; a table without such rows gets no commit."""
     gone = Gone()
+    keys = (t.MODALITY, t.BODY_PART, t.IMAGE_ID, t.FRAME)
     for path in _folders(storage.join(lake.uri, t.FEATURES.name), files):
         if not t.exists(spark, path):
             continue
-        keys = (t.MODALITY, t.BODY_PART, t.IMAGE_ID, t.FRAME)
-        rows = t.belonging(t.read(spark, path).select(*keys, *list(t.OWNERS.values())[1:]), owners).select(*keys)
-        rows = rows.persist(StorageLevel.MEMORY_AND_DISK)
-        places = rows.groupBy(t.MODALITY, t.BODY_PART).count().collect()
-        if places:
-            within = [f"(t.{t.MODALITY} = '{r[t.MODALITY]}' AND t.{t.BODY_PART} = '{r[t.BODY_PART]}')" for r in places]
-            t.delete_rows(spark, path, rows, " OR ".join(sorted(within)))
-            gone.rows += sum(row["count"] for row in places)
-        rows.unpersist()
+        ids = t.read(spark, path).select(*keys, t.SERIES_ID, t.STUDY_ID, t.PATIENT_ID)
+        rows = [tuple(row[key] for key in keys) for row in masked(ids, mask).collect()]
+        if rows:
+            places = sorted({(modality, body_part) for modality, body_part, *_ in rows})
+            within = " OR ".join(f"(t.{t.MODALITY} = '{m}' AND t.{t.BODY_PART} = '{b}')" for m, b in places)
+            schema = StructType([t.FEATURES.schema[key] for key in keys])
+            t.delete_rows(spark, path, spark.createDataFrame(rows, schema), within)
+            gone.rows += len(rows)
     return gone
 
 
 def _images(
-    spark: SparkSession,
-    lake: t.Lake,
-    pinned: t.Published,
-    found: DataFrame,
-    owners: DataFrame,
-    places: dict[str, Gone],
+    spark: SparkSession, lake: t.Lake, pinned: t.Published, found: Sequence[Row], mask: Mask, places: dict[str, Gone]
 ) -> t.Published:
     """TAGS and PIXELS without the images, published with SOURCES that say why; what is published then."""
-    batches = [row[t.BATCH] for row in found.select(t.BATCH).distinct().collect()]
-    sources = t.read(spark, lake.path(t.SOURCES), pinned.sources)
-    images = owners.where(F.col(t.KIND) == "image").select(F.col(t.PSEUDONYM).alias(t.IMAGE_ID))
-    rejected = sources.join(F.broadcast(images), on=t.IMAGE_ID, how="left_semi").withColumns(
-        {
-            t.OUTCOME: F.lit(t.REJECTED),
-            t.REASON: F.lit(t.ERASED),
-            t.IMAGE_ID: F.lit(None).cast("string"),
-            t.DIGEST: F.lit(None).cast("string"),
-        }
-    )
-    rejected = rejected.select(*t.SOURCES.schema.names).persist(StorageLevel.MEMORY_AND_DISK)
-    objects = rejected.count()
-    if batches:
-        gone = found.select(t.IMAGE_ID).distinct()
-        before = t.read(spark, lake.path(t.PIXELS), pinned.pixels).where(F.col(t.BATCH).isin(batches))
-        frames = before.select(t.IMAGE_ID).join(F.broadcast(gone), on=t.IMAGE_ID, how="left_semi").count()
+    sources = t.read(spark, lake.path(t.SOURCES), pinned.sources).select(*t.SOURCES.schema.names)
+    changed = {t.OUTCOME: t.REJECTED, t.REASON: t.ERASED, t.IMAGE_ID: None, t.DIGEST: None}
+    objects = [tuple({**row.asDict(), **changed}.values()) for row in masked(sources, mask).collect()]
+    if found:
+        batches = sorted({row[t.BATCH] for row in found})
+        images = spark.createDataFrame([(row[t.IMAGE_ID],) for row in found], f"{t.IMAGE_ID} string")
+        pixels = t.read(spark, lake.path(t.PIXELS), pinned.pixels).where(F.col(t.BATCH).isin(batches))
+        frames = masked(pixels.select(t.IMAGE_ID), mask).count()
         pinned = replace(
             pinned,
-            tags=t.delete_images(spark, lake.path(t.TAGS), gone, batches),
-            pixels=t.delete_images(spark, lake.path(t.PIXELS), gone, batches),
+            tags=t.delete_images(spark, lake.path(t.TAGS), images, batches),
+            pixels=t.delete_images(spark, lake.path(t.PIXELS), images, batches),
         )
-        places["tags"], places["pixels"] = Gone(rows=gone.count()), Gone(rows=frames)
-    if batches or objects:
-        pinned = t.publish(spark, lake, rejected, pinned)
-        places["sources"] = Gone(rows=objects)
-    rejected.unpersist()
+        places["tags"], places["pixels"] = Gone(rows=len(found)), Gone(rows=frames)
+    if found or objects:
+        pinned = t.publish(spark, lake, spark.createDataFrame(objects, t.SOURCES.schema), pinned)
+        places["sources"] = Gone(rows=len(objects))
     return pinned
 
 

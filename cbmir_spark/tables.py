@@ -700,18 +700,6 @@ def _owners(tags: DataFrame) -> DataFrame:
     return tags.select(F.explode(F.array(*named)).alias("owner")).select("owner.*")
 
 
-def belonging(rows: DataFrame, owners: DataFrame) -> DataFrame:
-    """Those of `rows` that belong to one of `owners` (kind, pseudonym; each once) by the id columns that they have."""
-    columns, flags = rows.columns, []
-    for kind, column in OWNERS.items():
-        if column in columns:
-            flag = f"is_of_{kind}"
-            of_kind = owners.where(F.col(KIND) == kind).select(F.col(PSEUDONYM).alias(column), F.lit(True).alias(flag))
-            rows = rows.join(F.broadcast(of_kind), on=column, how="left")
-            flags.append(F.col(flag))
-    return rows.where(F.coalesce(*flags)).select(*columns)
-
-
 def tombstones(spark: SparkSession, lake: Lake) -> frozenset[str]:
     """What must not be kept, as kind:pseudonym; what was asked to be forgotten is a list that a driver can hold."""
     path = lake.path(FORGOTTEN)

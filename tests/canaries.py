@@ -267,10 +267,10 @@ def _write(ds: Dataset, folder: Path, tokens: Tokens, number: int) -> None:
 
 def _written(ds: Dataset) -> bytes:
     buffer = io.BytesIO()
-    ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID
-    ds.file_meta.MediaStorageSOPInstanceUID = ds.get("SOPInstanceUID", UID_ROOT + "0")
     with pydicom.config.disable_value_validation(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID
+        ds.file_meta.MediaStorageSOPInstanceUID = ds.get("SOPInstanceUID", UID_ROOT + "0")
         pydicom.dcmwrite(buffer, ds, enforce_file_format=True)
     return buffer.getvalue()
 
@@ -287,7 +287,7 @@ def _malformed(folder: Path, tokens: Tokens) -> None:
         ds.add_new(tag, "LO", "name " + tokens.text())
         path = folder / tokens.text() / f"{tokens.text()} {keyword}.dcm"
         path.parent.mkdir()
-        path.write_bytes(_written(ds) if keyword not in ("SOPClassUID", "SOPInstanceUID") else _patched(ds, tokens))
+        path.write_bytes(_written(ds))
     whole = _written(_image(tokens, 0, "ISO_IR 100"))
     (folder / f"{tokens.text()} cut.dcm").write_bytes(whole[:-700])
     syntax = whole.replace(b"1.2.840.10008.1.2.1\0", tokens.text().encode() + b"-syntax\0", 1)
@@ -298,13 +298,6 @@ def _malformed(folder: Path, tokens: Tokens) -> None:
     (folder / f"{tokens.text()} empty.dcm").touch()
     with zipfile.ZipFile(folder / f"{tokens.text()}.zip", "w") as packed:
         packed.writestr(tokens.text(), tokens.text())
-
-
-def _patched(ds: Dataset, tokens: Tokens) -> bytes:
-    """An object whose class or UID is text, in the file meta information too."""
-    wrong = str(ds.get("SOPClassUID") or ds.get("SOPInstanceUID"))
-    content = _written(_image(tokens, 0, "ISO_IR 100"))
-    return content.replace(b"1.2.840.10008.5.1.4.1.1.2\0", wrong.encode().ljust(26)[:26])
 
 
 # --- what finds them ---

@@ -142,7 +142,6 @@ def test_the_vault_has_what_the_lake_has_not(chain: Chain) -> None:
         assert reason in sound, sound
 
 
-@pytest.mark.filterwarnings("ignore:.*")
 def test_every_attribute_has_a_canary(tmp_path: Path) -> None:
     tokens = canaries.fill(tmp_path, 24)
     tags = canaries.attributes()

@@ -2,11 +2,13 @@
 
 import hashlib
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pydicom
 import pytest
@@ -221,7 +223,7 @@ def _dying(step: Callable[..., Any], calls: int) -> Callable[..., Any]:
     return run
 
 
-@pytest.mark.parametrize("every", [pytest.param(2, id="ci"), pytest.param(1, id="soak", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("every", [pytest.param(4, id="ci"), pytest.param(1, id="soak", marks=pytest.mark.soak)])
 def test_a_run_that_is_killed_anywhere_is_finished_by_the_next(
     spark: SparkSession, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
@@ -379,3 +381,47 @@ def test_ingest_keeps_identities_while_there_are_images_and_nothing_of_the_forgo
     reader = queries.Reader("", (storage.canonical(str(archive)),), parser, frozenset())
     asked = queries.read_uri(storage.canonical(str(archive / "0.dcm")), None, False, reader)
     assert asked == {t.STATUS: "not_found", t.REASON: t.ERASED}
+
+
+# --- answers that older versions wrote ---
+
+
+def test_a_page_of_answers_that_do_not_say_what_was_asked_goes_if_it_is_older(tmp_path: Path) -> None:
+    """Without Spark: what answers hold is read and written by the driver."""
+    files = config.load(environ={}).storage
+    lake = t.Lake(storage.canonical(str(tmp_path)), storage.canonical(str(tmp_path / "vault")))
+    hit = dict.fromkeys(t.RESULTS_HITS.schema.names, "x") | {t.RANK: 1, t.IMAGE_ID: "b" * 32}
+    for name, asked in (("old", None), ("new", "c" * 32), ("of the forgotten", "a" * 32)):
+        folder = tmp_path / "results" / name
+        for table, rows in (
+            (t.RESULTS_HITS, [hit | {t.QUERY_ID: "q"}, hit | {t.QUERY_ID: "r"}]),
+            (t.RESULTS_STATUSES, [{t.QUERY_ID: "q"}, {t.QUERY_ID: "r"}]),
+            (t.RESULTS_QUERIES, [{t.QUERY_ID: "q", t.IMAGE_ID: asked}, {t.QUERY_ID: "r", t.IMAGE_ID: "d" * 32}]),
+        ):
+            if table is not t.RESULTS_QUERIES or asked is not None:
+                (folder / table.name).mkdir(parents=True)
+                pq.write_table(pa.Table.from_pylist(rows), folder / table.name / "part.parquet")
+                (folder / table.name / ".part.parquet.crc").touch()
+        (folder / "gallery.html").write_text("pictures")
+    (tmp_path / "evaluation" / "run").mkdir(parents=True)
+    (tmp_path / "evaluation" / "run" / "report.html").write_text("figures")
+
+    def pages() -> dict[str, str]:
+        return {path.parent.name: path.read_text() for path in tmp_path.glob("*/*/*.html")}
+
+    mask = erasure.belonging([("image", "a" * 32), ("patient", "e" * 32)])
+    kept = {"old": "pictures", "new": "pictures", "of the forgotten": "pictures", "run": "figures"}
+    rows, gone = erasure._results(lake, erasure.belonging([]), 0.0, files)
+    assert (rows.rows, gone.files, pages()) == (0, 0, kept)
+    rows, gone = erasure._results(lake, mask, 0.0, files)
+    assert (rows.rows, rows.files, gone.files) == (3, 3, 1)
+    assert pages() == kept | {"of the forgotten": erasure.NOTE}
+    for table in (t.RESULTS_HITS, t.RESULTS_STATUSES, t.RESULTS_QUERIES):
+        folder = tmp_path / "results" / "of the forgotten" / table.name
+        assert pq.read_table(folder / "part.parquet")[t.QUERY_ID].to_pylist() == ["r"]
+        assert not (folder / ".part.parquet.crc").exists()
+    # The tombstone is newer than a page that may have shown anything.
+    rows, gone = erasure._results(lake, mask, time.time() + 60, files)
+    assert (rows.rows, gone.files) == (0, 1)
+    assert pages() == kept | {"of the forgotten": erasure.NOTE, "old": erasure.NOTE}
+    assert erasure._results(lake, mask, time.time() + 60, files) == (erasure.Gone(), erasure.Gone())
