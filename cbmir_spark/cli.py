@@ -44,11 +44,12 @@ def ingest(
     settings = _settings(config, overrides, {"lake.uri": lake, "ingest.archive": archive})
     from cbmir_spark import ingest as room
 
-    with _session(settings, "ingest") as spark, terminal.progress("objects", as_json) as progress:
+    with _session(settings, "ingest") as spark, terminal.progress("objects", as_json, every=10.0) as progress:
         report = room.run(spark, settings, progress)
     if as_json:
         return terminal.print_json(report)
-    rows = {"listed": report.listed, "unchanged": report.unchanged, **report.outcomes, "deleted": report.deleted}
+    rows = {"listed": report.listed, "unchanged": report.unchanged, "deferred": report.deferred}
+    rows |= {**report.outcomes, "deleted": report.deleted}
     terminal.print_counts(f"Ingested {report.archive}", rows)
     if report.reasons:
         terminal.print_counts("Reasons", dict(sorted(report.reasons.items())))

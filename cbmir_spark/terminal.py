@@ -2,13 +2,22 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -22,18 +31,29 @@ Move = Callable[[int, int, Mapping[str, Any]], None]
 
 
 @contextmanager
-def progress(what: str, quiet: bool) -> Iterator[Move]:
-    """A bar on a terminal, a line now and then in a log, nothing beside JSON."""
+def progress(what: str, quiet: bool, every: float = 0.0) -> Iterator[Move]:
+    """A bar on a terminal, a line now and then in a log, nothing beside JSON; both with the time that is left.
+
+    Lines come no closer together than `every` seconds, but for the last.
+    """
+    began = time.monotonic()
     if quiet or not err.is_terminal:
+        told = -every
 
         def line(done: int, total: int, figures: Mapping[str, Any]) -> None:
-            if not quiet:
-                err.print(f"{done} of {total} {what}: {detail(figures)}", soft_wrap=True, highlight=False)
+            nonlocal told
+            passed = time.monotonic() - began
+            if quiet or (passed - told < every and done < total):
+                return
+            told = passed
+            left = f", {duration(passed / done * (total - done))} left" if 0 < done < total else ""
+            err.print(f"{done} of {total} {what}{left}: {detail(figures)}", soft_wrap=True, highlight=False)
 
         yield line
         return
     columns = (SpinnerColumn(), TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.fields[detail]}"), console=err, transient=True) as bar:
+    rest = (TimeRemainingColumn(), TextColumn("{task.fields[detail]}"))
+    with Progress(*columns, *rest, console=err, transient=True) as bar:
         task = bar.add_task(what, total=None, detail="")
 
         def move(done: int, total: int, figures: Mapping[str, Any]) -> None:
@@ -66,6 +86,14 @@ def steps(names: Iterable[str], quiet: bool) -> Iterator[Callable[[str, int, int
             bar.update(tasks[step], completed=done, total=total or None, detail=detail(figures))
 
         yield move
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `12 min`, `3 h 5 min`: as exactly as such a guess deserves."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def detail(values: Mapping[str, Any]) -> str:
