@@ -231,7 +231,13 @@ class _Run:
 
     def _list(self) -> int:
         with self.record.stage("list"):
+            mount = storage.mount_of(self.archive)
             list_archive(self.spark, self.archive, self.settings.storage).write.parquet(self._at("listing"))
+            if storage.mount_of(self.archive) != mount:
+                raise EnvironmentProblem(
+                    f"archive {self.archive} was mounted or unmounted while it was listed: nothing was read and "
+                    "nothing taken for deleted; run ingest again"
+                )
             return check_listing(self.spark.read.schema(LISTING).parquet(self._at("listing")))
 
     def _compare(self, sources: DataFrame, listed: int) -> tuple[DataFrame, dict[str, int]]:

@@ -152,6 +152,16 @@ def kind(uri: str, storage: StorageSettings) -> str:
     return "folder" if "Contents" in answer or not key else "nothing"
 
 
+def mount_of(uri: str) -> tuple[int, int] | None:
+    """What tells a local folder from another that is mounted in its place; None in object storage, or if it is gone."""
+    if not is_local(uri):
+        return None
+    with suppress(OSError):
+        found = os.stat(local_path(uri))
+        return found.st_dev, found.st_ino
+    return None
+
+
 def list_folder(uri: str, storage: StorageSettings) -> tuple[list[str], list[StoredObject]]:
     """The folders and the objects directly below a canonical URI, each sorted by URI.
 
