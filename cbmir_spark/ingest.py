@@ -374,11 +374,11 @@ class _Run:
             with self.record.stage("pixels"):
                 staged_frames = self.spark.read.schema(STAGED_FRAMES).parquet(self._at(f"frames-{number}"))
                 rows = pixel_rows(staged_frames, arrived, pinned.batch).coalesce(math.ceil(frames / FRAMES_PER_FILE))
-                pinned = replace(pinned, pixels=t.replace_batch(rows, t.PIXELS, pixels_path, pinned.batch))
+                pinned = replace(pinned, pixels=t.append(rows, t.PIXELS, pixels_path))
         if images:
             with self.record.stage("tags"):
                 rows = tag_rows(arrived, pinned.batch).coalesce(math.ceil(images / TAGS_PER_FILE))
-                pinned = replace(pinned, tags=t.replace_batch(rows, t.TAGS, tags_path, pinned.batch))
+                pinned = replace(pinned, tags=t.append(rows, t.TAGS, tags_path))
             if self.parser.identity:
                 with self.record.stage("identity"):
                     known = identity_rows(arrived, self.parser.pseudonyms.key_id)

@@ -2,7 +2,8 @@
 
 Two roots: the lake (de-identified, for everyone) and the vault (for those who may see identities). TAGS and PIXELS
 are written first; the commit of SOURCES comes last and pins the versions of both that belong to it. Readers open the
-pinned versions, so a job killed between two tables is never seen.
+pinned versions, so a job killed between two tables is never seen. The next writer brings both back to what is
+published before it appends a batch, so that none is there twice.
 """
 
 import json
@@ -535,13 +536,6 @@ def append(df: DataFrame, table: Table, path: str, message: str = "", rows_per_f
     return version(df.sparkSession, path)
 
 
-def replace_batch(df: DataFrame, table: Table, path: str, batch: int) -> int:
-    """Write one ingest batch; a batch tried again replaces itself. The version written."""
-    writer = conform(df, table).write.format("delta").mode("overwrite")
-    writer.option("replaceWhere", f"{BATCH} = {batch}").save(path)
-    return version(df.sparkSession, path)
-
-
 def delete_images(spark: SparkSession, path: str, images: DataFrame, batches: Iterable[int]) -> int:
     """Remove the rows of `images` (one column, image_id) from the partitions of `batches`; the version written."""
     inside = ", ".join(str(batch) for batch in sorted(batches))
@@ -729,11 +723,14 @@ def vacuum(spark: SparkSession, path: str, hours: int) -> None:
 
 
 def version(spark: SparkSession, path: str) -> int:
-    """The newest version of a Delta table."""
-    row = DeltaTable.forPath(spark, path).history(1).select("version").first()
-    if row is None:
-        raise TableError(f"the log of the table at {path} holds no commit")
-    return int(row["version"])
+    """The newest version of a Delta table. Raises TableError where there is none."""
+    jvm: Any = spark.sparkContext._jvm
+    # `DeltaTable.history` answers the same by a Spark job of a quarter of a second, and a run asks ten times.
+    log = jvm.org.apache.spark.sql.delta.DeltaLog.forTable(spark._jsparkSession, path)
+    found = int(log.update(False, jvm.scala.Option.empty(), jvm.scala.Option.empty()).version())
+    if found < 0:
+        raise TableError(f"there is no table at {path}")
+    return found
 
 
 def live_files(spark: SparkSession, path: str, version: int | None = None) -> list[str]:

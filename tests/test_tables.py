@@ -64,13 +64,13 @@ def test_ensure_twice_changes_nothing(spark: SparkSession, make_settings: MakeSe
     assert t.version(spark, path) == version
 
 
-def test_a_batch_tried_again_replaces_itself(spark: SparkSession, make_settings: MakeSettings) -> None:
+def test_images_are_deleted_only_in_the_batches_that_are_named(
+    spark: SparkSession, make_settings: MakeSettings
+) -> None:
     path = t.Lake.of(make_settings()).path(t.PIXELS)
     t.ensure(spark, t.PIXELS, path)
-    t.replace_batch(_pixels(spark, 1, "a", "b"), t.PIXELS, path, 1)
-    t.replace_batch(_pixels(spark, 2, "c"), t.PIXELS, path, 2)
-    t.replace_batch(_pixels(spark, 2, "d"), t.PIXELS, path, 2)
-    assert _images(spark, path) == ["a", "b", "d"]
+    t.append(_pixels(spark, 1, "a", "b"), t.PIXELS, path)
+    t.append(_pixels(spark, 2, "d"), t.PIXELS, path)
     t.delete_images(spark, path, spark.createDataFrame([("a",), ("d",)], "image_id string"), [1])
     assert _images(spark, path) == ["b", "d"]
 
@@ -84,11 +84,11 @@ def test_readers_open_what_was_published_and_the_rest_can_be_taken_back(
     assert t.published(spark, lake) == empty
     with pytest.raises(TableError, match="run `cbmir ingest` first"):
         t.require_published(spark, lake)
-    written = t.replace_batch(_pixels(spark, 1, "a"), t.PIXELS, lake.path(t.PIXELS), 1)
-    source = ("file:///a", 1, datetime(2026, 1, 1, tzinfo=UTC), DIGEST, t.INGESTED, None, "a", "key", 1)
+    written = t.append(_pixels(spark, 1, "a"), t.PIXELS, lake.path(t.PIXELS))
+    source = ("file:///a", 1, datetime(2026, 1, 1, tzinfo=UTC), None, DIGEST, t.INGESTED, None, "a", "key", 1)
     sources = spark.createDataFrame([source], t.SOURCES.schema)
     first = t.publish(spark, lake, sources, replace(empty, pixels=written, batch=1))
-    t.replace_batch(_pixels(spark, 2, "b"), t.PIXELS, lake.path(t.PIXELS), 2)
+    t.append(_pixels(spark, 2, "b"), t.PIXELS, lake.path(t.PIXELS))
     assert t.require_published(spark, lake) == first
     assert _images(spark, lake.path(t.PIXELS), first.pixels) == ["a"]
     assert t.roll_back(spark, lake, first) == ["pixels"]

@@ -115,8 +115,8 @@ def publish(
     pinned = dataclasses.replace(
         known,
         batch=batch,
-        tags=t.replace_batch(spark.createDataFrame(tags, t.TAGS.schema), t.TAGS, lake.path(t.TAGS), batch),
-        pixels=t.replace_batch(spark.createDataFrame(pixels, t.PIXELS.schema), t.PIXELS, lake.path(t.PIXELS), batch),
+        tags=t.append(spark.createDataFrame(tags, t.TAGS.schema), t.TAGS, lake.path(t.TAGS)),
+        pixels=t.append(spark.createDataFrame(pixels, t.PIXELS.schema), t.PIXELS, lake.path(t.PIXELS)),
     )
     now = datetime(2026, 1, 1, tzinfo=UTC)
     sources = [
