@@ -105,7 +105,7 @@ def first_night(archive: Path, template: bytes, uid: bytes) -> None:
         if number % 20 == 19:
             write(archive, number, template[:2000], 0)
             continue
-        image = number - 1 if number % 10 in (4, 8) else number
+        image = number - 1 if number % 10 in (4, 6, 8) else number
         content = template.replace(uid, as_uid(image, uid))
         if number % 10 == 8:
             content = content[:-2] + bytes([7, number % 251])
