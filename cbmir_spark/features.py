@@ -316,6 +316,7 @@ def run(spark: SparkSession, settings: Settings) -> Report:
     before anything is visible, for vectors that cannot be searched, and Busy while another job writes FEATURES.
     """
     lake = t.Lake.of(settings)
+    t.require_published(spark, lake)
     with lease.hold(lake.vault, lease.INDEX, settings.storage) as held:
         return _run(spark, settings, lake, held)
 

@@ -709,6 +709,8 @@ def vacuum(spark: SparkSession, path: str, hours: int) -> None:
         "spark.databricks.delta.retentionDurationCheck.enabled": "false",
         # Logged, it would be a version of its own, which no published one names.
         "spark.databricks.delta.vacuum.logging.enabled": "false",
+        # Delta lists a table in as many tasks as this says, by default 10,000, however few folders there are.
+        "spark.sql.sources.parallelPartitionDiscovery.parallelism": str(4 * spark.sparkContext.defaultParallelism),
     }
     before = {key: spark.conf.get(key, None) for key in settings}
     for key, value in settings.items():
