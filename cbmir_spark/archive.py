@@ -35,7 +35,8 @@ def list_archive(spark: SparkSession, archive: str, settings: StorageSettings) -
     The driver goes down folder by folder until there are enough of them to share out; tasks list the rest. A folder
     that cannot be listed is a row that `check_listing` finds: its name must not reach the logs of a failed task.
     Schemes other than `file:` and `s3a:` are listed by Hadoop's connectors, where empty objects and names that begin
-    with a dot or an underscore are not seen. Raises InputError where nothing is there, EnvironmentProblem where listing fails.
+    with a dot or an underscore are not seen. Raises InputError where nothing is there, EnvironmentProblem where listing
+    fails.
     """
     if not storage.is_native(archive):
         return _listed_by_hadoop(spark, archive)

@@ -23,11 +23,11 @@ STAGED_BY = "staged_by"
 TALLY, KNOWN = "tally", "known"
 ACTION = "action"
 READ, UNCHANGED, MISSING = "read", "unchanged", "missing"
-KNOWN_OUTCOME, KNOWN_DIGEST = "known_outcome", "known_digest"
+KNOWN_OUTCOME, KNOWN_DIGEST, KNOWN_IMAGE = "known_outcome", "known_digest", "known_image"
 
 
 def compare(listing: DataFrame, known: DataFrame) -> DataFrame:
-    """What to do with each object: (uri, size, modified, etag, action, known_outcome, known_digest).
+    """What to do with each object: (uri, size, modified, etag, action, known_outcome, known_digest, known_image).
 
     `action` is one of read, unchanged, missing. `listing` is (uri, size, modified, etag); `known` are rows of SOURCES
     below the same archive. What vanished or could not be read last time, or has to be read anew, is read when it is
@@ -40,6 +40,7 @@ def compare(listing: DataFrame, known: DataFrame) -> DataFrame:
         F.col(t.ETAG).alias("known_etag"),
         F.col(t.OUTCOME).alias(KNOWN_OUTCOME),
         F.col(t.DIGEST).alias(KNOWN_DIGEST),
+        F.col(t.IMAGE_ID).alias(KNOWN_IMAGE),
         F.coalesce(F.col(t.REASON).isin(t.REREAD, t.UNREADABLE), F.lit(False)).alias("due"),
     )
     # Times of object storage have whole seconds; where there is an ETag it tells two writes of one second apart.
@@ -58,6 +59,7 @@ def compare(listing: DataFrame, known: DataFrame) -> DataFrame:
             action.alias(ACTION),
             KNOWN_OUTCOME,
             KNOWN_DIGEST,
+            KNOWN_IMAGE,
         )
     )
 
@@ -65,68 +67,47 @@ def compare(listing: DataFrame, known: DataFrame) -> DataFrame:
 def promote(actions: DataFrame, sources: DataFrame) -> DataFrame:
     """Survivors to read again, because the object whose rows stand for their SOP instance changed or is gone.
 
-    Returns (uri, size, modified, etag, known_outcome, known_digest, cause): duplicates and conflict losers of the
-    same image, with the URI that made them matter.
+    Returns duplicates and conflict losers of the same image, in the columns of `actions`.
     """
-    moved = actions.where((F.col(ACTION) != UNCHANGED) & F.col(KNOWN_OUTCOME).isNotNull()).select(t.URI)
-    causes = (
-        sources.where(F.col(t.OUTCOME) == t.INGESTED)
-        .join(moved, on=t.URI, how="left_semi")
-        .select(F.col(t.URI).alias("cause"), t.IMAGE_ID)
-    )
+    known = actions.where((F.col(ACTION) != UNCHANGED) & F.col(KNOWN_OUTCOME).isNotNull())
+    moved = known.select(t.URI)
+    causes = known.where(F.col(KNOWN_OUTCOME) == t.INGESTED).select(F.col(KNOWN_IMAGE).alias(t.IMAGE_ID)).distinct()
     survivors = sources.where(F.col(t.OUTCOME).isin(t.DUPLICATE, t.CONFLICT)).join(moved, on=t.URI, how="left_anti")
-    return survivors.join(causes, on=t.IMAGE_ID, how="inner").select(
-        t.URI,
-        t.SIZE,
-        t.MODIFIED,
-        t.ETAG,
-        F.col(t.OUTCOME).alias(KNOWN_OUTCOME),
-        F.col(t.DIGEST).alias(KNOWN_DIGEST),
-        "cause",
-    )
-
-
-def slices(actions: DataFrame, promoted: DataFrame, count: int) -> DataFrame:
-    """The work in `count` batches: (uri, size, modified, etag, action, known_outcome, known_digest, promoted, slice).
-
-    Objects are spread by a hash of their URI, so that no sort is needed; what is missing goes first, and a promoted
-    survivor goes with its cause, since its image must not be without rows in between.
-    """
-
-    def by(column: Column) -> Column:
-        return F.pmod(F.xxhash64(column), F.lit(count)).cast("int")
-
-    missing = F.col(ACTION) == MISSING
-    work = actions.where(F.col(ACTION) != UNCHANGED).select(
-        t.URI,
-        t.SIZE,
-        t.MODIFIED,
-        t.ETAG,
-        ACTION,
-        KNOWN_OUTCOME,
-        KNOWN_DIGEST,
-        F.lit(False).alias(PROMOTED),
-        F.when(missing, 0).otherwise(by(F.col(t.URI))).alias(SLICE),
-    )
-    gone = actions.where(missing).select(F.col(t.URI).alias("cause"), F.lit(True).alias("gone"))
-    raised = promoted.join(gone, on="cause", how="left").select(
+    return survivors.join(causes, on=t.IMAGE_ID, how="left_semi").select(
         t.URI,
         t.SIZE,
         t.MODIFIED,
         t.ETAG,
         F.lit(READ).alias(ACTION),
-        KNOWN_OUTCOME,
-        KNOWN_DIGEST,
-        F.lit(True).alias(PROMOTED),
-        F.when(F.col("gone"), 0).otherwise(by(F.col("cause"))).alias(SLICE),
+        F.col(t.OUTCOME).alias(KNOWN_OUTCOME),
+        F.col(t.DIGEST).alias(KNOWN_DIGEST),
+        F.col(t.IMAGE_ID).alias(KNOWN_IMAGE),
     )
-    return work.unionByName(raised)
+
+
+def slices(actions: DataFrame, promoted: DataFrame, count: int) -> DataFrame:
+    """The work in `count` batches: the columns of `actions`, promoted, slice.
+
+    Known objects of one image go together, since it must not be without rows in between; those of images of which an
+    object is missing go first. Everything else is spread by a hash, so that no sort is needed.
+    """
+    work = actions.where(F.col(ACTION) != UNCHANGED).withColumn(PROMOTED, F.lit(False))
+    gone = actions.where((F.col(ACTION) == MISSING) & F.col(KNOWN_IMAGE).isNotNull())
+    bereft = gone.select(KNOWN_IMAGE, F.lit(True).alias("bereft")).distinct()
+    spread = F.pmod(F.xxhash64(F.coalesce(F.col(KNOWN_IMAGE), F.col(t.URI))), F.lit(count)).cast("int")
+    first = (F.col(ACTION) == MISSING) | F.col("bereft").isNotNull()
+    return (
+        work.unionByName(promoted.withColumn(PROMOTED, F.lit(True)))
+        .join(bereft, on=KNOWN_IMAGE, how="left")
+        .select(*actions.columns, PROMOTED, F.when(first, 0).otherwise(spread).alias(SLICE))
+    )
 
 
 def resolve(staged: DataFrame, sources: DataFrame, work: DataFrame, slice_: int) -> DataFrame:
     """Who stands for each SOP instance that this slice touches.
 
-    Contenders are what was just parsed and the known rows of the same images that no slice is yet to read again.
+    Contenders are what was just parsed and the known rows of the same images that no slice is yet to read again. One
+    that is, and stands for its image, gives way to them until its turn comes.
     The content written last wins, then the one with the larger digest; among objects of that content the oldest
     stands for it. Times count in whole seconds, as object storage gives them. So the answer depends on what storage
     holds and never on the order in which it was read, or on the file system that it was read from.
@@ -153,6 +134,11 @@ def resolve(staged: DataFrame, sources: DataFrame, work: DataFrame, slice_: int)
     settled = concerned.join(work.where(F.col(SLICE) >= slice_).select(t.URI), on=t.URI, how="left_anti").select(
         *contender, F.col(t.OUTCOME).alias(KNOWN_OUTCOME)
     )
+    pending = (
+        concerned.where(F.col(t.OUTCOME) == t.INGESTED)
+        .join(work.where(F.col(SLICE) > slice_).select(t.URI), on=t.URI, how="left_semi")
+        .select(*contender, F.col(t.OUTCOME).alias(KNOWN_OUTCOME))
+    )
     current = (
         concerned.where(F.col(t.OUTCOME) == t.INGESTED)
         .groupBy(t.IMAGE_ID)
@@ -169,17 +155,23 @@ def resolve(staged: DataFrame, sources: DataFrame, work: DataFrame, slice_: int)
     )
     content = Window.partitionBy(t.IMAGE_ID, t.DIGEST)
     best = Window.partitionBy(t.IMAGE_ID).orderBy(
-        F.desc("content_time"), F.desc(t.DIGEST), F.asc(t.MODIFIED), F.asc(t.URI)
+        F.asc("pending"), F.desc("content_time"), F.desc(t.DIGEST), F.asc(t.MODIFIED), F.asc(t.URI)
     )
     whole = best.rowsBetween(Window.unboundedPreceding, Window.unboundedFollowing)
+    written = F.when(~F.col("pending"), F.col(t.MODIFIED))
     ranked = (
         parsed.unionByName(settled)
-        .withColumn("content_time", F.date_trunc("second", F.max(t.MODIFIED).over(content)))
+        .withColumn("pending", F.lit(False))
+        .unionByName(pending.withColumn("pending", F.lit(True)))
+        .withColumn(
+            "content_time", F.date_trunc("second", F.max(F.when(~F.col("pending"), F.col(t.MODIFIED))).over(content))
+        )
         .withColumn("place", F.row_number().over(best))
-        .withColumn("winner_digest", F.first(t.DIGEST).over(whole))
+        .withColumn("winner_digest", F.first(F.when(~F.col("pending"), F.col(t.DIGEST))).over(whole))
     )
     outcome = (
-        F.when(F.col("place") == 1, t.INGESTED)
+        F.when(F.col("pending"), t.CONFLICT)
+        .when(F.col("place") == 1, t.INGESTED)
         .when(F.col(t.DIGEST) == F.col("winner_digest"), t.DUPLICATE)
         .otherwise(t.CONFLICT)
     )

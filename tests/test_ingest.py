@@ -379,8 +379,9 @@ def test_a_storage_that_refuses_everything_is_no_rejection(
     for number in range(11):
         _sample(archive, f"{number}.dcm", hour=1, SOPInstanceUID=f"1.2.3.{number}")
     settings = make_settings(f"ingest.archive={archive}")
-    staged = [(f"file://{archive}/{n}.dcm", 1, at(1), None, None, t.REJECTED, t.UNREADABLE) for n in range(11)]
-    rows = spark.createDataFrame([(*row, None, None, 0, None, None) for row in staged], parse.STAGED)
+    refused = {t.SIZE: 1, t.MODIFIED: at(1), t.OUTCOME: t.REJECTED, t.REASON: t.UNREADABLE}
+    staged = [refused | {t.URI: f"file://{archive}/{n}.dcm"} for n in range(11)]
+    rows = spark.createDataFrame([tuple(row.get(f.name) for f in parse.STAGED) for row in staged], parse.STAGED)
     monkeypatch.setattr(ingest, "parse", lambda *_: rows)
     with pytest.raises(EnvironmentProblem, match="refused all 11 objects"):
         ingest.run(spark, settings)

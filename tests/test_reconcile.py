@@ -103,7 +103,7 @@ def test_a_survivor_takes_the_place_of_what_is_gone(spark: SparkSession) -> None
     )
     actions = reconcile.compare(_listing(spark, ("b", 1, 1)), known)
     promoted = reconcile.promote(actions, known)
-    assert [(r["uri"], r["cause"]) for r in promoted.collect()] == [("b", "a")]
+    assert [(r["uri"], r["known_image"]) for r in promoted.collect()] == [("b", "i")]
     work = reconcile.slices(actions, promoted, 3)
     assert {(r["uri"], r["action"], r["promoted"], r["slice"]) for r in work.collect()} == {
         ("a", "missing", False, 0),
@@ -114,3 +114,25 @@ def test_a_survivor_takes_the_place_of_what_is_gone(spark: SparkSession) -> None
     assert _winner(resolved) == {"b": t.INGESTED}
     assert {(r["image_id"], r["batch"]) for r in reconcile.superseded(resolved).collect()} == {("i", 4), ("j", 4)}
     assert [(r["image_id"], r["digest"]) for r in reconcile.newcomers(resolved).collect()] == [("i", "y")]
+
+
+def test_known_objects_of_one_image_are_read_together(spark: SparkSession) -> None:
+    """Apart, the image would be without rows from the batch of the one to that of the other."""
+    names = [f"{image}{n}" for image in "abcdef" for n in range(3)]
+    known = _sources(spark, *[(u, 1, 1, "x", t.DUPLICATE if u[1] != "0" else t.INGESTED, u[0], 1) for u in names])
+    listing = _listing(spark, *[(u, 2, 2) for u in names if u != "a1"], *[(f"new{n}", 1, 1) for n in range(9)])
+    actions = reconcile.compare(listing, known)
+    work = reconcile.slices(actions, reconcile.promote(actions, known), 4).collect()
+    by_image = {image: {r["slice"] for r in work if r["known_image"] == image} for image in "abcdef"}
+    assert {image: len(slices) for image, slices in by_image.items()} == dict.fromkeys("abcdef", 1)
+    assert by_image["a"] == {0}
+    assert len({r["slice"] for r in work}) > 1
+
+
+def test_an_image_has_one_that_stands_for_it_while_another_waits_for_its_turn(spark: SparkSession) -> None:
+    """`a` changed and is read in a later slice; what arrives before takes its place until then, never beside it."""
+    known = _sources(spark, ("a", 1, 1, "x", t.INGESTED, "i", 4))
+    work = _work(spark, ("b", False, 0), ("a", False, 1))
+    resolved = reconcile.resolve(_staged(spark, ("b", 2, "y", "i")), known, work, 0)
+    assert _winner(resolved) == {"b": t.INGESTED, "a": t.CONFLICT}
+    assert [r["image_id"] for r in reconcile.superseded(resolved).collect()] == ["i"]
