@@ -158,7 +158,7 @@ def resolve(staged: DataFrame, sources: DataFrame, work: DataFrame, slice_: int)
         F.asc("pending"), F.desc("content_time"), F.desc(t.DIGEST), F.asc(t.MODIFIED), F.asc(t.URI)
     )
     whole = best.rowsBetween(Window.unboundedPreceding, Window.unboundedFollowing)
-    written = F.when(~F.col("pending"), F.col(t.MODIFIED))
+    F.when(~F.col("pending"), F.col(t.MODIFIED))
     ranked = (
         parsed.unionByName(settled)
         .withColumn("pending", F.lit(False))

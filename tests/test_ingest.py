@@ -278,7 +278,7 @@ def test_real_files_have_the_outcome_that_their_index_predicts(
 
 
 def test_an_archive_that_only_hadoop_can_read(spark: SparkSession, night: Night, tmp_path: Path) -> None:
-    """By a mount of Hadoop's ViewFs, the same rows as from the folder itself; Spark sees no empty and no hidden file."""
+    """By a mount of Hadoop's ViewFs, the same rows as from the folder itself; Spark sees no empty or hidden one."""
     jvm = spark.sparkContext._jsc
     assert jvm is not None
     jvm.hadoopConfiguration().set("fs.viewfs.mounttable.clinic.link./pacs", night.archive.as_uri())
