@@ -221,7 +221,7 @@ class _Frames:
         pq.write_table(table, sink, compression="none", use_dictionary=False, write_statistics=False)
         self._rows = []
         uri = storage.join(self._folder, f"{self.attempt}-{self._files}.parquet")
-        storage.write_bytes(uri, sink.getvalue(), self._storage)
+        storage.write_bytes(uri, sink.getvalue(), self._storage, durable=False)
         self._files += 1
 
 

@@ -241,11 +241,14 @@ def read(uri: str, storage: StorageSettings) -> tuple[bytes, StoredObject]:
     raise StorageError(f"bucket {bucket}: the content of an object broke off {storage.attempts} times")
 
 
-def write_bytes(uri: str, content: bytes, storage: StorageSettings) -> None:
-    """Write an object so that readers see all of it or nothing of it."""
+def write_bytes(uri: str, content: bytes, storage: StorageSettings, durable: bool = True) -> None:
+    """Write an object so that readers see all of it or nothing of it.
+
+    What is not `durable`, since nobody would look for it after this machine has failed, does not wait for the disk.
+    """
     if _is_file_uri(uri):
         with _told_without_path():
-            _write_file(local_path(uri), content)
+            _write_file(local_path(uri), content, durable)
         return
     bucket, key = _address(uri)
     with _told_without_names(bucket):
@@ -382,14 +385,15 @@ def _read_file(uri: str) -> tuple[bytes, StoredObject]:
     raise Replaced(f"a file changed {_TRIES} times while it was read")
 
 
-def _write_file(path: str, content: bytes) -> None:
+def _write_file(path: str, content: bytes, durable: bool) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     unfinished = f"{path}.{os.getpid()}.tmp"
     try:
         with open(unfinished, "wb") as handle:
             handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
+            if durable:
+                handle.flush()
+                os.fsync(handle.fileno())
         os.replace(unfinished, path)
     except OSError:
         with suppress(OSError):
