@@ -124,7 +124,8 @@ def test_submit_names_a_python_without_spark(tmp_path: Path) -> None:
 
 def test_submit_knows_every_job() -> None:
     # The demo keeps its archive in a folder beside it, which workers elsewhere do not see.
-    assert {path.stem for path in (REPO / "jobs").glob("*.py")} - {"demo"} == set(JOBS)
+    # remap is run by a person after the vocabulary was changed, so there is no manifest to schedule it by.
+    assert {path.stem for path in (REPO / "jobs").glob("*.py")} - {"demo", "remap"} == set(JOBS)
     assert f"{' | '.join(JOBS)}) ;;" in (DEPLOY / "submit.sh").read_text()
 
 

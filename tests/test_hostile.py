@@ -179,7 +179,11 @@ def test_traps_cost_only_themselves(
     (codec / "faulty_codec.py").write_text(textwrap.dedent(PLUGIN))
     (codec / "sitecustomize.py").write_text(textwrap.dedent(SITE))
     # Workers started from here on have the codec on their path, and hand it on to the processes that decode.
-    monkeypatch.setitem(spark.sparkContext.environment, "PYTHONPATH", f"{codec}{os.pathsep}{os.environ['PYTHONPATH']}")
+    monkeypatch.setitem(
+        spark.sparkContext.environment,
+        "PYTHONPATH",
+        os.pathsep.join(filter(None, [str(codec), os.environ.get("PYTHONPATH")])),
+    )
     archive = tmp_path / "archive"
     archive.mkdir()
     wanted = hostile.traps() | hostile.deaths()

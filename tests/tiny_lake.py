@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import numpy as np
+from delta.tables import DeltaTable
 from numpy.typing import NDArray
 from pyspark.sql import SparkSession
 
@@ -112,6 +113,8 @@ def publish(
             content = draw(image, frame).tobytes()
             digest = hashlib.sha256(content).hexdigest()
             pixels.append((image_id, frame, bytearray(content), PREPROCESSING, *image.window, digest, batch))
+    for table in (t.TAGS, t.PIXELS):
+        DeltaTable.forPath(spark, lake.path(table)).delete(f"{t.BATCH} = {batch}")
     pinned = dataclasses.replace(
         known,
         batch=batch,
