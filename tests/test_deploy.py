@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -124,9 +125,12 @@ def test_submit_names_a_python_without_spark(tmp_path: Path) -> None:
 
 def test_submit_knows_every_job() -> None:
     # The demo keeps its archive in a folder beside it, which workers elsewhere do not see.
-    # remap is run by a person after the vocabulary was changed, so there is no manifest to schedule it by.
-    assert {path.stem for path in (REPO / "jobs").glob("*.py")} - {"demo", "remap"} == set(JOBS)
-    assert f"{' | '.join(JOBS)}) ;;" in (DEPLOY / "submit.sh").read_text()
+    known = {path.stem for path in (REPO / "jobs").glob("*.py")} - {"demo"}
+    accepted = re.search(r"^  ([a-z |]+)\) ;;$", (DEPLOY / "submit.sh").read_text(), re.MULTILINE)
+    assert accepted
+    assert set(accepted[1].split(" | ")) == known
+    # A person runs remap once, after the vocabulary was changed, so no manifest schedules it.
+    assert known - {"remap"} == set(JOBS)
 
 
 def container(**variables: str) -> dict[str, str]:
