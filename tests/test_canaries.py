@@ -80,7 +80,9 @@ def chain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
                 "spark.eventLog.compress": "true",
                 "spark.local.dir": str(left / "local"),
                 "spark.sql.warehouse.dir": str(left / "warehouse"),
-                "spark.driver.extraJavaOptions": f"-Djava.io.tmpdir={left / 'tmp'} -XX:TieredStopAtLevel=1",
+                "spark.driver.extraJavaOptions": (
+                    f"-Djava.io.tmpdir={left / 'tmp'} -XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=240m"
+                ),
                 "spark.sql.shuffle.partitions": "2",
                 "spark.databricks.delta.snapshotPartitions": "2",
                 "spark.sql.codegen.wholeStage": "false",

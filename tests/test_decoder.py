@@ -170,14 +170,15 @@ def test_reasons_come_back_and_the_child_stays(decoder: Decoder) -> None:
 @pytest.mark.usefixtures("codecs")
 def test_a_dying_codec_costs_one_file(fault: str, reasons: set[Reason], replaced: bool | None) -> None:
     before = read_instance(real("MR_small_RLE.dcm"), PREPROCESSING, VOCABULARY).frames[0].pixels
-    with Decoder(PREPROCESSING, VOCABULARY, MEMORY_MB, 2.0) as decoder:
+    # Only what hangs is to meet the limit: filling the memory takes a busy machine some seconds.
+    with Decoder(PREPROCESSING, VOCABULARY, MEMORY_MB, 2.0 if Reason.TIMEOUT in reasons else 20.0) as decoder:
         assert np.array_equal(decoder.read(real("MR_small_RLE.dcm")).frames[0].pixels, before)
         first = pid_of(decoder)
         started = time.monotonic()
         with pytest.raises(Rejected) as error:
             decoder.read(faulty(fault))
         assert error.value.reason in reasons
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 25
         assert np.array_equal(decoder.read(real("MR_small_RLE.dcm")).frames[0].pixels, before)
         if replaced is not None:
             assert (pid_of(decoder) != first) == replaced

@@ -43,7 +43,7 @@ def test_the_demo_notebook_shows_what_it_says(small_demo: Path, monkeypatch: pyt
     monkeypatch.setenv("CBMIR_DEMO__FOLDER", str(small_demo))
     monkeypatch.setenv("CBMIR_SPARK__MASTER", "local[2]")
     # As in the suite's own session: the notebook runs each plan once.
-    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=240m -XX:+UseSerialGC")
     monkeypatch.setenv("CBMIR_SPARK__CONF", "{spark.sql.codegen.wholeStage: false}")
     notebook = jupytext.read(NOTEBOOKS / "demo_lake.py")
     # Raises with the cell's own traceback where a cell fails.

@@ -49,7 +49,8 @@ def test_constraints_refuse_rows_that_no_reader_could_use(spark: SparkSession, m
         sources = t.Lake.of(make_settings()).path(t.SOURCES)
         t.ensure(spark, t.SOURCES, sources)
         row = spark.sql(
-            "SELECT 'u' uri, 1L size, timestamp'2026-01-01' modified, 'd' digest, 'lost' outcome, 'r' reason, "
+            "SELECT 'u' uri, 1L size, timestamp'2026-01-01' modified, cast(null as string) etag, 'd' digest, "
+            "'lost' outcome, 'r' reason, "
             "'i' image_id, 'k' key_id, 1L batch"
         )
         t.append(row, t.SOURCES, sources)
