@@ -31,7 +31,8 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
             # Tables here have tens of rows: the defaults of 200 and 50 partitions would be all overhead.
             # C1 alone has a cache of 48 MB, which a suite fills: then nothing is compiled any more.
             # A suite's plans run once each, over tens of rows: compiling them costs more than it saves.
-            "spark.conf.spark.driver.extraJavaOptions=-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=240m -XX:+UseSerialGC",
+            "spark.conf.spark.driver.extraJavaOptions="
+            "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=240m -XX:+UseSerialGC",
             "spark.conf.spark.sql.codegen.wholeStage=false",
             "spark.conf.spark.sql.codegen.factoryMode=NO_CODEGEN",
             "spark.conf.spark.sql.shuffle.partitions=2",
