@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from typing import Any
 
 import pyarrow as pa
 from py4j.protocol import Py4JJavaError
@@ -52,7 +53,7 @@ def list_archive(spark: SparkSession, archive: str, settings: StorageSettings) -
                     raise _failure(1) from None
                 continue  # gone since its parent was listed, and its objects with it
             except OSError as error:
-                raise _failure(1, error) from None
+                raise _failure(1, error.strerror or type(error).__name__) from None
             deeper += below
             found += objects
         folders = deeper
@@ -80,8 +81,10 @@ def with_content(spark: SparkSession, objects: DataFrame) -> DataFrame:
     reader = spark.read.format("binaryFile").option("__globPaths__", "false").option("ignoreMissingFiles", "true")
     try:
         read = reader.load(uris)
-    except AnalysisException:
-        raise EnvironmentProblem("objects were deleted while the batch was planned: run ingest again") from None
+    except AnalysisException as error:
+        if error.getCondition() == "PATH_NOT_FOUND":
+            raise EnvironmentProblem("objects were deleted while the batch was planned: run ingest again") from None
+        raise
     return read.select(
         _spelled("path").alias(t.URI),
         F.col("length").alias(t.SIZE),
@@ -116,8 +119,9 @@ def _listed_by_hadoop(spark: SparkSession, archive: str) -> DataFrame:
                 f"archive {archive} does not exist: give the folder or prefix that holds the .dcm objects"
             ) from None
         raise _failure(1) from None
-    except Py4JJavaError:
-        raise _failure(1) from None
+    except Py4JJavaError as error:
+        cause: Any = error.java_exception
+        raise _failure(1, cause.getClass().getSimpleName()) from None
     return found.select(
         _spelled("path").alias(t.URI),
         F.col("length").alias(t.SIZE),
@@ -161,9 +165,8 @@ def _batches(rows: Iterator[dict[str, object]], schema: pa.Schema) -> Iterator[p
         yield pa.RecordBatch.from_pylist(some, schema=schema)
 
 
-def _failure(folders: int, error: OSError | None = None) -> EnvironmentProblem:
-    cause = f" ({error.strerror or type(error).__name__})" if error else ""
+def _failure(folders: int, cause: str = "") -> EnvironmentProblem:
     return EnvironmentProblem(
-        f"{folders} folders or prefixes of the archive could not be listed{cause}: nothing was read and nothing "
-        "taken for deleted; check the storage and the permissions, and run ingest again"
+        f"{folders} folders or prefixes of the archive could not be listed{f' ({cause})' if cause else ''}: nothing was "
+        "read and nothing taken for deleted; check the storage and the permissions, and run ingest again"
     )

@@ -451,7 +451,7 @@ def _open_tables(spark: SparkSession, lake: t.Lake, parser: Parser) -> tuple[t.P
 def _obey_law(expected: int, found: int, step: str) -> None:
     """Each object has exactly one outcome; a count that does not match stops the job before it publishes."""
     if expected != found:
-        raise TableError(f"{expected} objects, yet {found} were {step}: this batch was not published; run ingest again")
+        raise TableError(f"{expected} objects, yet {found} were {step}: nothing more was published; run ingest again")
 
 
 class _Counts(AccumulatorParam[Counter[str]]):

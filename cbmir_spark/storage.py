@@ -185,7 +185,14 @@ def list_objects(uri: str, storage: StorageSettings) -> Iterator[StoredObject]:
     if _is_file_uri(uri):
         folders = [uri]
         while folders:
-            below, objects = list_folder(folders.pop(), storage)
+            folder = folders.pop()
+            try:
+                below, objects = list_folder(folder, storage)
+            except FileNotFoundError:
+                if folder == uri:
+                    raise
+                # Gone since its parent was listed, and its objects with it; the folders beside it are not.
+                continue
             yield from objects
             folders += reversed(below)
     else:

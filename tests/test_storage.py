@@ -222,6 +222,21 @@ def test_links_are_followed_but_never_round_in_circles(tmp_path: Path) -> None:
         storage.read(f"{uri}/pipe", STORAGE)
 
 
+def test_a_folder_that_goes_while_it_is_listed_takes_no_other_with_it(tmp_path: Path) -> None:
+    """What a listing leaves out is taken for deleted, so it may leave out what is gone and nothing else."""
+    for name in ("a", "b", "c"):
+        (tmp_path / "archive" / name).mkdir(parents=True)
+        (tmp_path / "archive" / name / "one.dcm").touch()
+    listed = storage.list_objects((tmp_path / "archive").as_uri(), STORAGE)
+    found = [next(listed).uri]
+    shutil.rmtree(tmp_path / "archive" / "b")
+    found += [each.uri for each in listed]
+    assert [uri[-9:] for uri in found] == ["a/one.dcm", "c/one.dcm"]
+    shutil.rmtree(tmp_path / "archive")
+    with pytest.raises(FileNotFoundError):
+        list(storage.list_objects((tmp_path / "archive").as_uri(), STORAGE))
+
+
 def test_a_folder_that_may_not_be_read_fails_the_listing() -> None:
     """As another user, since root may read everything; below a folder that this user can reach."""
     folder = Path(tempfile.mkdtemp())
