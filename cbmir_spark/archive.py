@@ -166,7 +166,8 @@ def _batches(rows: Iterator[dict[str, object]], schema: pa.Schema) -> Iterator[p
 
 
 def _failure(folders: int, cause: str = "") -> EnvironmentProblem:
+    why = f" ({cause})" if cause else ""
     return EnvironmentProblem(
-        f"{folders} folders or prefixes of the archive could not be listed{f' ({cause})' if cause else ''}: nothing was "
-        "read and nothing taken for deleted; check the storage and the permissions, and run ingest again"
+        f"{folders} folders or prefixes of the archive could not be listed{why}: nothing was read and nothing taken "
+        "for deleted; check the storage and the permissions, and run ingest again"
     )
