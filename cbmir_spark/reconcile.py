@@ -117,55 +117,59 @@ def resolve(staged: DataFrame, sources: DataFrame, work: DataFrame, slice_: int)
     contender left. `known_outcome` is that of a row of SOURCES which was not read again, `stale` says that the rows
     in the tables have to be made anew whoever wins.
     """
-    of_slice = work.where(F.col(SLICE) == slice_).select(t.URI)
-    stands = F.col(t.OUTCOME).isin(t.INGESTED, t.DUPLICATE, t.CONFLICT)
-    contender = (t.URI, t.SIZE, t.MODIFIED, t.ETAG, t.DIGEST, t.IMAGE_ID)
+    ingested = F.col(KNOWN_OUTCOME) == t.INGESTED
+    contender = (t.URI, t.SIZE, t.MODIFIED, t.ETAG, t.DIGEST)
     parsed = staged.where(F.col(t.OUTCOME) == PARSED).select(
-        *contender, F.lit(None).cast("string").alias(KNOWN_OUTCOME)
+        t.IMAGE_ID,
+        *contender,
+        F.lit(None).cast("string").alias(KNOWN_OUTCOME),
+        F.lit(None).cast("bigint").alias(t.BATCH),
+        F.lit(False).alias("reread"),
+        F.lit(True).alias("contends"),
+        F.lit(False).alias("pending"),
     )
-    known = sources.where(stands)
     # A batch has a bounded number of images: broadcast, they spare SOURCES the shuffle.
+    of_slice = work.where((F.col(SLICE) == slice_) & F.col(KNOWN_IMAGE).isNotNull())
     touched = F.broadcast(
-        parsed.select(t.IMAGE_ID)
-        .unionByName(known.join(F.broadcast(of_slice), on=t.URI, how="left_semi").select(t.IMAGE_ID))
-        .distinct()
+        parsed.select(t.IMAGE_ID).unionByName(of_slice.select(F.col(KNOWN_IMAGE).alias(t.IMAGE_ID))).distinct()
     )
-    concerned = known.join(touched, on=t.IMAGE_ID, how="left_semi")
-    settled = concerned.join(work.where(F.col(SLICE) >= slice_).select(t.URI), on=t.URI, how="left_anti").select(
-        *contender, F.col(t.OUTCOME).alias(KNOWN_OUTCOME)
-    )
-    pending = (
-        concerned.where(F.col(t.OUTCOME) == t.INGESTED)
-        .join(work.where(F.col(SLICE) > slice_).select(t.URI), on=t.URI, how="left_semi")
-        .select(*contender, F.col(t.OUTCOME).alias(KNOWN_OUTCOME))
-    )
-    current = (
-        concerned.where(F.col(t.OUTCOME) == t.INGESTED)
-        .groupBy(t.IMAGE_ID)
-        .agg(
-            F.max(F.struct(t.BATCH, t.DIGEST)).alias("current"),
-            F.bool_or(F.coalesce(F.col(t.REASON) == t.REREAD, F.lit(False))).alias("stale"),
-        )
+    later = F.coalesce(F.col(SLICE) > slice_, F.lit(False))
+    known = (
+        sources.where(F.col(t.OUTCOME).isin(t.INGESTED, t.DUPLICATE, t.CONFLICT))
+        .join(touched, on=t.IMAGE_ID, how="left_semi")
+        .join(work.where(F.col(KNOWN_IMAGE).isNotNull()).select(t.URI, SLICE), on=t.URI, how="left")
+        .withColumn(KNOWN_OUTCOME, F.col(t.OUTCOME))
         .select(
             t.IMAGE_ID,
-            F.col(f"current.{t.DIGEST}").alias("current_digest"),
-            F.col(f"current.{t.BATCH}").alias("current_batch"),
-            "stale",
+            *contender,
+            KNOWN_OUTCOME,
+            t.BATCH,
+            F.coalesce(ingested & (F.col(t.REASON) == t.REREAD), F.lit(False)).alias("reread"),
+            (F.col(SLICE).isNull() | (F.col(SLICE) < slice_) | (later & ingested)).alias("contends"),
+            later.alias("pending"),
         )
     )
-    content = Window.partitionBy(t.IMAGE_ID, t.DIGEST)
-    best = Window.partitionBy(t.IMAGE_ID).orderBy(
-        F.asc("pending"), F.desc("content_time"), F.desc(t.DIGEST), F.asc(t.MODIFIED), F.asc(t.URI)
+    image = Window.partitionBy(t.IMAGE_ID)
+    best = image.orderBy(
+        F.desc("contends"),
+        F.asc("pending"),
+        F.desc("content_time"),
+        F.desc(t.DIGEST),
+        F.asc(t.MODIFIED),
+        F.asc(t.URI),
     )
     whole = best.rowsBetween(Window.unboundedPreceding, Window.unboundedFollowing)
-    written, held = (F.when(~F.col("pending"), F.col(name)) for name in (t.MODIFIED, t.DIGEST))
+    written, held = (F.when(F.col("contends") & ~F.col("pending"), F.col(name)) for name in (t.MODIFIED, t.DIGEST))
     ranked = (
-        parsed.unionByName(settled)
-        .withColumn("pending", F.lit(False))
-        .unionByName(pending.withColumn("pending", F.lit(True)))
-        .withColumn("content_time", F.date_trunc("second", F.max(written).over(content)))
+        parsed.unionByName(known)
+        .withColumn("current", F.max(F.when(ingested, F.struct(t.BATCH, t.DIGEST))).over(image))
+        .withColumn("stale", F.bool_or("reread").over(image))
+        .withColumn(
+            "content_time", F.date_trunc("second", F.max(written).over(Window.partitionBy(t.IMAGE_ID, t.DIGEST)))
+        )
         .withColumn("place", F.row_number().over(best))
         .withColumn("winner_digest", F.first(held).over(whole))
+        .where(F.col("contends") | (F.col("place") == 1))
     )
     outcome = (
         F.when(F.col("pending"), t.CONFLICT)
@@ -173,18 +177,14 @@ def resolve(staged: DataFrame, sources: DataFrame, work: DataFrame, slice_: int)
         .when(F.col(t.DIGEST) == F.col("winner_digest"), t.DUPLICATE)
         .otherwise(t.CONFLICT)
     )
-    return (
-        touched.join(ranked, on=t.IMAGE_ID, how="left")
-        .join(current, on=t.IMAGE_ID, how="left")
-        .select(
-            *contender,
-            KNOWN_OUTCOME,
-            F.when(F.col(t.URI).isNotNull(), outcome).alias(t.OUTCOME),
-            "winner_digest",
-            "current_digest",
-            "current_batch",
-            F.coalesce("stale", F.lit(False)).alias("stale"),
-        )
+    return ranked.select(
+        t.IMAGE_ID,
+        *[F.when(F.col("contends"), F.col(name)).alias(name) for name in (*contender, KNOWN_OUTCOME)],
+        F.when(F.col("contends"), outcome).alias(t.OUTCOME),
+        "winner_digest",
+        F.col(f"current.{t.DIGEST}").alias("current_digest"),
+        F.col(f"current.{t.BATCH}").alias("current_batch"),
+        "stale",
     )
 
 

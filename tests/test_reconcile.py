@@ -35,8 +35,9 @@ def _staged(spark: SparkSession, *rows: tuple[str, int, str, str]) -> DataFrame:
     return spark.createDataFrame([(u, 1, at(h), None, d, reconcile.PARSED, None, i) for u, h, d, i in rows], schema)
 
 
-def _work(spark: SparkSession, *rows: tuple[str, bool, int]) -> DataFrame:
-    return spark.createDataFrame(list(rows), "uri string, promoted boolean, slice int")
+def _work(spark: SparkSession, *rows: tuple[str, str | None, int]) -> DataFrame:
+    """(uri, known_image, slice)"""
+    return spark.createDataFrame(list(rows), "uri string, known_image string, slice int")
 
 
 def test_compare_reads_only_what_is_new_or_changed(spark: SparkSession) -> None:
@@ -76,11 +77,11 @@ def test_the_winner_does_not_depend_on_the_order_of_arrival(spark: SparkSession)
         first, second = order[:cut], order[cut:]
         known: list[tuple[str, int, int, str | None, str, str | None, int]] = []
         if first:
-            work = _work(spark, *[(o[0], False, 0) for o in first])
+            work = _work(spark, *[(o[0], None, 0) for o in first])
             resolved = reconcile.resolve(_staged(spark, *first), _sources(spark), work, 0).collect()
             known = [(r["uri"], 1, r["modified"].hour, r["digest"], r["outcome"], "i", 1) for r in resolved]
         if second:
-            work = _work(spark, *[(o[0], False, 0) for o in second])
+            work = _work(spark, *[(o[0], None, 0) for o in second])
             resolved_df = reconcile.resolve(_staged(spark, *second), _sources(spark, *known), work, 0)
             assert _winner(resolved_df) == expected
 
@@ -88,7 +89,7 @@ def test_the_winner_does_not_depend_on_the_order_of_arrival(spark: SparkSession)
 def test_a_duplicate_of_known_content_rewrites_nothing(spark: SparkSession) -> None:
     known = _sources(spark, ("a", 1, 1, "x", t.INGESTED, "i", 4))
     staged = _staged(spark, ("b", 9, "x", "i"))
-    resolved = reconcile.resolve(staged, known, _work(spark, ("b", False, 0)), 0)
+    resolved = reconcile.resolve(staged, known, _work(spark, ("b", None, 0)), 0)
     assert _winner(resolved) == {"a": t.INGESTED, "b": t.DUPLICATE}
     assert reconcile.superseded(resolved).count() == 0
     assert reconcile.newcomers(resolved).count() == 0
@@ -132,7 +133,7 @@ def test_known_objects_of_one_image_are_read_together(spark: SparkSession) -> No
 def test_an_image_has_one_that_stands_for_it_while_another_waits_for_its_turn(spark: SparkSession) -> None:
     """`a` changed and is read in a later slice; what arrives before takes its place until then, never beside it."""
     known = _sources(spark, ("a", 1, 1, "x", t.INGESTED, "i", 4))
-    work = _work(spark, ("b", False, 0), ("a", False, 1))
+    work = _work(spark, ("b", None, 0), ("a", "i", 1))
     resolved = reconcile.resolve(_staged(spark, ("b", 2, "y", "i")), known, work, 0)
     assert _winner(resolved) == {"b": t.INGESTED, "a": t.CONFLICT}
     assert [r["image_id"] for r in reconcile.superseded(resolved).collect()] == ["i"]
