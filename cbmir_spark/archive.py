@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from datetime import UTC, datetime
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -18,8 +19,8 @@ from cbmir_spark import tables as t
 from cbmir_spark.config import StorageSettings
 from cbmir_spark.errors import EnvironmentProblem, InputError
 
-# Folders are listed by tasks once the driver has found this many; fewer would leave cores idle.
-LISTING_TASKS = 32
+# Tasks that list, for each core: folders differ in size, and a task costs a third of a second.
+TASKS_FOR_A_CORE = 4
 # Rows that a task hands over at a time.
 _ROWS = 10_000
 
@@ -42,8 +43,9 @@ def list_archive(spark: SparkSession, archive: str, settings: StorageSettings) -
     if not storage.is_native(archive):
         return _listed_by_hadoop(spark, archive)
     found: list[storage.StoredObject] = []
-    folders = [archive]
-    while folders and len(folders) < LISTING_TASKS:
+    folders, arrow = [archive], to_arrow_schema(LISTING)
+    tasks = TASKS_FOR_A_CORE * spark.sparkContext.defaultParallelism
+    while folders and len(folders) < tasks:
         deeper: list[str] = []
         for folder in folders:
             try:
@@ -57,18 +59,17 @@ def list_archive(spark: SparkSession, archive: str, settings: StorageSettings) -
             deeper += below
             found += objects
         folders = deeper
-    here = spark.createDataFrame(pa.Table.from_pylist([asdict(o) for o in found], schema=to_arrow_schema(LISTING)))
+    here = spark.createDataFrame(pa.Table.from_batches(_batches(found), arrow))
     if not folders:
         return here
-    arrow = to_arrow_schema(LISTING)
 
     def list_below(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
             for folder in batch.column(0).to_pylist():
-                yield from _batches(_objects(folder, settings), arrow)
+                yield from _batches(_objects(folder, settings))
 
     shared = spark.createDataFrame([(folder,) for folder in folders], "folder string")
-    return here.unionByName(shared.repartition(LISTING_TASKS, "folder").mapInArrow(list_below, LISTING))
+    return here.unionByName(shared.repartition(tasks).mapInArrow(list_below, LISTING))
 
 
 def with_content(spark: SparkSession, objects: DataFrame) -> DataFrame:
@@ -144,25 +145,25 @@ def check_listing(listing: DataFrame) -> int:
     return int(listed)
 
 
-def _objects(folder: str, settings: StorageSettings) -> Iterator[dict[str, object]]:
+def _objects(folder: str, settings: StorageSettings) -> Iterator[storage.StoredObject]:
     try:
-        for found in storage.list_objects(folder, settings):
-            yield asdict(found)
+        yield from storage.list_objects(folder, settings)
     except FileNotFoundError:
         return  # gone since its parent was listed, and its objects with it
     except OSError:
-        yield {t.URI: folder, t.SIZE: _FAILED, t.MODIFIED: 0, t.ETAG: None}
+        yield storage.StoredObject(folder, _FAILED, datetime.fromtimestamp(0, UTC))
 
 
-def _batches(rows: Iterator[dict[str, object]], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    some: list[dict[str, object]] = []
-    for row in rows:
-        some.append(row)
-        if len(some) == _ROWS:
-            yield pa.RecordBatch.from_pylist(some, schema=schema)
-            some = []
-    if some:
-        yield pa.RecordBatch.from_pylist(some, schema=schema)
+def _batches(objects: Iterable[storage.StoredObject]) -> Iterator[pa.RecordBatch]:
+    left, arrow = iter(objects), to_arrow_schema(LISTING)
+    while some := list(islice(left, _ROWS)):
+        columns = {
+            t.URI: [each.uri for each in some],
+            t.SIZE: [each.size for each in some],
+            t.MODIFIED: [each.modified for each in some],
+            t.ETAG: [each.etag for each in some],
+        }
+        yield pa.RecordBatch.from_pydict(columns, schema=arrow)
 
 
 def _failure(folders: int, cause: str = "") -> EnvironmentProblem:
