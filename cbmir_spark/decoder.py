@@ -20,7 +20,7 @@ import time
 import traceback
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import fields
 from io import FileIO
 from types import TracebackType
 from typing import Any, Self
@@ -54,6 +54,8 @@ _ENVIRONMENT = (
     "PATH",
     "LD_LIBRARY_PATH",
     "LD_PRELOAD",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TRIM_THRESHOLD_",
     "LANG",
     "LC_ALL",
     "HOME",
@@ -298,7 +300,7 @@ def _read(
     except BaseException:
         return {"rejected": Reason.CRASHED}, ()
     frames = [{"number": f.number, "low": f.low, "high": f.high} for f in instance.frames]
-    return {"tags": asdict(instance.tags), "frames": frames}, instance.frames
+    return {"tags": vars(instance.tags), "frames": frames}, instance.frames
 
 
 def _address_space() -> int:

@@ -65,6 +65,8 @@ TAGS_PER_FILE = 200_000
 # A batch of at least so many objects of which storage refuses every one is a fault of the storage, not of theirs.
 REFUSED_OBJECTS = 10
 PROGRESS_SECONDS = 2.0
+# Tasks that a core gets at least, if each of them has so many objects to read.
+TASKS_FOR_A_CORE, WORTH_A_TASK = 4, 32
 
 DEFERRED = "deferred"
 
@@ -315,7 +317,7 @@ class _Run:
             objects = of_slice.where(F.col(ACTION) == READ)
             counted = objects.select(F.count("*").alias("all"), F.count_if(~F.col(PROMOTED)).alias(READ)).first()
             planned, read = (counted["all"], counted[READ]) if counted else (0, 0)
-            tasks = max(1, math.ceil(planned / self.settings.ingest.files_per_task))
+            tasks = self._tasks(planned)
             frames_folder, staged_folder = self._at(f"frames-{number}"), self._at(f"parsed-{number}")
             if storage.is_native(self.archive):
                 objects = objects.repartition(tasks, t.URI)
@@ -333,6 +335,11 @@ class _Run:
                     "ingest again; what was published before stands"
                 )
         return staged, read
+
+    def _tasks(self, objects: int) -> int:
+        """As few as allowed, since a task costs a third of a second, yet enough that no core waits for the last one."""
+        busy = min(TASKS_FOR_A_CORE * self.spark.sparkContext.defaultParallelism, objects // WORTH_A_TASK)
+        return max(1, busy, math.ceil(objects / self.settings.ingest.files_per_task))
 
     def _parse_by_hadoop(self, objects: DataFrame, frames_folder: str, staged_folder: str, tally: Tally) -> None:
         """As `parse`, of objects whose bytes come through the JVM: few at a time, since each may have a gigabyte."""

@@ -4,11 +4,13 @@ A task writes the frames itself, as Parquet below the staging folder of the vaul
 objects to Spark: 64 KB of pixels for each frame have no business in the JVM before it is known which of them stay.
 """
 
+import gc
 import hashlib
 import uuid
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -33,6 +35,8 @@ TOO_LARGE = "TOO_LARGE"
 GONE = "GONE"
 REPLACED = "REPLACED_WHILE_READ"
 
+# Objects and bytes that a task reads ahead of the one that it decodes: storage answers late, and a core need not wait.
+READ_AHEAD, READ_AHEAD_BYTES = 4, 64 * 2**20
 # Frames in one staged file: 32 MB, held in memory until it is written.
 FRAMES_PER_FILE = 512
 
@@ -81,8 +85,18 @@ class Parser:
     forgotten: frozenset[str] = frozenset()
     identity: bool = False
 
+
+@dataclass(frozen=True)
+class _Decoding:
+    """What a decoding process has to be told, all that decides whether one can be kept."""
+
+    preprocessing: Preprocessing
+    body_parts: Mapping[str, str]
+    memory_mb: int
+    seconds: float
+
     def __hash__(self) -> int:
-        return hash((self.preprocessing.version, self.pseudonyms))
+        return hash(self.preprocessing.version)
 
 
 def preprocessing_of(settings: Settings) -> Preprocessing:
@@ -105,17 +119,18 @@ def parse(objects: DataFrame, parser: Parser, frames_folder: str, tally: Tally) 
 
     def stage(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         frames = _Frames(frames_folder, parser.storage)
-        for batch in batches:
-            rows, done = [], Counter[str]()
-            for listed in batch.to_pylist():
-                row = _parsed(listed, parser)
-                kept = row.pop("frames", [])
-                frames.add(listed[t.URI], row.get(t.IMAGE_ID), kept)
-                rows.append(listed | row | {KEPT_FRAMES: len(kept), STAGED_BY: frames.attempt})
-                done.update(["objects"] if row.get(t.REASON) is None else ["objects", row[t.REASON]])
-                done["bytes"] += row.get(t.SIZE, 0)
-            tally(done)
-            yield pa.RecordBatch.from_pylist(rows, schema=arrow)
+        with ThreadPoolExecutor(READ_AHEAD) as readers:
+            for batch in batches:
+                rows, done = [], Counter[str]()
+                for listed, fetched in _fetched(batch.to_pylist(), parser, readers):
+                    row = _parsed(fetched, parser)
+                    kept = row.pop("frames", [])
+                    frames.add(listed[t.URI], row.get(t.IMAGE_ID), kept)
+                    rows.append(listed | row | {KEPT_FRAMES: len(kept), STAGED_BY: frames.attempt})
+                    done.update(["objects"] if row.get(t.REASON) is None else ["objects", row[t.REASON]])
+                    done["bytes"] += row.get(t.SIZE, 0)
+                tally(done)
+                yield pa.RecordBatch.from_pylist(rows, schema=arrow)
         frames.write()
 
     brought = [name for name in objects.columns if name == CONTENT]
@@ -128,25 +143,66 @@ def parse_object(uri: str, size: int, parser: Parser) -> dict[str, Any]:
     Runs per task. Whatever the object holds, the row says what became of it; nothing is raised but what is wrong with
     this machine. `size` is what the listing said: an object past the limit is not read at all.
     """
-    if size > parser.limits.max_object_mb * 2**20:
-        return {t.OUTCOME: t.REJECTED, t.REASON: TOO_LARGE}
+    return _parsed(_fetch({t.URI: uri, t.SIZE: size}, parser), parser)
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """What storage gave of an object: what is known of it by now, and its bytes unless that is all there is to say."""
+
+    row: dict[str, Any]
+    content: bytes | None = None
+
+
+def _fetched(
+    objects: Iterable[dict[str, Any]], parser: Parser, readers: Executor
+) -> Iterator[tuple[dict[str, Any], _Fetched]]:
+    """Each object in turn and what was fetched of it; the next ones are read while one is decoded."""
+    ahead: deque[tuple[dict[str, Any], Future[_Fetched]]] = deque()
+    size = 0
+
+    def first() -> tuple[dict[str, Any], _Fetched]:
+        listed, reading = ahead.popleft()
+        return listed, reading.result()
+
+    for listed in objects:
+        content = listed.pop(CONTENT, None)
+        ahead.append((listed, readers.submit(_fetch, listed, parser, content)))
+        size += listed[t.SIZE]
+        while ahead and (len(ahead) > READ_AHEAD or size > READ_AHEAD_BYTES):
+            size -= ahead[0][0][t.SIZE]
+            yield first()
+    while ahead:
+        yield first()
+
+
+def _fetch(listed: Mapping[str, Any], parser: Parser, content: bytes | None = None) -> _Fetched:
+    """Read an object, unless `content` came with it. Runs in a thread of a task."""
+    if content is not None:
+        if len(content) != listed[t.SIZE]:
+            return _Fetched({t.OUTCOME: t.VANISHED, t.REASON: REPLACED})
+        return _Fetched({t.DIGEST: hashlib.sha256(content).hexdigest()}, content)
+    if listed[t.SIZE] > parser.limits.max_object_mb * 2**20:
+        return _Fetched({t.OUTCOME: t.REJECTED, t.REASON: TOO_LARGE})
     try:
-        content, found = storage.read(uri, parser.storage)
+        content, found = storage.read(listed[t.URI], parser.storage)
     except FileNotFoundError:
-        return {t.OUTCOME: t.VANISHED, t.REASON: GONE}
+        return _Fetched({t.OUTCOME: t.VANISHED, t.REASON: GONE})
     except storage.Replaced:
-        return {t.OUTCOME: t.VANISHED, t.REASON: REPLACED}
+        return _Fetched({t.OUTCOME: t.VANISHED, t.REASON: REPLACED})
     except OSError:
-        return {t.OUTCOME: t.REJECTED, t.REASON: t.UNREADABLE}
-    row = {t.SIZE: found.size, t.MODIFIED: found.modified, t.ETAG: found.etag}
-    return row | parse_content(content, parser)
+        return _Fetched({t.OUTCOME: t.REJECTED, t.REASON: t.UNREADABLE})
+    described = {t.SIZE: found.size, t.MODIFIED: found.modified, t.ETAG: found.etag}
+    return _Fetched(described | {t.DIGEST: hashlib.sha256(content).hexdigest()}, content)
 
 
-def parse_content(content: bytes, parser: Parser) -> dict[str, Any]:
-    """What became of the bytes of an object: digest, outcome, tags and under `frames` rows of its frames."""
-    row: dict[str, Any] = {t.DIGEST: hashlib.sha256(content).hexdigest()}
+def _parsed(fetched: _Fetched, parser: Parser) -> dict[str, Any]:
+    """What became of an object: outcome, digest, tags and under `frames` rows of its frames."""
+    row, content = fetched.row, fetched.content
+    if content is None:
+        return row
     try:
-        instance = _decoder(parser).read(content)
+        instance = _decoder(_decoding(parser)).read(content)
     except NotAnImage as error:
         return row | {t.OUTCOME: t.NOT_AN_IMAGE, t.REASON: str(error.reason)}
     except Rejected as error:
@@ -171,15 +227,6 @@ def parse_content(content: bytes, parser: Parser) -> dict[str, Any]:
     return row | {t.OUTCOME: PARSED, t.IMAGE_ID: tags[t.IMAGE_ID], "tags": tags, "frames": frames}
 
 
-def _parsed(listed: dict[str, Any], parser: Parser) -> dict[str, Any]:
-    if CONTENT not in listed:
-        return parse_object(listed[t.URI], listed[t.SIZE], parser)
-    content = listed.pop(CONTENT)
-    if len(content) != listed[t.SIZE]:
-        return {t.OUTCOME: t.VANISHED, t.REASON: REPLACED}
-    return parse_content(content, parser)
-
-
 def owners_of(instance: Instance, names: Pseudonyms) -> tuple[Identity, ...]:
     """What an instance is and belongs to."""
     tags = instance.tags
@@ -189,7 +236,7 @@ def owners_of(instance: Instance, names: Pseudonyms) -> tuple[Identity, ...]:
 
 def tags_of(instance: Instance, owners: Iterable[Identity]) -> dict[str, object]:
     """The TAGS row of an instance without its batch: pseudonyms for identifiers, and nothing else is kept."""
-    values = asdict(instance.tags)
+    values = vars(instance.tags)
     ids: dict[str, object] = {t.OWNERS[owner.kind]: owner.pseudonym for owner in owners}
     return ids | {f.name: values[f.name] for f in _TAGS_OF_INSTANCE if f.name in values and f.name not in ids}
 
@@ -225,12 +272,19 @@ class _Frames:
         self._files += 1
 
 
+def _decoding(parser: Parser) -> _Decoding:
+    limits = parser.limits
+    return _Decoding(parser.preprocessing, parser.body_parts, limits.decoder_memory_mb, limits.decoder_seconds)
+
+
 @lru_cache(maxsize=1)
-def _decoder(parser: Parser) -> Decoder:
+def _decoder(decoding: _Decoding) -> Decoder:
     """The decoding process of this Python worker, started once and kept for its later tasks."""
+    # Spark's workers collect garbage after every task; the modules imported by now are none, and most of the work.
+    gc.freeze()
     return Decoder(
-        parser.preprocessing,
-        Vocabulary(parser.body_parts),
-        memory_mb=parser.limits.decoder_memory_mb,
-        seconds=parser.limits.decoder_seconds,
+        decoding.preprocessing,
+        Vocabulary(decoding.body_parts),
+        memory_mb=decoding.memory_mb,
+        seconds=decoding.seconds,
     )

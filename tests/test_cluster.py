@@ -131,7 +131,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     key.write_text("a key for the cluster's tests only\n")
     archive = folder / "archive"
     settings = {
-        # Queries by uri have to lie below it.
         "ingest": {"archive": str(archive)},
         "privacy": {"key_file": str(key)},
         "dataset": {"min_images": 4},
