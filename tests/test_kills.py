@@ -327,6 +327,7 @@ def run_while_killing(cluster: Cluster, site: Site, lake: Path, kills: Sequence[
         SPARK_HOME / "bin" / "spark-submit", "--master", cluster.master,
         "--conf", "spark.driver.host=127.0.0.1", "--conf", "spark.driver.bindAddress=127.0.0.1",
         "--conf", "spark.executor.memory=1g", "--conf", "spark.task.maxFailures=8",
+        "--conf", "spark.stage.maxConsecutiveAttempts=12",
         "--conf", "spark.sql.shuffle.partitions=2", "--conf", "spark.databricks.delta.snapshotPartitions=2",
         Path(__file__).resolve().parent.parent / "jobs" / "ingest.py", *overrides, "--json",
     ]  # fmt: skip
