@@ -145,6 +145,8 @@ class TrainingSettings(_Section):
     processes: Positive
     use_gpu: bool
     seed: Annotated[int, Field(ge=1)]
+    checkpoint_steps: Positive | None
+    attempts: Positive
 
 
 class MlflowSettings(_Section):

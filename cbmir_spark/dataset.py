@@ -11,10 +11,12 @@ files that the manifest names and never a folder.
 
 import hashlib
 import json
+import math
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -32,6 +34,7 @@ from cbmir_spark import storage
 from cbmir_spark import tables as t
 from cbmir_spark.config import Choice, DatasetSettings, StorageSettings
 from cbmir_spark.errors import TrainingError
+from cbmir_spark.fitting import Batch
 from cbmir_spark.model import UNKNOWN, LabelKind
 
 with warnings.catch_warnings():
@@ -60,8 +63,9 @@ _OWNERS = (t.SERIES_ID, t.STUDY_ID, t.PATIENT_ID)
 _LEAST_GROUPS = 8
 _GROUPS_PER_FILE = 8
 _STALLED_SECONDS = 120.0
+# Shards that the batch of a step is put together from, each read by a thread of its own.
+_SHARDS = 4
 
-Batch = tuple[torch.Tensor, torch.Tensor]
 RowGroup = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 
@@ -377,10 +381,11 @@ def _eraser(uri: str, settings: StorageSettings) -> Callable[[Iterable[pa.Record
 class Loader:
     """One process's share of a split, as (uint8 (n, 256, 256), int64 (n,)) batches of pixels and class numbers.
 
-    Every process has the same number of steps: row groups are dealt out in turn, and each process cuts what
-    it got into `steps` batches of even size, so no row is dropped, none is seen twice in an epoch, and no
-    process waits for one that has run out. Batches have two rows at least, as batch normalisation needs.
-    Each epoch opens a fresh reader (Petastorm cannot begin again in mid-epoch) and closes it on every way out.
+    Row groups are dealt out to shards in turn, and shards to processes; every shard is cut into the same number of
+    batches of even size, and the batch of a step is what all shards give to it, in their order. So no row is dropped,
+    none is seen twice in an epoch, no process waits for one that has run out, and the batch of a step is the same for
+    any number of processes that divides the number of shards. A process has two rows at least, as batch normalisation
+    needs. Each epoch opens fresh readers (Petastorm cannot begin again in mid-epoch) and closes them on every way out.
     """
 
     def __init__(
@@ -395,6 +400,7 @@ class Loader:
         rank: int = 0,
         world: int = 1,
     ) -> None:
+        """`batch_size` is that of a step, over all `world` processes."""
         if seed < 1:
             raise TrainingError(f"seed {seed}: give one from 1 up; Petastorm takes 0 for no seed")
         files = snapshot.files[split]
@@ -404,36 +410,51 @@ class Loader:
                 f"the {split} split has {len(groups)} row group(s) for {world} processes: "
                 "lower training.processes or dataset.rows_per_group"
             )
-        # Petastorm's rule of who reads what; `epoch` checks that it was kept.
-        shares = [sum(groups[other::world]) for other in range(world)]
-        self.rows = shares[rank]
-        self.steps = max(1, min(-(-max(shares) // batch_size), min(shares) // 2))
+        self._shards = _shards(len(groups), world)
+        # Petastorm's rule of who reads what; `_row_groups` checks that it was kept.
+        shares = [sum(groups[shard :: self._shards]) for shard in range(self._shards)]
+        self.steps = max(1, min(-(-sum(shares) // batch_size), min(shares) // 2))
+        self._sizes = [_even(share, self.steps) for share in shares]
+        each = self._shards // world
+        self._own = range(rank * each, (rank + 1) * each)
+        self.rows = sum(shares[shard] for shard in self._own)
         self._files = [storage.join(snapshot.uri, file.path) for file in files]
         self._storage = storage_settings
-        self._seed, self._shuffle, self._rank, self._world = seed, shuffle, rank, world
+        self._seed, self._shuffle = seed, shuffle
+
+    def span(self, step: int) -> tuple[int, int]:
+        """Where this process's rows begin in the whole batch of a step, and how many rows that batch has."""
+        sizes = [shard[step] for shard in self._sizes]
+        return sum(sizes[: self._own.start]), sum(sizes)
 
     def epoch(self, number: int) -> Generator[Batch, None, None]:
-        """The batches of one epoch; the same seed, epoch and rank give the same batches in the same order.
+        """The batches of one epoch; the same seed and epoch give the same batches in the same order.
 
         Raises TrainingError where the files do not hold the rows that the manifest promises.
         """
-        even, more = divmod(self.rows, self.steps)
-        sizes = [even + 1] * more + [even] * (self.steps - more)
+        with ExitStack() as readers:
+            parts = []
+            for shard in self._own:
+                parts.append(self._part(number, shard))
+                readers.enter_context(closing(parts[-1]))
+            for _ in range(self.steps):
+                pixels, targets = zip(*(next(part) for part in parts), strict=True)
+                yield torch.from_numpy(np.concatenate(pixels)), torch.from_numpy(np.concatenate(targets))
+
+    def _part(self, number: int, shard: int) -> Generator[RowGroup, None, None]:
+        """What one shard gives to each step."""
         held: list[RowGroup] = []
         waiting = 0
-        groups = self._row_groups(number)
-        try:
-            for size in sizes:
+        with closing(self._row_groups(number, shard)) as groups:
+            for size in self._sizes[shard]:
                 while waiting < size:
                     held.append(next(groups))
                     waiting += len(held[-1][1])
-                batch, held = _take(held, size)
+                part, held = _take(held, size)
                 waiting -= size
-                yield batch
-        finally:
-            groups.close()
+                yield part
 
-    def _row_groups(self, epoch: int) -> Generator[RowGroup, None, None]:
+    def _row_groups(self, epoch: int, shard: int) -> Generator[RowGroup, None, None]:
         urls, filesystem = _petastorm_place(self._files, self._storage)
         reader = make_batch_reader(
             urls,
@@ -447,13 +468,13 @@ class Loader:
             shuffle_rows=self._shuffle,
             seed=_epoch_seed(self._seed, epoch) if self._shuffle else None,
             num_epochs=1,
-            cur_shard=self._rank,
-            shard_count=self._world,
+            cur_shard=shard,
+            shard_count=self._shards,
             filesystem=filesystem,
         )
-        seen, since = 0, time.monotonic()
+        seen, since, promised = 0, time.monotonic(), sum(self._sizes[shard])
         try:
-            while seen < self.rows:
+            while seen < promised:
                 try:
                     group = next(reader)
                 except StopIteration:
@@ -461,7 +482,7 @@ class Loader:
                     # all work is done and then whether all was handed out, and both can be true in turn.
                     if time.monotonic() - since > _STALLED_SECONDS:
                         raise TrainingError(
-                            f"the snapshot gave {seen} of {self.rows} rows: its files are not those of the manifest"
+                            f"the snapshot gave {seen} of {promised} rows: its files are not those of the manifest"
                         ) from None
                     time.sleep(0.01)
                     continue
@@ -469,16 +490,28 @@ class Loader:
                 targets = np.asarray(getattr(group, TARGET), dtype=np.int64)
                 seen, since = seen + len(targets), time.monotonic()
                 yield pixels.reshape(len(targets), t.SIDE, t.SIDE), targets
-            if seen > self.rows:
-                raise TrainingError(f"the snapshot gave {seen} rows, its manifest says {self.rows}")
+            if seen > promised:
+                raise TrainingError(f"the snapshot gave {seen} rows, its manifest says {promised}")
         finally:
             # Not as a context manager: its exit prints a line.
             reader.stop()
             reader.join()
 
 
-def _take(held: list[RowGroup], size: int) -> tuple[Batch, list[RowGroup]]:
-    """The first `size` rows of what is held as one batch, and the rest."""
+def _shards(groups: int, world: int) -> int:
+    """Into how many shards row groups are dealt out: the same for one, two and four processes, if there are enough."""
+    fixed = next(count for count in (_SHARDS, 2, 1) if count <= groups)
+    shared = math.lcm(fixed, world)
+    return shared if shared <= groups else world
+
+
+def _even(rows: int, steps: int) -> list[int]:
+    even, more = divmod(rows, steps)
+    return [even + 1] * more + [even] * (steps - more)
+
+
+def _take(held: list[RowGroup], size: int) -> tuple[RowGroup, list[RowGroup]]:
+    """The first `size` rows of what is held, and the rest."""
     pixels, targets, rest = [], [], []
     for group_pixels, group_targets in held:
         cut = min(size, len(group_targets))
@@ -488,7 +521,7 @@ def _take(held: list[RowGroup], size: int) -> tuple[Batch, list[RowGroup]]:
         if cut < len(group_targets):
             rest.append((group_pixels[cut:], group_targets[cut:]))
         size -= cut
-    return (torch.from_numpy(np.concatenate(pixels)), torch.from_numpy(np.concatenate(targets))), rest
+    return (np.concatenate(pixels), np.concatenate(targets)), rest
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:

@@ -134,6 +134,6 @@ def _key(settings: Settings) -> str:
 
 
 def _mlflow(settings: Settings) -> str:
-    from cbmir_spark import training
+    from cbmir_spark import registry
 
-    return training.tracking_uri(settings)
+    return registry.tracking_uri(settings)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
-from cbmir_spark import dataset, features, report, retrieval, storage, training
+from cbmir_spark import dataset, features, fitting, registry, report, retrieval, storage
 from cbmir_spark import tables as t
 from cbmir_spark.config import Prefilter, Settings
 from cbmir_spark.errors import InputError, ModelError
@@ -277,7 +277,7 @@ def run(spark: SparkSession, settings: Settings) -> Report:
         files = _files(document)
         for name, content in files.items():
             storage.write_bytes(storage.join(out, name), content, settings.storage)
-        mlflow_run = training.log_evaluation(settings, index.manifest.model_id, _metrics(document), files)
+        mlflow_run = registry.log_evaluation(settings, index.manifest.model_id, _metrics(document), files)
     ended = Report(
         model_id=index.manifest.model_id,
         queries=len(asked),
@@ -425,7 +425,7 @@ def _classified(
     """Figures of the stored predictions; a prediction outside the classes is wrong, whatever it says."""
     outside = sorted({predicted for _, predicted in tested} - set(classes))
     counts = confusion_matrix(tested, [*classes, *outside])
-    figures = training.figures(counts, [*classes, *outside])
+    figures = fitting.figures(counts, [*classes, *outside])
     by_class = {
         label: {**figures.by_class[label], "patients": patients_of.get(label, 0)}
         for label in classes

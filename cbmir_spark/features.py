@@ -21,7 +21,7 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import LongType, StructField, StructType
 
-from cbmir_spark import arrays, lease, model, storage, training
+from cbmir_spark import arrays, lease, model, registry, storage
 from cbmir_spark import tables as t
 from cbmir_spark.config import Settings, StorageSettings
 from cbmir_spark.errors import ModelError, TableError
@@ -263,9 +263,9 @@ def open_index(spark: SparkSession, settings: Settings) -> Index:
 
     Raises ModelError where there is no such model or the table is another model's, TableError where it has none.
     """
-    uri = settings.retrieval.model or _alias(settings, training.CHAMPION)
+    uri = settings.retrieval.model or _alias(settings, registry.CHAMPION)
     try:
-        text, weights = training.resolve_model(uri, settings)
+        text, weights = registry.resolve_model(uri, settings)
     except ModelError as error:
         if settings.retrieval.model is not None:
             raise
@@ -325,8 +325,8 @@ def _run(spark: SparkSession, settings: Settings, lake: t.Lake, held: lease.Held
     record = Record("index")
     pinned = t.require_published(spark, lake)
     with record.stage("model"):
-        uri = settings.index.model or _alias(settings, training.CANDIDATE)
-        text, weights = training.resolve_model(uri, settings)
+        uri = settings.index.model or _alias(settings, registry.CANDIDATE)
+        text, weights = registry.resolve_model(uri, settings)
         manifest = model.load(weights, text).manifest
         if manifest.preprocessing != pinned.preprocessing:
             raise ModelError(
@@ -387,7 +387,7 @@ def _run(spark: SparkSession, settings: Settings, lake: t.Lake, held: lease.Held
         places = verify(live, features, manifest, batches)
     champion = None
     if uri.startswith(("models:/", "runs:/")):
-        champion = training.move_alias(settings, training.CHAMPION, manifest.model_id)
+        champion = registry.move_alias(settings, registry.CHAMPION, manifest.model_id)
     sources = dict.fromkeys((t.FROM_TAG, t.FROM_PREDICTION, t.FROM_NOTHING), 0)
     for (_, _, source), count in places.items():
         sources[source] += count

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import nn
 
@@ -118,6 +119,97 @@ PRESETS: Mapping[str, Preset] = {
 }
 
 
+@dataclass(frozen=True)
+class Draw:
+    """Random numbers of one training step: those of its whole batch, of which a process uses those of its rows."""
+
+    generator: torch.Generator
+    first: int
+    total: int
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask of a row does not depend on how the batch is shared out among processes."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+        self.draw: Draw | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.p == 0.0:
+            return x
+        if self.draw is None:
+            return nn.functional.dropout(x, self.p)
+        drawn = torch.rand((self.draw.total, *x.shape[1:]), generator=self.draw.generator, device=x.device)
+        mask = drawn[self.draw.first : self.draw.first + len(x)] >= self.p
+        return x * mask / (1.0 - self.p)
+
+
+class _SumOfAll(torch.autograd.Function):
+    """The sum of a tensor over all processes; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, group: Any) -> torch.Tensor:
+        ctx.group = group
+        total = values.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        total = gradients[0].clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+class _Synchronised(nn.modules.batchnorm._BatchNorm):
+    """Batch normalisation by the mean and variance of all processes' rows, also on CPUs (torch has it for GPUs)."""
+
+    group: Any = None
+
+    def _check_input_dim(self, input: torch.Tensor) -> None:
+        """Any number of axes will do."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return super().forward(input)
+        axes, shape = [0, *range(2, input.dim())], [1, -1, *[1] * (input.dim() - 2)]
+        rows = torch.tensor(float(input.numel() // input.shape[1]), device=input.device)
+        dist.all_reduce(rows, group=self.group)
+        mean = self._over_all(input.sum(axes)) / rows
+        centred = input - mean.reshape(shape)
+        variance = self._over_all((centred**2).sum(axes)) / rows
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * rows / (rows - 1), self.momentum)
+        scale = torch.rsqrt(variance + self.eps) * self.weight
+        return centred * scale.reshape(shape) + self.bias.reshape(shape)
+
+    def _over_all(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes; gradients flow back to every one of them."""
+        total: torch.Tensor = _SumOfAll.apply(values, self.group)  # type: ignore[no-untyped-call]
+        return total
+
+
+def synchronise(model: nn.Module) -> Any:
+    """Make the batch normalisations of a model count the rows of all processes; the group in which they talk.
+
+    Call it in every process, before the model is wrapped.
+    """
+    group = dist.new_group()
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
+                twin = _Synchronised(child.num_features, child.eps, child.momentum)
+                # The very tensors: an optimiser may hold them already.
+                twin._parameters, twin._buffers = child._parameters, child._buffers
+                twin.group = group
+                setattr(module, name, twin)
+    return group
+
+
 class Network(nn.Module):
     """A `Preset` as a torch module for a number of classes.
 
@@ -144,7 +236,7 @@ class Network(nn.Module):
         self.features = nn.Sequential(*layers)
         self.fc1 = self._hidden(channels * side * side)
         self.fc2 = self._hidden(preset.hidden)
-        self.dropout = nn.Dropout(preset.dropout)
+        self.dropout = Dropout(preset.dropout)
         self.fc3 = nn.Linear(preset.hidden, classes)
         for module in self.modules():
             # torch's default shrinks the signal at each ReLU; eight layers without normalisation then stall.
@@ -158,6 +250,10 @@ class Network(nn.Module):
         linear = nn.Linear(inputs, self.preset.hidden, bias=not self.preset.batch_norm)
         norm = [nn.BatchNorm1d(self.preset.hidden)] if self.preset.batch_norm else []
         return nn.Sequential(linear, *norm, nn.ReLU())
+
+    def draw(self, draw: "Draw | None") -> None:
+        """Where the random numbers of the next forward pass in training come from; None: torch's global generator."""
+        self.dropout.draw = draw
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
         return self._fc2(x)

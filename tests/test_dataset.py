@@ -146,15 +146,40 @@ def test_loader_shuffles_by_seed_and_epoch_and_repeats_itself(tmp_path: Path) ->
     assert [row // 20 for row in first[::20]] != sorted(row // 20 for row in first[::20])
     assert first[:20] != sorted(first[:20])
     straight = Loader(snapshot, TRAIN, LOCAL, batch_size=16, seed=1, shuffle=False)
-    assert flat(numbers(straight)) == list(range(120))
+    assert numbers(straight, 0) == numbers(straight, 1)
+    # Each batch is put together from four shards, and each of them gives its rows as they lie.
+    shards = [[row for row in flat(numbers(straight)) if row // 20 % 4 == shard] for shard in range(4)]
+    assert [sorted(rows) for rows in shards] == shards and sum(map(len, shards)) == 120
+
+
+def test_the_batch_of_a_step_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+    snapshot = write_split(tmp_path, [[20, 7, 20, 13], [9, 20, 20, 16]])
+
+    def loaders(world: int) -> list[Loader]:
+        return [Loader(snapshot, TRAIN, LOCAL, batch_size=16, seed=1, rank=rank, world=world) for rank in range(world)]
+
+    (alone,) = loaders(1)
+    whole = numbers(alone)
+    for world in (2, 4):
+        each = loaders(world)
+        shares = [numbers(loader) for loader in each]
+        for step, batch in enumerate(whole):
+            assert flat([share[step] for share in shares]) == batch
+            spans = [loader.span(step) for loader in each]
+            assert {total for _, total in spans} == {len(batch)} == {alone.span(step)[1]}
+            assert [batch[first:][: len(share[step])] for (first, _), share in zip(spans, shares, strict=True)] == [
+                share[step] for share in shares
+            ]
+    # Three processes do not divide four shards; six do, for each process two.
+    assert sorted(flat([row for loader in loaders(3) for row in numbers(loader)])) == sorted(flat(whole))
 
 
 def test_uneven_shards_have_equal_steps_and_lose_no_row(tmp_path: Path) -> None:
     snapshot = write_split(tmp_path, [[100, 37]])
-    shards = [Loader(snapshot, TRAIN, LOCAL, batch_size=32, seed=1, rank=rank, world=2) for rank in (0, 1)]
+    shards = [Loader(snapshot, TRAIN, LOCAL, batch_size=46, seed=1, rank=rank, world=2) for rank in (0, 1)]
     assert [loader.rows for loader in shards] == [100, 37]
     batches = [numbers(loader) for loader in shards]
-    assert [len(own) for own in batches] == [4, 4] == [loader.steps for loader in shards]
+    assert [len(own) for own in batches] == [3, 3] == [loader.steps for loader in shards]
     assert sorted(flat(batches[0]) + flat(batches[1])) == list(range(137))
 
 
@@ -191,7 +216,7 @@ def test_files_with_fewer_rows_than_the_manifest_says_are_noticed(
     other = write_split(tmp_path / "other", [[10, 9]])
     (tmp_path / "train/part-00000.parquet").write_bytes((tmp_path / "other/train/part-00000.parquet").read_bytes())
     assert other.rows(TRAIN) == 19
-    with pytest.raises(TrainingError, match=r"gave 19 of 20 rows"):
+    with pytest.raises(TrainingError, match=r"gave 9 of 10 rows"):
         numbers(Loader(snapshot, TRAIN, LOCAL, batch_size=4, seed=1))
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pyspark.sql import SparkSession
 from sklearn.metrics import average_precision_score, precision_recall_fscore_support
 
-from cbmir_spark import config, dataset, evaluation, features, model, storage, training
+from cbmir_spark import config, dataset, evaluation, features, fitting, model, storage
 from cbmir_spark import tables as t
 from cbmir_spark.errors import ModelError
 from tests import tiny_lake
@@ -103,7 +103,7 @@ def test_classification_agrees_with_scikit_learn() -> None:
     assert counts.sum() == 60 and counts[0, 3] == sum(
         pair == ("CT/CHEST", "US/LIVER") for pair in zip(true, predicted, strict=True)
     )
-    figures = training.figures(counts, classes)
+    figures = fitting.figures(counts, classes)
     theirs = precision_recall_fscore_support(true, predicted, labels=classes[:3], zero_division=0)
     for number, label in enumerate(classes[:3]):
         ours = figures.by_class[label]

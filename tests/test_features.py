@@ -14,7 +14,7 @@ import torch
 from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
-from cbmir_spark import arrays, config, features, model, storage, training
+from cbmir_spark import arrays, config, features, model, registry, storage
 from cbmir_spark import tables as t
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import ModelError, TableError
@@ -130,9 +130,9 @@ def test_run_again_it_embeds_and_commits_nothing_and_asks_for_the_champion(
         moved.append((alias, model_id))
         return "4"
 
-    resolved = training.resolve_model(str(indexed.settings.index.model), indexed.settings)
-    monkeypatch.setattr(training, "resolve_model", resolve)
-    monkeypatch.setattr(training, "move_alias", move)
+    resolved = registry.resolve_model(str(indexed.settings.index.model), indexed.settings)
+    monkeypatch.setattr(registry, "resolve_model", resolve)
+    monkeypatch.setattr(registry, "move_alias", move)
     registered = indexed.settings.model_copy(
         update={"index": indexed.settings.index.model_copy(update={"model": None})}
     )

@@ -20,6 +20,8 @@ FORBIDDEN = {
     "decoder": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pydantic"},
     "vocabulary": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pydantic", "pydicom", "numpy"},
     "model": {"pyspark", "delta", "mlflow", "petastorm", "pydantic", "pyarrow"},
+    "fitting": {"pyspark", "delta", "mlflow", "petastorm", "pydantic", "pyarrow"},
+    "checkpoints": {"pyspark", "delta", "mlflow", "petastorm"},
     "kernel": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pydantic", "pyarrow"},
     "arrays": {"mlflow", "torch", "petastorm"},
     "scan_task": {"mlflow", "torch", "petastorm"},
@@ -32,7 +34,7 @@ FORBIDDEN = {
 # Packages that one room alone may import, and the rooms of ours that build sessions or read settings.
 ONLY_IN = {
     "petastorm": {"dataset"},
-    "mlflow": {"training"},
+    "mlflow": {"registry"},
     "delta": {"tables"},
     "typer": {"cli"},
     "cbmir_spark.session": {"cli", "doctor"},

@@ -1,0 +1,326 @@
+"""MLflow: the run that records a training, the models that come of it, and the aliases by which they are found.
+
+MLflow is imported where it is used: training processes on executors have no need of it. Of all that a run holds,
+only `cbmir/manifest.json` and `cbmir/weights.safetensors` are ever loaded again; neither can carry code. Everything
+here runs on the driver.
+"""
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from cbmir_spark import dataset, storage
+from cbmir_spark import tables as t
+from cbmir_spark.config import Settings
+from cbmir_spark.errors import ConfigError, ModelError
+from cbmir_spark.fitting import Figures
+from cbmir_spark.model import Manifest, Network, Saved
+
+CANDIDATE, CHAMPION = "candidate", "champion"
+MANIFEST_ARTIFACT = "cbmir/manifest.json"
+WEIGHTS_ARTIFACT = "cbmir/weights.safetensors"
+MODEL_ID_TAG = "model_id"
+
+
+def resolve_model(uri: str, settings: Settings) -> tuple[str, bytes]:
+    """The manifest (JSON) and the weights of `models:/name@alias`, `models:/name/3`, `runs:/id` or a folder.
+
+    Runs on the driver; workers get the files by other means. Raises ModelError where there is no such model.
+    """
+    if not uri.startswith(("models:/", "runs:/")):
+        folder = storage.canonical(uri)
+        try:
+            return (
+                storage.read_bytes(storage.join(folder, Path(MANIFEST_ARTIFACT).name), settings.storage).decode(),
+                storage.read_bytes(storage.join(folder, Path(WEIGHTS_ARTIFACT).name), settings.storage),
+            )
+        except (OSError, UnicodeDecodeError):
+            raise ModelError(f"model {uri}: no manifest.json and weights.safetensors in that folder") from None
+    with existing_mlflow(uri, settings) as mlflow, TemporaryDirectory(prefix="cbmir-model-") as folder:
+        from mlflow.exceptions import MlflowException
+
+        client = mlflow.MlflowClient()
+        try:
+            run_id = uri.removeprefix("runs:/").strip("/") if uri.startswith("runs:/") else _version(client, uri).run_id
+            files = [
+                Path(client.download_artifacts(run_id, name, folder)).read_bytes()
+                for name in (MANIFEST_ARTIFACT, WEIGHTS_ARTIFACT)
+            ]
+        except (MlflowException, OSError) as error:
+            raise ModelError(f"model {uri} is not there: {_first_line(error)}; run `cbmir train` first") from None
+    return files[0].decode(), files[1]
+
+
+def move_alias(settings: Settings, alias: str, model_id: str) -> str | None:
+    """Point an alias at the registered version that has this model id; the version, or None where none has it.
+
+    A model that was taken from a folder need not be registered.
+    """
+    name = settings.mlflow.model_name
+    with existing_mlflow(f"models:/{name}@{alias}", settings) as mlflow:
+        client = mlflow.MlflowClient()
+        found = [
+            version
+            for version in client.search_model_versions(f"name = '{name}'")
+            if version.tags.get(MODEL_ID_TAG) == model_id
+        ]
+        if not found:
+            return None
+        newest = max(found, key=lambda version: int(version.version))
+        client.set_registered_model_alias(name, alias, newest.version)
+        return str(newest.version)
+
+
+def log_evaluation(
+    settings: Settings, model_id: str, metrics: Mapping[str, float], files: Mapping[str, bytes]
+) -> str | None:
+    """Add an evaluation's figures and files (below `evaluation/`) to the run that trained a model; the run's id.
+
+    None where no registered version has this model id: a model that was taken from a folder has no run.
+    """
+    place = tracking_of(settings, t.Lake.of(settings))
+    if place.database is not None and not place.database.is_file():
+        return None
+    with mlflow_at(place) as mlflow, TemporaryDirectory(prefix="cbmir-evaluation-") as folder:
+        client = mlflow.MlflowClient()
+        run_id = next(
+            (
+                str(version.run_id)
+                for version in client.search_model_versions(f"name = '{settings.mlflow.model_name}'")
+                if version.tags.get(MODEL_ID_TAG) == model_id and version.run_id
+            ),
+            None,
+        )
+        if run_id is None:
+            return None
+        for name, value in metrics.items():
+            client.log_metric(run_id, name, value)
+        for name, content in files.items():
+            path = Path(folder) / name
+            path.write_bytes(content)
+            client.log_artifact(run_id, str(path), "evaluation")
+    return run_id
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """A tracking server, or a database file with the folder that its artifacts go to."""
+
+    uri: str
+    artifacts: str | None
+    database: Path | None
+
+
+def tracking_uri(settings: Settings) -> str:
+    """Where runs are recorded. Raises ConfigError for an object-store lake without `mlflow.tracking_uri`."""
+    return tracking_of(settings, t.Lake.of(settings)).uri
+
+
+def tracking_of(settings: Settings, lake: t.Lake) -> Tracking:
+    """Where runs are recorded. Raises ConfigError for an object-store lake without `mlflow.tracking_uri`."""
+    folder = storage.join(lake.uri, "mlflow")
+    given = settings.mlflow.tracking_uri
+    if given is None:
+        if not lake.is_local:
+            raise ConfigError(
+                f"mlflow.tracking_uri is not set, and lake {lake.uri} is no place for MLflow's database: "
+                "set it to the URI of a tracking server"
+            )
+        database = Path(storage.local_path(folder)) / "mlflow.db"
+        return Tracking(f"sqlite:///{database}", storage.join(folder, "artifacts"), database)
+    if given.startswith(("http:", "https:", "databricks", "uc:")):
+        return Tracking(given, None, None)
+    # Without a server MLflow puts artifacts below whatever folder the job was started in.
+    return Tracking(given, storage.join(folder, "artifacts").replace("s3a://", "s3://", 1), None)
+
+
+@contextlib.contextmanager
+def mlflow_at(place: Tracking) -> Iterator[Any]:
+    """MLflow, quiet, pointed at `place` and afterwards back at what it pointed at before."""
+    for name, value in (
+        ("MLFLOW_DISABLE_TELEMETRY", "true"),
+        ("DO_NOT_TRACK", "true"),
+        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
+        ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
+        # No git on the machine is no fault of the run.
+        ("GIT_PYTHON_REFRESH", "quiet"),
+    ):
+        os.environ.setdefault(name, value)
+    with warnings.catch_warnings():
+        # MLflow's import warns of its own type hints.
+        warnings.simplefilter("ignore")
+        import mlflow
+        import mlflow.pyfunc
+        import mlflow.pytorch
+
+    # The schema's migrations and each registered version are told line by line otherwise.
+    for chatty in ("mlflow", "alembic"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    if place.database is not None:
+        place.database.parent.mkdir(parents=True, exist_ok=True)
+    before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
+    mlflow.set_tracking_uri(place.uri)
+    try:
+        yield mlflow
+    finally:
+        mlflow.set_tracking_uri(before)
+
+
+@contextlib.contextmanager
+def existing_mlflow(wanted: str, settings: Settings) -> Iterator[Any]:
+    """As `mlflow_at`, but a lake that was never trained on is said to be so, and gets no empty database."""
+    place = tracking_of(settings, t.Lake.of(settings))
+    if place.database is not None and not place.database.is_file():
+        raise ModelError(f"model {wanted} is not there: nothing was trained on this lake; run `cbmir train` first")
+    with mlflow_at(place) as mlflow:
+        yield mlflow
+
+
+def experiment(mlflow: Any, settings: Settings, place: Tracking) -> str:
+    name = settings.mlflow.experiment
+    found = mlflow.get_experiment_by_name(name)
+    if found is not None and found.lifecycle_stage == "active":
+        return str(found.experiment_id)
+    if found is not None:
+        raise ConfigError(f"MLflow's experiment {name} was deleted: restore it, or set mlflow.experiment to another")
+    return str(mlflow.create_experiment(name, artifact_location=place.artifacts))
+
+
+def parameters(
+    settings: Settings, snapshot: dataset.Snapshot, job: Mapping[str, Any], versions: Mapping[str, int]
+) -> dict[str, Any]:
+    fitting = {name: value for name, value in job["fitting"].items() if name != "class_weights"}
+    return {
+        "preset": job["preset"],
+        **fitting,
+        "batch_size": job["batch_size"],
+        "processes": job["processes"],
+        **{f"dataset.{name}": value for name, value in settings.dataset.model_dump().items()},
+        "snapshot": snapshot.digest,
+        "preprocessing": snapshot.preprocessing,
+        "classes": len(snapshot.classes),
+        **{f"images.{name}": snapshot.rows(name) for name in dataset.SPLITS},
+        **{f"patients.{name}": snapshot.patients[name] for name in dataset.SPLITS},
+        **{f"delta.{name}": version for name, version in versions.items()},
+    }
+
+
+def log_test(mlflow: Any, test: Figures, confusion: NDArray[np.int64], classes: Sequence[str]) -> None:
+    mlflow.log_metrics(
+        {
+            "test_accuracy": test.accuracy,
+            "test_macro_precision": test.macro_precision,
+            "test_macro_recall": test.macro_recall,
+            "test_macro_f1": test.macro_f1,
+        }
+    )
+    mlflow.log_dict(asdict(test), "test/per_class.json")
+    mlflow.log_figure(_confusion_figure(confusion, classes), "test/confusion_matrix.png")
+
+
+def _confusion_figure(confusion: NDArray[np.int64], classes: Sequence[str]) -> Any:
+    # The object interface: pyplot would look for a display and keep every figure alive.
+    from matplotlib.figure import Figure
+
+    side = max(4.0, 0.35 * len(classes) + 2.0)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    rows = confusion.sum(axis=1, keepdims=True)
+    shares = np.divide(confusion, rows, out=np.zeros(confusion.shape), where=rows > 0)
+    axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
+    axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(classes)), classes, fontsize=7)
+    for row, column in zip(*np.nonzero(confusion), strict=True):
+        colour = "white" if shares[row, column] > 0.5 else "black"
+        axes.text(column, row, confusion[row, column], ha="center", va="center", fontsize=6, color=colour)
+    axes.set(xlabel="predicted", ylabel="true", title="Test patients")
+    return figure
+
+
+class _Served(nn.Module):
+    """What MLflow users load: uint8 (N, 256, 256) pixels in, (N, classes) probabilities out."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(self.network(self.network.to_input(pixels)), dim=1)
+
+
+def register(mlflow: Any, settings: Settings, run_id: str, model: Network, saved: Saved) -> str:
+    """Log the two files and the served model, register a version, move `candidate` to it; the version."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    client = mlflow.MlflowClient()
+    with TemporaryDirectory(prefix="cbmir-model-") as folder:
+        for name, content in (
+            (MANIFEST_ARTIFACT, saved.manifest.to_json().encode()),
+            (WEIGHTS_ARTIFACT, saved.weights),
+        ):
+            path = Path(folder) / Path(name).name
+            path.write_bytes(content)
+            client.log_artifact(run_id, str(path), Path(name).parent.as_posix())
+    with warnings.catch_warnings():
+        # torch reads the program back from memory that it may not write to, and says so.
+        warnings.simplefilter("ignore", UserWarning)
+        logged = mlflow.pytorch.log_model(
+            _Served(model).eval(),
+            name="model",
+            serialization_format="pt2",
+            signature=ModelSignature(
+                inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, t.SIDE, t.SIDE))]),
+                outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, len(saved.manifest.classes)))]),
+            ),
+            # Two rows: torch.export takes a side of length one for a constant.
+            input_example=np.zeros((2, t.SIDE, t.SIDE), dtype=np.uint8),
+            # Named here, because MLflow otherwise starts another Python to find out.
+            pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}", f"numpy=={np.__version__}"],
+        )
+    name = settings.mlflow.model_name
+    try:
+        client.get_registered_model(name)
+    except MlflowException:
+        client.create_registered_model(name, description="Networks that embed images for retrieval by content")
+    version = client.create_model_version(
+        name, source=logged.model_uri, run_id=run_id, model_id=logged.model_id, tags=_version_tags(saved.manifest)
+    )
+    client.set_registered_model_alias(name, CANDIDATE, version.version)
+    return str(version.version)
+
+
+def _version_tags(manifest: Manifest) -> dict[str, str]:
+    return {
+        MODEL_ID_TAG: manifest.model_id,
+        "preprocessing": manifest.preprocessing,
+        "snapshot": manifest.snapshot,
+        "weights_sha256": manifest.weights_sha256,
+    }
+
+
+def _version(client: Any, uri: str) -> Any:
+    name = uri.removeprefix("models:/").strip("/")
+    if "@" in name:
+        return client.get_model_version_by_alias(*name.split("@", 1))
+    model, _, version = name.partition("/")
+    if not version.isdigit():
+        raise ModelError(f"model {uri}: give it as models:/name@alias or models:/name/version")
+    return client.get_model_version(model, version)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")
