@@ -67,9 +67,9 @@ def train(
     """Train the network on the lake's own labels; the new version becomes `candidate`."""
     settings = _settings(config, overrides, {"lake.uri": lake, "training.preset": preset})
     from cbmir_spark import training as room
-    from cbmir_spark.model import preset_of
+    from cbmir_spark.networks import preset_of
 
-    epochs = settings.training.epochs or preset_of(settings.training.preset).epochs
+    epochs = settings.training.epochs or preset_of(settings.training.preset).recipe.epochs
     with _session(settings, "train") as spark, terminal.progress("epochs", as_json) as progress:
         report = room.run(spark, settings, lambda epoch: progress(epoch.number, epochs, epoch.metrics()))
     return terminal.print_json(report) if as_json else terminal.print_report("Trained", report)

@@ -20,12 +20,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cbmir_spark.errors import TrainingError
-from cbmir_spark.model import Draw, Network, synchronise
+from cbmir_spark.networks import Draw, Network, synchronise
 
-# Steps of the first epochs are large where a few classes dominate; a longer gradient is cut to this length.
-_GRADIENT_NORM = 5.0
 _WARM_UP = 0.05
-_MOMENTUM = 0.9
+# Steps that one point of the learning curve stands for.
+CURVE_STEPS = 50
+# Augmentation: the most that a picture is turned (degrees), scaled, shifted (shares of its side), and that its contrast
+# and its brightness change. Pictures are not mirrored: left and right differ in a body.
+_BLACK = -2.0
+_TURN, _SCALE, _SHIFT, _CONTRAST, _BRIGHTNESS = 10.0, 0.1, 0.06, 0.2, 0.2
 # Names of a checkpoint's tensors begin so.
 _MODEL, _OPTIMISER, _BEST = "model.", "optimiser.", "best."
 
@@ -83,6 +86,11 @@ class Fitting:
     epochs: int
     class_weights: tuple[float, ...]
     seed: int
+    updates: int | None = None
+    schedule: Literal["cosine", "constant"] = "cosine"
+    momentum: float = 0.9
+    clip: float | None = 5.0
+    augment: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,11 +125,22 @@ class Epoch:
 
 
 @dataclass(frozen=True)
+class Point:
+    """The learning curve at a step: means over the steps since the point before."""
+
+    step: int
+    loss: float
+    accuracy: float
+    learning_rate: float
+
+
+@dataclass(frozen=True)
 class History:
     """Every epoch, the number of the one whose weights the model has, and the step at which a stopped one went on."""
 
     epochs: tuple[Epoch, ...]
     kept: int
+    curve: tuple[Point, ...] = ()
     resumed: int | None = None
 
 
@@ -168,7 +187,7 @@ def fit(
     network: nn.Module = DistributedDataParallel(model) if world > 1 else model
     generator = torch.Generator(device=course.device)
     try:
-        while len(course.epochs) < fitting.epochs:
+        while course.steps < course.total:
             number = len(course.epochs)
             started, waited, begun, before = time.perf_counter(), 0.0, course.done, float(course.sums[3])
             model.train()
@@ -179,11 +198,12 @@ def fit(
                     if step < begun:
                         continue
                     waited += time.perf_counter() - asked
-                    generator.manual_seed(_seed_of(fitting.seed, number * loaders.train.steps + step))
-                    model.draw(Draw(generator, *loaders.train.span(step)))
-                    course.step(network, pixels, targets, world)
+                    generator.manual_seed(_seed_of(fitting.seed, course.steps))
+                    course.step(network, pixels, targets, Draw(generator, *loaders.train.span(step)), world)
                     if keeper is not None and course.steps % keeper.every == 0:
                         _keep(keeper, course)
+                    if course.steps == course.total:
+                        break
             course.end_epoch(
                 time.perf_counter() - started,
                 waited,
@@ -204,12 +224,14 @@ class _Course:
     def __init__(self, model: Network, fitting: Fitting, steps_per_epoch: int) -> None:
         self.model = model
         self.fitting = fitting
-        self.device = model.fc3.weight.device
-        self.weights = torch.tensor(fitting.class_weights, device=self.device, dtype=model.fc3.weight.dtype)
-        self.total = steps_per_epoch * fitting.epochs
+        self.device = model.device
+        self.weights = torch.tensor(fitting.class_weights, device=self.device, dtype=next(model.parameters()).dtype)
+        self.total = fitting.updates or steps_per_epoch * fitting.epochs
         self.steps = 0  # taken since the beginning
         self.done = 0  # taken in this epoch
         self.sums = torch.zeros(4, dtype=torch.float64)
+        self._since = torch.zeros(4, dtype=torch.float64)  # as sums, since the last point of the curve
+        self.curve: list[Point] = []
         self.epochs: list[Epoch] = []
         self.best: tuple[float, int, dict[str, torch.Tensor]] | None = None
         self.resumed: int | None = None
@@ -217,13 +239,20 @@ class _Course:
 
     @property
     def rate(self) -> float:
-        return self.fitting.learning_rate * _rate(self.steps, self.total)
+        return self.fitting.learning_rate * self._share(self.steps)
 
-    def step(self, network: nn.Module, pixels: torch.Tensor, targets: torch.Tensor, world: int) -> None:
+    def _share(self, step: int) -> float:
+        return 1.0 if self.fitting.schedule == "constant" else _rate(step, self.total)
+
+    def step(self, network: nn.Module, pixels: torch.Tensor, targets: torch.Tensor, draw: Draw, world: int) -> None:
         model, weights = self.model, self.weights
         targets = targets.to(self.device)
-        logits = network(model.to_input(pixels.to(self.device)))
-        loss = nn.functional.cross_entropy(logits, targets, weights, reduction="sum")
+        inputs = model.to_input(pixels.to(self.device))
+        if self.fitting.augment:
+            inputs = augmented(inputs, draw)
+        model.draw(draw)
+        logits = network(inputs)
+        loss = nn.functional.cross_entropy(model.penalised(logits, targets), targets, weights, reduction="sum")
         figures = _over_all(
             loss.detach(),
             weights[targets].sum(),
@@ -241,11 +270,17 @@ class _Course:
         # DDP takes the mean of the processes' gradients; with this factor that is the gradient of the mean over all
         # their rows.
         (loss * (world / float(figures[1]))).backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(model.parameters(), _GRADIENT_NORM)
+        if self.fitting.clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), self.fitting.clip)
         self._optimiser.step()
         self.steps += 1
         self.done += 1
         self.sums += figures
+        self._since += figures
+        if self.steps % CURVE_STEPS == 0 or self.steps == self.total:
+            loss_sum, weight, right, rows = self._since.tolist()
+            self.curve.append(Point(self.steps, loss_sum / weight, right / rows, self.rate))
+            self._since = torch.zeros(4, dtype=torch.float64)
 
     def end_epoch(self, seconds: float, waited: float, before: float, held: tuple[float, Figures] | None) -> None:
         """Sum the epoch up; `before` are the rows of it that were trained on before the training was stopped."""
@@ -253,7 +288,7 @@ class _Course:
             number=len(self.epochs) + 1,
             loss=float(self.sums[0] / self.sums[1]),
             accuracy=float(self.sums[2] / self.sums[3]),
-            learning_rate=self.fitting.learning_rate * _rate(self.steps - self.done, self.total),
+            learning_rate=self.fitting.learning_rate * self._share(self.steps - self.done),
             seconds=seconds,
             images_per_second=(float(self.sums[3]) - before) / seconds,
             waiting=waited / seconds,
@@ -273,7 +308,8 @@ class _Course:
         if self.best is not None:
             self.model.load_state_dict(self.best[2])
         self.model.eval()
-        return History(tuple(self.epochs), self.best[1] if self.best else self.fitting.epochs, self.resumed)
+        kept = self.best[1] if self.best else len(self.epochs)
+        return History(tuple(self.epochs), kept, tuple(self.curve), self.resumed)
 
     def checkpoint(self) -> Checkpoint:
         tensors = {_MODEL + name: tensor for name, tensor in self.model.state_dict().items()}
@@ -287,6 +323,8 @@ class _Course:
                 "steps": self.steps,
                 "done": self.done,
                 "sums": self.sums.tolist(),
+                "since": self._since.tolist(),
+                "curve": [asdict(point) for point in self.curve],
                 "epochs": [asdict(epoch) for epoch in self.epochs],
                 "best": self.best[:2] if self.best is not None else None,
             },
@@ -309,10 +347,31 @@ class _Course:
         self.steps = self.resumed = position["steps"]
         self.done = position["done"]
         self.sums = torch.tensor(position["sums"], dtype=torch.float64)
+        self._since = torch.tensor(position["since"], dtype=torch.float64)
+        self.curve = [Point(**point) for point in position["curve"]]
         self.epochs = [Epoch(**epoch) for epoch in position["epochs"]]
         if position["best"] is not None:
             recall, number = position["best"]
             self.best = (recall, number, {k: v.to(self.device) for k, v in under(_BEST).items()})
+
+
+def augmented(inputs: torch.Tensor, draw: Draw) -> torch.Tensor:
+    """Pictures as the network takes them, each turned, scaled, shifted and exposed a little differently.
+
+    What happens to a row depends on its place in the whole batch alone, as in networks.Dropout.
+    """
+    drawn = torch.rand((draw.total, 6), generator=draw.generator, device=inputs.device)
+    turn, scale, right, down, contrast, brightness = (
+        2 * drawn[draw.first : draw.first + len(inputs)].to(inputs.dtype) - 1
+    ).unbind(1)
+    angle, size = turn * math.radians(_TURN), 1 + scale * _SCALE
+    cosine, sine = torch.cos(angle) / size, torch.sin(angle) / size
+    rows = [torch.stack([cosine, -sine, right * 2 * _SHIFT], 1), torch.stack([sine, cosine, down * 2 * _SHIFT], 1)]
+    places = nn.functional.affine_grid(torch.stack(rows, 1), list(inputs.shape), align_corners=False)
+    # What comes in at the sides is 0 there, and has to be black.
+    moved = nn.functional.grid_sample(inputs - _BLACK, places, align_corners=False) + _BLACK
+    gain = (1 + contrast * _CONTRAST).reshape(-1, 1, 1, 1)
+    return moved * gain + (brightness * _BRIGHTNESS).reshape(-1, 1, 1, 1)
 
 
 def _keep(keeper: Keeper, course: _Course) -> None:
@@ -353,8 +412,7 @@ def figures(confusion: NDArray[np.int64], classes: Sequence[str]) -> Figures:
 
 def confusion_of(model: Network, source: BatchSource, weights: torch.Tensor) -> tuple[float, NDArray[np.int64]]:
     """The weighted loss and the (true, predicted) counts over this process's share of a source."""
-    classes = model.fc3.out_features
-    device = model.fc3.weight.device
+    classes, device = model.classes, model.device
     counts = torch.zeros(classes * classes, dtype=torch.int64, device=device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     model.eval()
@@ -375,7 +433,7 @@ def confusion_of(model: Network, source: BatchSource, weights: torch.Tensor) -> 
 def _optimiser(model: nn.Module, fitting: Fitting) -> torch.optim.Optimizer:
     if fitting.optimiser == "sgd":
         return torch.optim.SGD(
-            model.parameters(), fitting.learning_rate, momentum=_MOMENTUM, weight_decay=fitting.weight_decay
+            model.parameters(), fitting.learning_rate, momentum=fitting.momentum, weight_decay=fitting.weight_decay
         )
     return torch.optim.AdamW(model.parameters(), fitting.learning_rate, weight_decay=fitting.weight_decay)
 

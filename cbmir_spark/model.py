@@ -1,15 +1,6 @@
-"""The networks and what travels with them: weights, manifest, projection. torch, numpy and safetensors only.
+"""What travels with a trained network: weights, manifest, projection. torch, numpy and safetensors only.
 
 This module also runs where there is no Spark and no MLflow: on executors, in notebooks, behind a service.
-
-The paper's AlexNet ("An Insight Framework for CBMIR using Deep CNN", IJEAT 2019) on one gray channel of
-256×256. The paper gives no padding for its first layer, so there is none, and pooling is 3×3 with stride 2
-throughout, after Krizhevsky et al. 2012. The sides then come out as in that network:
-
-    input 256 → conv 11×11 s4: (256−11)//4+1 = 62 → pool: (62−3)//2+1 = 30 → conv 5×5 p2: 30 → pool: 14
-    → conv 3×3 p1 ×3: 14 → pool: 6 → 256·6·6 = 9,216 → FC 4,096 → FC 4,096 → FC classes
-
-A picture's feature vector is the output of the second fully connected layer after its ReLU ("FC2").
 """
 
 import hashlib
@@ -21,14 +12,12 @@ from typing import Any, Literal
 import numpy as np
 import safetensors.torch
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import nn
 
 from cbmir_spark.errors import ModelError
+from cbmir_spark.networks import SIDE, Network, build
 
 FORMAT = 1
-SIDE = 256
 PROJECTION_DIRECTIONS = 32
 UNKNOWN = "UNKNOWN"
 
@@ -40,249 +29,6 @@ _DIRECTIONS = "projection.directions"
 _METADATA_KEY = "cbmir"
 # Rows of one forward pass of embed_batches; smaller batches are filled up, see there.
 _ROWS = 16
-
-
-@dataclass(frozen=True)
-class Conv:
-    """One convolution with its ReLU, and whether a 3×3 max pooling with stride 2 follows."""
-
-    out: int
-    kernel: int
-    stride: int = 1
-    padding: int = 0
-    pool: bool = False
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A network and the way it is trained when settings do not say otherwise."""
-
-    name: str
-    convs: tuple[Conv, ...]
-    hidden: int
-    dropout: float
-    optimiser: Literal["sgd", "adamw"]
-    learning_rate: float
-    weight_decay: float
-    batch_size: int
-    epochs: int
-    shrink: int = 1
-    """Side of the average pooling that the input passes first."""
-    batch_norm: bool = False
-    """Batch normalisation between each convolution or hidden layer and its ReLU."""
-
-
-PRESETS: Mapping[str, Preset] = {
-    preset.name: preset
-    for preset in (
-        # The paper's network. Dropout 0.5 after both hidden layers as in Krizhevsky et al. 2012: the paper
-        # does not speak of it, and it has no weights, so the network is the paper's all the same.
-        Preset(
-            name="alexnet",
-            convs=(
-                Conv(96, 11, stride=4, pool=True),
-                Conv(256, 5, padding=2, pool=True),
-                Conv(384, 3, padding=1),
-                Conv(384, 3, padding=1),
-                Conv(256, 3, padding=1, pool=True),
-            ),
-            hidden=4096,
-            dropout=0.5,
-            optimiser="sgd",
-            learning_rate=0.005,
-            weight_decay=5e-4,
-            batch_size=64,
-            epochs=30,
-        ),
-        # The same five convolutions and three fully connected layers for CPUs: narrower, on the picture halved, and
-        # so without the first pooling (sides 256 → 128 → 32 → 15 → 7). Batch normalisation makes ten epochs enough.
-        Preset(
-            name="alexnet-small",
-            convs=(
-                Conv(32, 11, stride=4, padding=5),
-                Conv(64, 5, padding=2, pool=True),
-                Conv(96, 3, padding=1),
-                Conv(96, 3, padding=1),
-                Conv(64, 3, padding=1, pool=True),
-            ),
-            hidden=512,
-            dropout=0.3,
-            optimiser="adamw",
-            learning_rate=1e-3,
-            weight_decay=1e-2,
-            batch_size=32,
-            epochs=10,
-            shrink=2,
-            batch_norm=True,
-        ),
-    )
-}
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Random numbers of one training step: those of its whole batch, of which a process uses those of its rows."""
-
-    generator: torch.Generator
-    first: int
-    total: int
-
-
-class Dropout(nn.Module):
-    """Dropout whose mask of a row does not depend on how the batch is shared out among processes."""
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
-        self.draw: Draw | None = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training or self.p == 0.0:
-            return x
-        if self.draw is None:
-            return nn.functional.dropout(x, self.p)
-        drawn = torch.rand((self.draw.total, *x.shape[1:]), generator=self.draw.generator, device=x.device)
-        mask = drawn[self.draw.first : self.draw.first + len(x)] >= self.p
-        return x * mask / (1.0 - self.p)
-
-
-class _SumOfAll(torch.autograd.Function):
-    """The sum of a tensor over all processes; its gradient is the sum of theirs."""
-
-    @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, group: Any) -> torch.Tensor:
-        ctx.group = group
-        total = values.clone()
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        total = gradients[0].clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
-
-
-class _Synchronised(nn.modules.batchnorm._BatchNorm):
-    """Batch normalisation by the mean and variance of all processes' rows, also on CPUs (torch has it for GPUs)."""
-
-    group: Any = None
-
-    def _check_input_dim(self, input: torch.Tensor) -> None:
-        """Any number of axes will do."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            return super().forward(input)
-        axes, shape = [0, *range(2, input.dim())], [1, -1, *[1] * (input.dim() - 2)]
-        rows = torch.tensor(float(input.numel() // input.shape[1]), device=input.device)
-        dist.all_reduce(rows, group=self.group)
-        mean = self._over_all(input.sum(axes)) / rows
-        centred = input - mean.reshape(shape)
-        variance = self._over_all((centred**2).sum(axes)) / rows
-        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * rows / (rows - 1), self.momentum)
-        scale = torch.rsqrt(variance + self.eps) * self.weight
-        return centred * scale.reshape(shape) + self.bias.reshape(shape)
-
-    def _over_all(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over all processes; gradients flow back to every one of them."""
-        total: torch.Tensor = _SumOfAll.apply(values, self.group)  # type: ignore[no-untyped-call]
-        return total
-
-
-def synchronise(model: nn.Module) -> Any:
-    """Make the batch normalisations of a model count the rows of all processes; the group in which they talk.
-
-    Call it in every process, before the model is wrapped.
-    """
-    group = dist.new_group()
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
-                twin = _Synchronised(child.num_features, child.eps, child.momentum)
-                # The very tensors: an optimiser may hold them already.
-                twin._parameters, twin._buffers = child._parameters, child._buffers
-                twin.group = group
-                setattr(module, name, twin)
-    return group
-
-
-class Network(nn.Module):
-    """A `Preset` as a torch module for a number of classes.
-
-    `forward` takes (N, 1, 256, 256) float32 as `to_input` makes it and gives (N, classes) float32 logits;
-    `embed` gives the (N, hidden) float32 feature vectors, which are never negative.
-    """
-
-    def __init__(self, preset: Preset, classes: int) -> None:
-        super().__init__()
-        self.preset = preset
-        layers: list[nn.Module] = [nn.AvgPool2d(preset.shrink)] if preset.shrink > 1 else []
-        channels, side = 1, SIDE // preset.shrink
-        for conv in preset.convs:
-            layers.append(
-                nn.Conv2d(channels, conv.out, conv.kernel, conv.stride, conv.padding, bias=not preset.batch_norm)
-            )
-            layers += [nn.BatchNorm2d(conv.out)] if preset.batch_norm else []
-            layers.append(nn.ReLU())
-            side = (side + 2 * conv.padding - conv.kernel) // conv.stride + 1
-            if conv.pool:
-                layers.append(nn.MaxPool2d(3, 2))
-                side = (side - 3) // 2 + 1
-            channels = conv.out
-        self.features = nn.Sequential(*layers)
-        self.fc1 = self._hidden(channels * side * side)
-        self.fc2 = self._hidden(preset.hidden)
-        self.dropout = Dropout(preset.dropout)
-        self.fc3 = nn.Linear(preset.hidden, classes)
-        for module in self.modules():
-            # torch's default shrinks the signal at each ReLU; eight layers without normalisation then stall.
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.normal_(self.fc3.weight, std=0.01)
-
-    def _hidden(self, inputs: int) -> nn.Sequential:
-        linear = nn.Linear(inputs, self.preset.hidden, bias=not self.preset.batch_norm)
-        norm = [nn.BatchNorm1d(self.preset.hidden)] if self.preset.batch_norm else []
-        return nn.Sequential(linear, *norm, nn.ReLU())
-
-    def draw(self, draw: "Draw | None") -> None:
-        """Where the random numbers of the next forward pass in training come from; None: torch's global generator."""
-        self.dropout.draw = draw
-
-    def embed(self, x: torch.Tensor) -> torch.Tensor:
-        return self._fc2(x)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc3(self.dropout(self._fc2(x)))  # type: ignore[no-any-return]
-
-    def _fc2(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = self.dropout(self.fc1(torch.flatten(self.features(x), 1)))
-        return self.fc2(hidden)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def to_input(pixels: torch.Tensor) -> torch.Tensor:
-        """(N, 256, 256) uint8 pixels as the (N, 1, 256, 256) float32 that the network takes, within ±2."""
-        return ((pixels.to(torch.float32) - 127.5) / 63.75).unsqueeze(1)
-
-
-def build(preset: str, classes: int) -> Network:
-    """The network of a preset with fresh weights from torch's global generator.
-
-    Raises ModelError for a preset that is not known.
-    """
-    return Network(preset_of(preset), classes)
-
-
-def preset_of(name: str) -> Preset:
-    if name not in PRESETS:
-        raise ModelError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
-    return PRESETS[name]
 
 
 def body_part_of(label: str) -> str:
@@ -453,10 +199,10 @@ def save(
 
     Raises ModelError where classes, model and projection do not belong together.
     """
-    if len(classes) != model.fc3.out_features:
-        raise ModelError(f"{len(classes)} classes for a network with {model.fc3.out_features} outputs")
-    if projection.mean.shape != (model.preset.hidden,):
-        raise ModelError(f"a projection of {projection.mean.shape} for vectors of {model.preset.hidden}")
+    if len(classes) != model.classes:
+        raise ModelError(f"{len(classes)} classes for a network with {model.classes} outputs")
+    if projection.mean.shape != (model.embedding,):
+        raise ModelError(f"a projection of {projection.mean.shape} for vectors of {model.embedding}")
     if UNKNOWN in {body_part_of(name) for name in classes}:
         raise ModelError("UNKNOWN is no class; leave such rows out of the training")
     manifest = Manifest(
@@ -466,7 +212,7 @@ def save(
         classes=tuple(classes),
         possible={modality: tuple(labels) for modality, labels in sorted(possible.items())},
         preprocessing=preprocessing,
-        embedding_dim=model.preset.hidden,
+        embedding_dim=model.embedding,
         projection_dim=len(projection.directions),
         snapshot=snapshot,
         weights_sha256="",
@@ -534,7 +280,7 @@ def embed_batches(loaded: Loaded, pixels: NDArray[np.uint8], modalities: Sequenc
     if pixels.dtype != np.uint8 or pixels.shape[1:] != (SIDE, SIDE):
         raise ModelError(f"pixels are {pixels.dtype} {pixels.shape}, the network takes uint8 (N, 256, 256)")
     model, manifest = loaded.model, loaded.manifest
-    device = model.fc3.weight.device
+    device = model.device
     vectors = np.empty((len(pixels), manifest.embedding_dim), dtype=np.float32)
     logits = np.empty((len(pixels), len(manifest.classes)), dtype=np.float32)
     with torch.inference_mode():
@@ -546,7 +292,7 @@ def embed_batches(loaded: Loaded, pixels: NDArray[np.uint8], modalities: Sequenc
             batch[: len(rows)] = rows
             embedded = model.embed(model.to_input(torch.from_numpy(batch).to(device)))
             vectors[start : start + len(rows)] = embedded[: len(rows)].cpu().numpy()
-            logits[start : start + len(rows)] = model.fc3(embedded)[: len(rows)].cpu().numpy()
+            logits[start : start + len(rows)] = model.classify(embedded)[: len(rows)].cpu().numpy()
     scores = class_scores(logits, manifest, modalities)
     best = scores.argmax(axis=1) if len(scores) else np.zeros(0, dtype=np.int64)
     probabilities = scores[np.arange(len(scores)), best]

@@ -25,7 +25,8 @@ from cbmir_spark import tables as t
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import ConfigError, ModelError
 from cbmir_spark.fitting import Figures
-from cbmir_spark.model import Manifest, Network, Saved
+from cbmir_spark.model import Manifest, Saved
+from cbmir_spark.networks import Network
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 MANIFEST_ARTIFACT = "cbmir/manifest.json"

@@ -26,8 +26,20 @@ from cbmir_spark import checkpoints, dataset, registry, storage
 from cbmir_spark import tables as t
 from cbmir_spark.config import Settings, StorageSettings
 from cbmir_spark.errors import EnvironmentProblem, TrainingError
-from cbmir_spark.fitting import Epoch, Figures, Fitting, History, Loaders, class_weights, confusion_of, figures, fit
-from cbmir_spark.model import Network, Projection, build, preset_of, save
+from cbmir_spark.fitting import (
+    Epoch,
+    Figures,
+    Fitting,
+    History,
+    Loaders,
+    Point,
+    class_weights,
+    confusion_of,
+    figures,
+    fit,
+)
+from cbmir_spark.model import Projection, save
+from cbmir_spark.networks import Network, build, preset_of
 from cbmir_spark.record import Record
 
 # Rows that the projection is fitted on. Snapshots are written shuffled, so the first rows are a fair sample.
@@ -65,15 +77,21 @@ def run(
     record = Record("train")
     lake = t.Lake.of(settings)
     preset = preset_of(settings.training.preset)
+    recipe = preset.recipe
     place = registry.tracking_of(settings, lake)
     pinned = t.require_published(spark, lake)
     with record.stage("snapshot"):
         snapshot = dataset.snapshot(spark, lake, pinned, settings.dataset, settings.storage, settings.privacy.burned_in)
     fitting = Fitting(
-        optimiser=preset.optimiser,
-        learning_rate=settings.training.learning_rate or preset.learning_rate,
-        weight_decay=preset.weight_decay,
-        epochs=settings.training.epochs or preset.epochs,
+        optimiser=recipe.optimiser,
+        learning_rate=settings.training.learning_rate or recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        epochs=settings.training.epochs or recipe.epochs,
+        updates=None if settings.training.epochs else recipe.updates,
+        schedule=recipe.schedule,
+        momentum=recipe.momentum,
+        clip=recipe.clip,
+        augment=recipe.augment,
         class_weights=class_weights([snapshot.images[dataset.TRAIN].get(name, 0) for name in snapshot.classes]),
         seed=settings.training.seed,
     )
@@ -83,7 +101,7 @@ def run(
         "storage": settings.storage.model_dump(),
         "preset": preset.name,
         "fitting": asdict(fitting),
-        "batch_size": settings.training.batch_size or preset.batch_size,
+        "batch_size": settings.training.batch_size or recipe.batch_size,
         "data_seed": settings.dataset.seed,
         "processes": settings.training.processes,
         "use_gpu": settings.training.use_gpu,
@@ -106,6 +124,9 @@ def run(
 
         with record.stage("fit"):
             model, history = _fit_in(spark, job, log_epoch)
+        for point in history.curve:
+            figures_now = {"step_loss": point.loss, "step_accuracy": point.accuracy, "step_rate": point.learning_rate}
+            mlflow.log_metrics(figures_now, step=point.step)
         with record.stage("projection"):
             projection = Projection.fit(_train_features(model, snapshot, job))
         saved = save(
@@ -201,7 +222,12 @@ def _fit_in(spark: SparkSession, job: Mapping[str, Any], on_epoch: Callable[[Epo
     epochs = tuple(Epoch(**epoch) for epoch in result["history"]["epochs"])
     for epoch in epochs:
         on_epoch(epoch)
-    return model.eval(), History(epochs, result["history"]["kept"], result["history"]["resumed"])
+    return model.eval(), History(
+        epochs,
+        result["history"]["kept"],
+        tuple(Point(**point) for point in result["history"]["curve"]),
+        result["history"]["resumed"],
+    )
 
 
 def _same_course(job: Mapping[str, Any]) -> str:

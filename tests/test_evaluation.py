@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pyspark.sql import SparkSession
 from sklearn.metrics import average_precision_score, precision_recall_fscore_support
 
-from cbmir_spark import config, dataset, evaluation, features, fitting, model, storage
+from cbmir_spark import config, dataset, evaluation, features, fitting, model, networks, storage
 from cbmir_spark import tables as t
 from cbmir_spark.errors import ModelError
 from tests import tiny_lake
@@ -204,7 +204,7 @@ def evaluated(
     pinned = t.require_published(spark, lake)
     snapshot = dataset.snapshot(spark, lake, pinned, settings.dataset, settings.storage)
     torch.manual_seed(1)
-    network = model.build("alexnet-small", len(snapshot.classes)).eval()
+    network = networks.build("alexnet-small", len(snapshot.classes)).eval()
     saved = model.save(
         network,
         model.Projection.fit([np.random.default_rng(1).random((64, 512), dtype=np.float32)]),

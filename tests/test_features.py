@@ -14,7 +14,7 @@ import torch
 from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
-from cbmir_spark import arrays, config, features, model, registry, storage
+from cbmir_spark import arrays, config, features, model, networks, registry, storage
 from cbmir_spark import tables as t
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import ModelError, TableError
@@ -26,7 +26,7 @@ from tests.tiny_lake import PREPROCESSING, Drawn, draw, pseudonym, publish
 def save_model(folder: Path, seed: int = 1, preprocessing: str = PREPROCESSING, spoil: float | None = None) -> Saved:
     """The small network, untrained; `spoil` is put into the weights of its feature layer."""
     torch.manual_seed(seed)
-    network = model.build("alexnet-small", 3).eval()
+    network = networks.build("alexnet-small", 3).eval()
     if spoil is not None:
         with torch.no_grad():
             for parameter in network.fc2.parameters():

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from cbmir_spark import checkpoints, fitting, model
+from cbmir_spark import checkpoints, fitting, networks
 from cbmir_spark.config import StorageSettings
 from cbmir_spark.errors import TrainingError
 from cbmir_spark.fitting import Batch, Fitting, Loaders
@@ -53,9 +53,9 @@ def course(**changes: object) -> Fitting:
     return Fitting(**{**values, **changes})
 
 
-def small(seed: int = 1) -> model.Network:
+def small(seed: int = 1) -> networks.Network:
     torch.manual_seed(seed)
-    return model.build("alexnet-small", 2)
+    return networks.build("alexnet-small", 2)
 
 
 # The loop
@@ -234,7 +234,7 @@ class Share(InMemory):
 def losses(source: InMemory) -> list[float]:
     """In double precision: batch normalisation of four rows makes much of the last digit."""
     network = small().double()
-    network.to_input = lambda pixels: model.Network.to_input(pixels).double()  # type: ignore[method-assign]
+    network.to_input = lambda pixels: networks.Network.to_input(pixels).double()  # type: ignore[method-assign]
     history = fitting.fit(network, Loaders(source, None), course(optimiser="sgd", learning_rate=1e-3))
     return [epoch.loss for epoch in history.epochs]
 
@@ -253,3 +253,46 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
     """With dropout and batch normalisation: masks and statistics are those of the whole batch."""
     torch.multiprocessing.spawn(_one_of_two, args=(str(tmp_path),), nprocs=2)
     assert json.loads((tmp_path / "losses").read_text()) == pytest.approx(losses(InMemory()), rel=1e-9)
+
+
+# Presets
+
+
+@pytest.mark.parametrize("preset", networks.PRESETS)
+def test_every_preset_learns_two_kinds_of_picture(preset: str) -> None:
+    """A few steps by its own recipe, but for the paper's rate, which needs more pictures than these."""
+    recipe = networks.PRESETS[preset].recipe
+    torch.manual_seed(1)
+    network = networks.build(preset, 2)
+    how = course(
+        optimiser=recipe.optimiser,
+        learning_rate=1e-4 if preset == "paper" else recipe.learning_rate,
+        updates=6,
+        epochs=9,
+        schedule=recipe.schedule,
+        momentum=recipe.momentum,
+        clip=recipe.clip,
+        augment=recipe.augment,
+    )
+    history = fitting.fit(network, Loaders(InMemory(rows=32), None), how)
+    # Four steps are an epoch, so the second one is cut short.
+    assert [epoch.number for epoch in history.epochs] == [1, 2]
+    assert [point.step for point in history.curve] == [6]
+    rates = {epoch.learning_rate for epoch in history.epochs}
+    assert len(rates) == (1 if recipe.schedule == "constant" else 2)
+
+
+def test_a_picture_is_changed_alike_wherever_its_row_is_computed() -> None:
+    pictures = networks.Network.to_input(torch.from_numpy(InMemory(rows=8).pixels))
+
+    def changed(first: int, count: int) -> torch.Tensor:
+        draw = networks.Draw(torch.Generator().manual_seed(5), first, 8)
+        return fitting.augmented(pictures[first : first + count], draw)
+
+    whole = changed(0, 8)
+    assert torch.equal(torch.cat([changed(0, 3), changed(3, 5)]), whole)
+    assert not torch.allclose(whole, pictures) and whole.shape == pictures.shape
+    # A black picture is dark all over: nothing gray comes in from outside.
+    black = networks.Network.to_input(torch.zeros(1, 256, 256, dtype=torch.uint8))
+    made = fitting.augmented(black, networks.Draw(torch.Generator().manual_seed(5), 0, 1))
+    assert float(made.max() - made.min()) < 1e-4

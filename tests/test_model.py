@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from cbmir_spark import model
+from cbmir_spark import model, networks
 from cbmir_spark.errors import ModelError
 from cbmir_spark.model import Manifest, Projection, Saved
 
@@ -18,8 +18,8 @@ POSSIBLE = {"CT": ("CT/CHEST", "CT/HEAD"), "MR": ("MR/HEAD",)}
 
 def saved(seed: int = 0) -> Saved:
     torch.manual_seed(seed)
-    network = model.build("alexnet-small", len(CLASSES)).eval()
-    rows = np.random.default_rng(seed).random((50, network.preset.hidden), dtype=np.float32)
+    network = networks.build("alexnet-small", len(CLASSES)).eval()
+    rows = np.random.default_rng(seed).random((50, network.embedding), dtype=np.float32)
     return model.save(
         network,
         Projection.fit([rows]),
@@ -36,7 +36,7 @@ def pictures(count: int) -> np.ndarray:
 
 
 def test_alexnet_has_the_papers_layers_and_shapes() -> None:
-    network = model.build("alexnet", 22).eval()
+    network = networks.build("alexnet", 22).eval()
     x = network.to_input(torch.zeros(2, 256, 256, dtype=torch.uint8))
     seen = []
     for layer in network.features:
@@ -73,29 +73,32 @@ def test_alexnet_has_as_many_parameters_as_the_paper_s_sizes_give() -> None:
     linear = [(256 * 6 * 6, 4096), (4096, 4096), (4096, 22)]
     expected = sum(a * b * k * k + b for a, b, k in convolutions) + sum(a * b + b for a, b in linear)
     assert expected == 58_348_246
-    assert sum(p.numel() for p in model.build("alexnet", 22).parameters()) == expected
+    assert sum(p.numel() for p in networks.build("alexnet", 22).parameters()) == expected
 
 
 def test_small_alexnet_keeps_five_convolutions_and_three_linear_layers() -> None:
-    network = model.build("alexnet-small", 22)
+    network = networks.build("alexnet-small", 22)
     assert sum(isinstance(layer, nn.Conv2d) for layer in network.modules()) == 5
     assert sum(isinstance(layer, nn.Linear) for layer in network.modules()) == 3
     assert sum(p.numel() for p in network.parameters()) < 3_000_000
 
 
-@pytest.mark.parametrize("preset", model.PRESETS)
-def test_embedding_is_the_second_hidden_layer_after_its_relu(preset: str) -> None:
-    network = model.build(preset, 3).eval()
+@pytest.mark.parametrize("preset", networks.PRESETS)
+def test_what_a_network_embeds_is_what_it_classifies(preset: str) -> None:
+    network = networks.build(preset, 3).eval()
     x = network.to_input(torch.from_numpy(pictures(2)))
     vectors = network.embed(x)
-    assert vectors.shape == (2, network.preset.hidden) and vectors.dtype == torch.float32
-    assert vectors.min() == 0.0 and vectors.max() > 0.0
-    assert torch.equal(network.fc3(vectors), network(x))
+    assert vectors.shape == (2, network.embedding) and vectors.dtype == torch.float32
+    assert torch.equal(network.classify(vectors), network(x))
+    if isinstance(network, networks.AlexNet):
+        assert vectors.min() == 0.0 and vectors.max() > 0.0
+    else:
+        assert torch.allclose(vectors.norm(dim=1), torch.ones(2))
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ModelError, match=r"'alexnet-tiny'.*alexnet, alexnet-small"):
-        model.build("alexnet-tiny", 3)
+    with pytest.raises(ModelError, match=r"'alexnet-tiny'.*alexnet, alexnet-small, paper, retrieval"):
+        networks.build("alexnet-tiny", 3)
 
 
 def test_a_saved_model_loads_to_the_same_vectors_and_scores() -> None:
@@ -104,7 +107,7 @@ def test_a_saved_model_loads_to_the_same_vectors_and_scores() -> None:
     assert loaded.manifest == files.manifest
     assert loaded.manifest.model_id == f"alexnet-small-{hashlib.sha256(files.weights).hexdigest()[:12]}"
     torch.manual_seed(0)
-    original = model.build("alexnet-small", len(CLASSES)).eval()
+    original = networks.build("alexnet-small", len(CLASSES)).eval()
     embedded = model.embed_batches(loaded, pictures(16))
     with torch.inference_mode():
         x = original.to_input(torch.from_numpy(pictures(16)))
@@ -156,8 +159,8 @@ def test_what_is_no_manifest_or_no_weights_is_refused() -> None:
 
 
 def test_saving_refuses_what_does_not_belong_together() -> None:
-    network = model.build("alexnet-small", 3)
-    projection = Projection(np.zeros(network.preset.hidden), np.eye(32, network.preset.hidden))
+    network = networks.build("alexnet-small", 3)
+    projection = Projection(np.zeros(network.embedding), np.eye(32, network.embedding))
     rest = {"possible": {}, "preprocessing": "p", "snapshot": "s"}
     with pytest.raises(ModelError, match="2 classes for a network with 3 outputs"):
         model.save(network, projection, label="body_part", classes=["A", "B"], **rest)
