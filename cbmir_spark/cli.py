@@ -76,6 +76,22 @@ def train(
 
 
 @app.command()
+def runs(
+    limit: Annotated[int, typer.Option(min=1, help="How many of the newest runs.")] = 20,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    lake: LakeUri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare training runs: what was asked for, what was reached, and which model is candidate or champion."""
+    settings = _settings(config, overrides, {"lake.uri": lake})
+    from cbmir_spark import registry as room
+
+    found = room.runs(settings, limit)
+    return terminal.print_json([asdict(run) for run in found]) if as_json else terminal.print_runs(found)
+
+
+@app.command()
 def index(
     model: Annotated[str | None, typer.Option(help="models:/name@alias, models:/name/3, runs:/id or a folder.")] = None,
     config: ConfigFile = None,

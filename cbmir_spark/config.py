@@ -147,6 +147,7 @@ class TrainingSettings(_Section):
     seed: Annotated[int, Field(ge=1)]
     checkpoint_steps: Positive | None
     attempts: Positive
+    promotion_margin: Annotated[float, Field(ge=0.0)]
 
 
 class MlflowSettings(_Section):

@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,11 +28,43 @@ from cbmir_spark.errors import ConfigError, ModelError
 from cbmir_spark.fitting import Figures
 from cbmir_spark.model import Manifest, Saved
 from cbmir_spark.networks import Network
+from cbmir_spark.ranking import K, RankingFigures
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 MANIFEST_ARTIFACT = "cbmir/manifest.json"
 WEIGHTS_ARTIFACT = "cbmir/weights.safetensors"
 MODEL_ID_TAG = "model_id"
+# What `runs` shows of the parameters and metrics of a run.
+_SHOWN_PARAMETERS = ("preset", "epochs", "batch_size", "learning_rate", "processes", "snapshot", "classes")
+_SHOWN_METRICS = (
+    "train_loss",
+    "test_accuracy",
+    "test_macro_recall",
+    "test_macro_f1",
+    "validation_map",
+    "validation_macro_map",
+    "images_per_second",
+    "waiting_share",
+)
+
+
+@dataclass(frozen=True)
+class Incumbent:
+    """The model that a new one is compared with."""
+
+    version: str
+    manifest: str
+    weights: bytes
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """Whether a new version became `candidate`, why, and what both reached (mAP) where that was measured."""
+
+    taken: bool
+    reason: str
+    reached: float | None
+    incumbent_reached: float | None
 
 
 def resolve_model(uri: str, settings: Settings) -> tuple[str, bytes]:
@@ -261,7 +294,7 @@ class _Served(nn.Module):
 
 
 def register(mlflow: Any, settings: Settings, run_id: str, model: Network, saved: Saved) -> str:
-    """Log the two files and the served model, register a version, move `candidate` to it; the version."""
+    """Log the two files and the served model, and register a version; its number."""
     from mlflow.exceptions import MlflowException
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
@@ -299,8 +332,128 @@ def register(mlflow: Any, settings: Settings, run_id: str, model: Network, saved
     version = client.create_model_version(
         name, source=logged.model_uri, run_id=run_id, model_id=logged.model_id, tags=_version_tags(saved.manifest)
     )
-    client.set_registered_model_alias(name, CANDIDATE, version.version)
     return str(version.version)
+
+
+def log_inputs(mlflow: Any, lake: t.Lake, versions: Mapping[str, int], digest: str) -> None:
+    """Say which versions of which Delta tables the snapshot `digest` was made from, as MLflow's dataset inputs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from mlflow.data.delta_dataset_source import DeltaDatasetSource
+        from mlflow.data.meta_dataset import MetaDataset
+
+    for table in (t.TAGS, t.PIXELS):
+        source = DeltaDatasetSource(path=lake.path(table), delta_table_version=versions[table.name])
+        mlflow.log_input(MetaDataset(source, name=table.name, digest=digest), context="training")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run as `cbmir runs` shows it: what was asked for, what was reached, and what became of the model."""
+
+    run_id: str
+    started: str
+    status: str
+    parameters: Mapping[str, str]
+    metrics: Mapping[str, float]
+    version: str | None
+    model_id: str | None
+    aliases: tuple[str, ...]
+    promotion: str | None
+
+
+def runs(settings: Settings, limit: int) -> list[Run]:
+    """The newest training runs of the lake's experiment. Raises ModelError where nothing was trained yet."""
+    name = settings.mlflow.model_name
+    with existing_mlflow(f"models:/{name}", settings) as mlflow:
+        client = mlflow.MlflowClient()
+        place = client.get_experiment_by_name(settings.mlflow.experiment)
+        if place is None:
+            raise ModelError(f"MLflow has no experiment {settings.mlflow.experiment}: run `cbmir train` first")
+        found = client.search_runs([place.experiment_id], order_by=["attributes.start_time DESC"], max_results=limit)
+        versions = {version.run_id: version for version in client.search_model_versions(f"name = '{name}'")}
+        aliases: dict[str, list[str]] = {}
+        if versions:
+            for alias, version in client.get_registered_model(name).aliases.items():
+                aliases.setdefault(str(version), []).append(alias)
+    rows = []
+    for run in found:
+        made = versions.get(run.info.run_id)
+        rows.append(
+            Run(
+                run_id=run.info.run_id,
+                started=datetime.fromtimestamp(run.info.start_time / 1000, UTC).isoformat(timespec="seconds"),
+                status=run.info.status,
+                parameters={key: run.data.params[key] for key in _SHOWN_PARAMETERS if key in run.data.params},
+                metrics={key: run.data.metrics[key] for key in _SHOWN_METRICS if key in run.data.metrics},
+                version=str(made.version) if made else None,
+                model_id=made.tags.get(MODEL_ID_TAG) if made else None,
+                aliases=tuple(sorted(aliases.get(str(made.version), ()))) if made else (),
+                promotion=made.tags.get("promotion.reason") if made else None,
+            )
+        )
+    return rows
+
+
+def ranking_metrics(ranking: RankingFigures) -> dict[str, float]:
+    """As MLflow metrics, with the names they have there."""
+    return {
+        f"validation_precision_at_{K}": ranking.precision,
+        f"validation_macro_precision_at_{K}": ranking.macro_precision,
+        "validation_map": ranking.mean_average_precision,
+        "validation_macro_map": ranking.macro_mean_average_precision,
+    }
+
+
+def incumbent(settings: Settings) -> Incumbent | None:
+    """The model that `candidate` points at; None where there is none, or where it cannot be read any more."""
+    uri = f"models:/{settings.mlflow.model_name}@{CANDIDATE}"
+    try:
+        manifest, weights = resolve_model(uri, settings)
+    except ModelError:
+        return None
+    with existing_mlflow(uri, settings) as mlflow:
+        version = mlflow.MlflowClient().get_model_version_by_alias(settings.mlflow.model_name, CANDIDATE)
+    return Incumbent(str(version.version), manifest, weights)
+
+
+def promote(
+    mlflow: Any,
+    settings: Settings,
+    version: str,
+    challenger: RankingFigures | None,
+    standing: Incumbent | None,
+    reached: RankingFigures | None,
+) -> Promotion:
+    """Move `candidate` to a version unless its mAP is worse than the incumbent's on the same split; say so in its tags.
+
+    Worse by more than `training.promotion_margin`, that is. Without figures of both there is nothing to compare.
+    """
+    margin = settings.training.promotion_margin
+    ours = challenger.mean_average_precision if challenger else None
+    theirs = reached.mean_average_precision if reached else None
+    if challenger is None:
+        reason = "no patient was held back for validation"
+    elif standing is None:
+        reason = "there is no candidate yet"
+    elif theirs is None:
+        reason = f"version {standing.version} takes pictures of another preprocessing"
+    elif challenger.mean_average_precision < theirs - margin:
+        reason = f"its mAP is worse than that of version {standing.version} by more than {margin}"
+    else:
+        reason = f"its mAP is not worse than that of version {standing.version} by more than {margin}"
+    taken = ours is None or theirs is None or ours >= theirs - margin
+    client, name = mlflow.MlflowClient(), settings.mlflow.model_name
+    tags = {"promotion": "candidate" if taken else "refused", "promotion.reason": reason}
+    tags |= {"promotion.margin": str(margin)}
+    tags |= {"promotion.map": str(ours)} if ours is not None else {}
+    if standing is not None and theirs is not None:
+        tags |= {"promotion.incumbent": standing.version, "promotion.incumbent_map": str(theirs)}
+    for key, value in tags.items():
+        client.set_model_version_tag(name, version, key, value)
+    if taken:
+        client.set_registered_model_alias(name, CANDIDATE, version)
+    return Promotion(taken, reason, ours, theirs)
 
 
 def _version_tags(manifest: Manifest) -> dict[str, str]:

@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from cbmir_spark import demo, evaluation, remap
+    from cbmir_spark import demo, evaluation, registry, remap
     from cbmir_spark.doctor import Check
 
 out = Console()
@@ -100,6 +100,9 @@ def detail(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
 
 
+_FIGURES_OF_RUNS = ("epochs", "loss", "test recall", "mAP", "images/s")
+
+
 def print_json(report: Any) -> None:
     values = asdict(report) if is_dataclass(report) and not isinstance(report, type) else report
     sys.stdout.write(json.dumps(values, default=str) + "\n")
@@ -121,7 +124,36 @@ def print_report(title: str, report: Any) -> None:
     for name, value in asdict(report).items():
         if value is None or value == {} or value == []:
             continue
+        if name == "history":
+            value = {"epochs": len(value["epochs"]), "kept": value["kept"]} | (value["epochs"] or [{}])[-1]
         table.add_row(name.replace("_", " "), plain(_value(value)))
+    out.print(table)
+
+
+def print_runs(runs: "list[registry.Run]") -> None:
+    """One row for each run, newest first."""
+    table = Table(title="Training runs", title_justify="left")
+    for heading in (
+        "run",
+        "started",
+        "preset",
+        "epochs",
+        "snapshot",
+        "loss",
+        "test recall",
+        "mAP",
+        "images/s",
+        "model",
+    ):
+        table.add_column(heading, justify="right" if heading in _FIGURES_OF_RUNS else "left", overflow="fold")
+    for run in runs:
+        figures = [
+            f"{run.metrics[name]:.4g}" if name in run.metrics else "–"
+            for name in ("train_loss", "test_macro_recall", "validation_map", "images_per_second")
+        ]
+        model = run.status.lower() if run.version is None else f"{run.version} {' '.join(run.aliases)}".strip()
+        preset, snapshot, epochs = (run.parameters.get(name, "–") for name in ("preset", "snapshot", "epochs"))
+        table.add_row(run.run_id[:8], run.started[:16], plain(preset), snapshot[:8], plain(epochs), *figures, model)
     out.print(table)
 
 

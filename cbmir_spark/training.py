@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,17 +38,22 @@ from cbmir_spark.fitting import (
     figures,
     fit,
 )
-from cbmir_spark.model import Projection, save
+from cbmir_spark.model import Projection, load, save
 from cbmir_spark.networks import Network, build, preset_of
+from cbmir_spark.ranking import RankingFigures, rank
 from cbmir_spark.record import Record
 
-# Rows that the projection is fitted on. Snapshots are written shuffled, so the first rows are a fair sample.
-_PROJECTION_ROWS = 20_000
+# Rows that the projection is fitted on, and pictures are ranked among. Snapshots are written shuffled, so the first
+# rows are a fair sample.
+_FEATURE_ROWS = 20_000
 
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What a training run ended in; `test` is None where no patient was held back for it."""
+    """What a training run ended in.
+
+    `test` is None where no patient was held back for it, `ranking` (validation against train pictures) likewise.
+    """
 
     model_id: str
     model_uri: str
@@ -62,6 +67,8 @@ class TrainingReport:
     left_out: Mapping[str, int]
     history: History
     test: Figures | None
+    ranking: RankingFigures | None
+    promotion: registry.Promotion
     versions: Mapping[str, int]
     seconds: Mapping[str, float]
 
@@ -117,6 +124,7 @@ def run(
         run_id: str = active.info.run_id
         mlflow.log_params(registry.parameters(settings, snapshot, job, versions))
         mlflow.set_tags({"snapshot": snapshot.digest, "lake": lake.uri})
+        registry.log_inputs(mlflow, lake, versions, snapshot.digest)
 
         def log_epoch(epoch: Epoch) -> None:
             mlflow.log_metrics(epoch.metrics(), step=epoch.number)
@@ -128,7 +136,8 @@ def run(
             figures_now = {"step_loss": point.loss, "step_accuracy": point.accuracy, "step_rate": point.learning_rate}
             mlflow.log_metrics(figures_now, step=point.step)
         with record.stage("projection"):
-            projection = Projection.fit(_train_features(model, snapshot, job))
+            gallery, gallery_labels = _features(model, snapshot, dataset.TRAIN, job)
+            projection = Projection.fit([gallery])
         saved = save(
             model,
             projection,
@@ -145,8 +154,16 @@ def run(
                 _, confusion = confusion_of(model, source, torch.tensor(fitting.class_weights))
                 test = figures(confusion, snapshot.classes)
                 registry.log_test(mlflow, test, confusion, snapshot.classes)
+        with record.stage("ranking"):
+            ranking = incumbent = None
+            if snapshot.rows(dataset.VALIDATION):
+                ranking = rank(*_features(model, snapshot, dataset.VALIDATION, job), gallery, gallery_labels)
+                mlflow.log_metrics(registry.ranking_metrics(ranking))
+                incumbent = registry.incumbent(settings)
+            standing = _ranked_anew(incumbent, snapshot, job) if incumbent is not None else None
         with record.stage("register"):
             version = registry.register(mlflow, settings, run_id, model, saved)
+            promotion = registry.promote(mlflow, settings, version, ranking, incumbent, standing)
         if history.resumed is not None:
             mlflow.set_tag("resumed_from_step", str(history.resumed))
         mlflow.log_metrics({f"{stage}_seconds": value for stage, value in record.seconds.items()})
@@ -170,6 +187,8 @@ def run(
         left_out=snapshot.left_out,
         history=history,
         test=test,
+        ranking=ranking,
+        promotion=promotion,
         versions=versions,
         seconds=record.seconds,
     )
@@ -276,18 +295,34 @@ def _loader(
     )
 
 
-def _train_features(
-    model: Network, snapshot: dataset.Snapshot, job: Mapping[str, Any]
-) -> Iterator[NDArray[np.float32]]:
+def _features(
+    model: Network, snapshot: dataset.Snapshot, split: str, job: Mapping[str, Any]
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Vectors and class numbers of a split, of its first rows where it has more than a process should hold."""
     model.eval()
+    vectors: list[NDArray[np.float32]] = []
+    labels: list[NDArray[np.int64]] = []
     seen = 0
-    with contextlib.closing(_loader(snapshot, dataset.TRAIN, job, shuffle=False).epoch(0)) as batches:
-        for pixels, _ in batches:
+    with contextlib.closing(_loader(snapshot, split, job, shuffle=False).epoch(0)) as batches:
+        for pixels, targets in batches:
             with torch.inference_mode():
-                yield model.embed(model.to_input(pixels)).numpy()
+                vectors.append(model.embed(model.to_input(pixels)).numpy())
+            labels.append(targets.numpy())
             seen += len(pixels)
-            if seen >= _PROJECTION_ROWS:
-                return
+            if seen >= _FEATURE_ROWS:
+                break
+    return np.concatenate(vectors), np.concatenate(labels)
+
+
+def _ranked_anew(
+    incumbent: registry.Incumbent, snapshot: dataset.Snapshot, job: Mapping[str, Any]
+) -> RankingFigures | None:
+    """What the incumbent reaches on this very split; None where it takes pictures of another preprocessing."""
+    loaded = load(incumbent.weights, incumbent.manifest)
+    if loaded.manifest.preprocessing != snapshot.preprocessing:
+        return None
+    queries = _features(loaded.model, snapshot, dataset.VALIDATION, job)
+    return rank(*queries, *_features(loaded.model, snapshot, dataset.TRAIN, job))
 
 
 def _device(job: Mapping[str, Any]) -> torch.device:

@@ -1,13 +1,14 @@
 """One Spark session for the whole suite, settings rooted in a test's own folder, and the shared real data."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from pyspark.sql import SparkSession
 
-from cbmir_spark import config, session
+from cbmir_spark import cli, config, session
 from tests import s3_server
 
 REPO = Path(__file__).resolve().parent.parent
@@ -48,6 +49,7 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
 
 
 MakeSettings = Callable[..., config.Settings]
+Cbmir = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -74,3 +76,20 @@ def shared_data() -> Path:
     if not (folder / "dicom_index.csv").is_file():
         pytest.skip(f"the shared real images are not at {folder}")
     return folder
+
+
+@pytest.fixture
+def cbmir(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cbmir:
+    """Run the console script in this process: (exit status, stdout, stderr)."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["cbmir", *arguments])
+        status: object = 0
+        try:
+            cli.main()
+        except SystemExit as ended:
+            status = ended.code or 0
+        printed = capsys.readouterr()
+        return int(str(status)), printed.out, printed.err
+
+    return call

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,26 +12,7 @@ import pytest
 from pyspark.sql import SparkSession
 
 from cbmir_spark import cli, config, terminal
-from tests.conftest import REPO
-
-Cbmir = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def cbmir(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cbmir:
-    """Run the console script in this process: (exit status, stdout, stderr)."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["cbmir", *arguments])
-        status: object = 0
-        try:
-            cli.main()
-        except SystemExit as ended:
-            status = ended.code or 0
-        printed = capsys.readouterr()
-        return int(str(status)), printed.out, printed.err
-
-    return call
+from tests.conftest import REPO, Cbmir
 
 
 @pytest.fixture

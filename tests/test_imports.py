@@ -20,6 +20,7 @@ FORBIDDEN = {
     "decoder": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pydantic"},
     "vocabulary": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pydantic", "pydicom", "numpy"},
     "model": {"pyspark", "delta", "mlflow", "petastorm", "pydantic", "pyarrow"},
+    "ranking": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pydantic", "pyarrow"},
     "networks": {"pyspark", "delta", "mlflow", "petastorm", "pydantic", "pyarrow"},
     "fitting": {"pyspark", "delta", "mlflow", "petastorm", "pydantic", "pyarrow"},
     "checkpoints": {"pyspark", "delta", "mlflow", "petastorm"},

@@ -13,7 +13,9 @@ from cbmir_spark import tables as t
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import ConfigError, ModelError, TrainingError
 from cbmir_spark.fitting import Epoch
+from cbmir_spark.ranking import RankingFigures
 from cbmir_spark.training import TrainingReport
+from tests.conftest import Cbmir
 from tests.tiny_lake import Drawn, publish
 
 PATIENTS, IMAGES_EACH = 4, 3
@@ -64,7 +66,8 @@ def test_run_reports_what_it_did(trained: Trained) -> None:
     assert list(report.history.epochs) == told and len(told) == 2
     assert report.test is not None and 0.0 <= report.test.macro_recall <= 1.0
     assert report.model_uri == "models:/cbmir/1" and report.tracking_uri == tracking_uri
-    assert set(report.seconds) == {"snapshot", "fit", "projection", "test", "register"}
+    assert set(report.seconds) == {"snapshot", "fit", "projection", "test", "ranking", "register"}
+    assert report.ranking is None and report.promotion.taken
 
 
 def test_mlflow_run_holds_parameters_metrics_data_versions_and_figures(trained: Trained, tmp_path: Path) -> None:
@@ -91,6 +94,12 @@ def test_mlflow_run_holds_parameters_metrics_data_versions_and_figures(trained: 
             "delta.sources": str(report.versions["sources"]),
         }.items()
     )
+    inputs = {each.dataset.name: each.dataset for each in run.inputs.dataset_inputs}
+    assert {name: json.loads(inputs[name].source)["delta_table_version"] for name in inputs} == {
+        "tags": report.versions["tags"],
+        "pixels": report.versions["pixels"],
+    }
+    assert {each.digest for each in inputs.values()} == {report.snapshot}
     losses = client.get_metric_history(report.run_id, "train_loss")
     assert [(m.step, m.value) for m in losses] == [(epoch.number, epoch.loss) for epoch in told]
     assert report.test is not None
@@ -245,3 +254,51 @@ def test_a_run_that_was_stopped_goes_on_and_ends_in_the_same_model(spark: SparkS
     tags = MlflowClient(tracking_uri=tracking_uri).get_run(again.run_id).data.tags
     assert tags["resumed_from_step"] == str(again.history.resumed) != "0"
     assert not any(below.rglob("*.safetensors"))
+
+
+def test_runs_are_compared_in_the_terminal(trained: Trained, cbmir: Cbmir, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, report, _, _ = trained
+    monkeypatch.setenv("COLUMNS", "160")
+    folder = storage.local_path(t.Lake.of(settings).uri)
+    status, printed, _ = cbmir("runs", "--lake", folder, "--json")
+    found = {run["run_id"]: run for run in json.loads(printed)}[report.run_id]
+    assert status == 0 and found["model_id"] == report.model_id and found["parameters"]["preset"] == "alexnet-small"
+    assert report.test is not None and found["metrics"]["test_macro_recall"] == report.test.macro_recall
+    assert report.run_id[:8] in cbmir("runs", "--lake", folder)[1]
+    status, _, told = cbmir("runs", "--lake", f"{folder}-nowhere")
+    assert status == 1 and "nothing was trained on this lake" in told
+
+
+# The gate
+
+
+def figures_of(mean_average_precision: float) -> RankingFigures:
+    return RankingFigures(9, 0, 0.5, 0.5, mean_average_precision, 0.5)
+
+
+def test_a_new_model_is_ranked_beside_the_candidate_on_one_split(spark: SparkSession, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    settings = settings_for(tmp_path, "dataset.validation_fraction=0.25")
+    publish(spark, settings, images())
+    first = training.run(spark, settings)
+    assert first.ranking is not None and 0.0 < first.ranking.mean_average_precision <= 1.0
+    assert first.promotion.taken and first.promotion.incumbent_reached is None
+    again = training.run(spark, settings)
+    assert again.model_id == first.model_id and again.ranking == first.ranking
+    assert again.promotion.incumbent_reached == again.promotion.reached == first.ranking.mean_average_precision
+    client = MlflowClient(tracking_uri=first.tracking_uri)
+    assert client.get_run(first.run_id).data.metrics["validation_map"] == first.ranking.mean_average_precision
+
+    standing = registry.incumbent(settings)
+    assert standing is not None and standing.version == "2"
+    with registry.existing_mlflow("the candidate", settings) as mlflow:
+        for challenger, taken in ((0.80, False), (0.895, True), (0.91, True)):
+            client.set_registered_model_alias("cbmir", registry.CANDIDATE, "2")
+            found = registry.promote(mlflow, settings, "1", figures_of(challenger), standing, figures_of(0.9))
+            assert found.taken == taken
+            tags = client.get_model_version("cbmir", "1").tags
+            assert tags["promotion"] == ("candidate" if taken else "refused")
+            assert (tags["promotion.map"], tags["promotion.incumbent_map"]) == (str(challenger), "0.9")
+            holder = client.get_model_version_by_alias("cbmir", registry.CANDIDATE)
+            assert str(holder.version) == ("1" if taken else "2")
