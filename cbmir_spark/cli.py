@@ -58,7 +58,7 @@ def ingest(
 
 @app.command()
 def train(
-    preset: Annotated[str | None, typer.Option(help="alexnet (the paper's network) or alexnet-small.")] = None,
+    preset: Annotated[str | None, typer.Option(help="alexnet, alexnet-small, paper or retrieval.")] = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
     lake: LakeUri = None,
