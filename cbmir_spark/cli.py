@@ -1,5 +1,6 @@
 """`cbmir <job>`: argv → config → session → <module>.run, and what a person sees of it."""
 
+import json
 import os
 import sys
 import warnings
@@ -13,7 +14,7 @@ import typer
 import yaml
 
 from cbmir_spark import __version__, config, terminal
-from cbmir_spark.errors import CbmirError
+from cbmir_spark.errors import CbmirError, ConfigError
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -59,19 +60,29 @@ def ingest(
 @app.command()
 def train(
     preset: Annotated[str | None, typer.Option(help="alexnet, alexnet-small, paper or retrieval.")] = None,
+    sweep: Annotated[Path | None, typer.Option(help="YAML list of settings, one for each training.")] = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
     lake: LakeUri = None,
     as_json: AsJson = False,
 ) -> None:
     """Train the network on the lake's own labels; the new version becomes `candidate`."""
-    settings = _settings(config, overrides, {"lake.uri": lake, "training.preset": preset})
+    flags = {"lake.uri": lake, "training.preset": preset}
+    settings = _settings(config, overrides, flags)
     from cbmir_spark import training as room
-    from cbmir_spark.networks import preset_of
 
-    epochs = settings.training.epochs or preset_of(settings.training.preset).recipe.epochs
+    if sweep is not None:
+        # All of them are read first: a typing error in the last must not cost the time of those before it.
+        each = [_settings(config, [*(overrides or []), *changes], flags) for changes in _variants(sweep)]
+        with _session(settings, "train") as spark, terminal.progress("trainings", as_json) as progress:
+            reports = room.sweep(spark, each, sweep.name, lambda done: progress(done, len(each), {}))
+        if as_json:
+            return terminal.print_json([asdict(report) for report in reports])
+        for number, report in enumerate(reports, 1):
+            terminal.print_report(f"Trained {number} of {len(reports)}", report)
+        return None
     with _session(settings, "train") as spark, terminal.progress("epochs", as_json) as progress:
-        report = room.run(spark, settings, lambda epoch: progress(epoch.number, epochs, epoch.metrics()))
+        report = room.run(spark, settings, lambda epoch: progress(epoch.number, epoch.of, epoch.metrics()))
     return terminal.print_json(report) if as_json else terminal.print_report("Trained", report)
 
 
@@ -352,6 +363,22 @@ def main(job: str | None = None) -> None:
 def _settings(file: Path | None, overrides: list[str] | None, flags: Mapping[str, object]) -> config.Settings:
     given = [f"{key}={value}" for key, value in flags.items() if value is not None]
     return config.load(file, [*(overrides or []), *given])
+
+
+def _variants(file: Path) -> list[list[str]]:
+    """The overrides of each training of a sweep. Raises ConfigError where the file is no list of settings."""
+    try:
+        listed = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"sweep {file}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise ConfigError(f"sweep {file} is not YAML") from None
+    if not isinstance(listed, list) or not listed or not all(isinstance(each, dict) and each for each in listed):
+        raise ConfigError(
+            f"sweep {file}: give a list, for each training the settings that differ, such as "
+            "`- training.learning_rate: 0.001`"
+        )
+    return [[f"{key}={json.dumps(value)}" for key, value in each.items()] for each in listed]
 
 
 @contextmanager

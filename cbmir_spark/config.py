@@ -144,6 +144,8 @@ class TrainingSettings(_Section):
     learning_rate: Annotated[float, Field(gt=0)] | None
     processes: Positive
     use_gpu: bool
+    precision: Literal["float32", "bfloat16"]
+    compile: bool
     seed: Annotated[int, Field(ge=1)]
     checkpoint_steps: Positive | None
     attempts: Positive

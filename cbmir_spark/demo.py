@@ -20,7 +20,6 @@ from cbmir_spark import dataset, evaluation, features, ingest, retrieval, storag
 from cbmir_spark import tables as t
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import InputError
-from cbmir_spark.networks import preset_of
 
 STEPS = ("archive", "ingest", "train", "index", "retrieve", "evaluate")
 QUERIES_FILE = "queries.csv"
@@ -77,8 +76,9 @@ def run(spark: SparkSession, settings: Settings, progress: Progress | None = Non
     with _step("ingest", seconds, tell):
         ingested = ingest.run(spark, settings, lambda done, total, counts: tell("ingest", done, total, counts))
     with _step("train", seconds, tell):
-        epochs = settings.training.epochs or preset_of(settings.training.preset).recipe.epochs
-        trained = training.run(spark, settings, lambda epoch: tell("train", epoch.number, epochs, {"loss": epoch.loss}))
+        trained = training.run(
+            spark, settings, lambda epoch: tell("train", epoch.number, epoch.of, {"loss": epoch.loss})
+        )
     with _step("index", seconds, tell):
         indexed = features.run(spark, settings)
     with _step("retrieve", seconds, tell):

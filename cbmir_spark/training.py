@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from pyspark.sql import SparkSession
 from cbmir_spark import checkpoints, dataset, registry, storage
 from cbmir_spark import tables as t
 from cbmir_spark.config import Settings, StorageSettings
-from cbmir_spark.errors import EnvironmentProblem, TrainingError
+from cbmir_spark.errors import ConfigError, EnvironmentProblem, TrainingError
 from cbmir_spark.fitting import (
     Epoch,
     Figures,
@@ -99,6 +99,8 @@ def run(
         momentum=recipe.momentum,
         clip=recipe.clip,
         augment=recipe.augment,
+        precision=settings.training.precision,
+        compile=settings.training.compile,
         class_weights=class_weights([snapshot.images[dataset.TRAIN].get(name, 0) for name in snapshot.classes]),
         seed=settings.training.seed,
     )
@@ -119,7 +121,9 @@ def run(
     versions = {"sources": pinned.sources, "tags": pinned.tags, "pixels": pinned.pixels}
     with (
         registry.mlflow_at(place) as mlflow,
-        mlflow.start_run(experiment_id=registry.experiment(mlflow, settings, place)) as active,
+        mlflow.start_run(
+            experiment_id=registry.experiment(mlflow, settings, place), nested=mlflow.active_run() is not None
+        ) as active,
     ):
         run_id: str = active.info.run_id
         mlflow.log_params(registry.parameters(settings, snapshot, job, versions))
@@ -192,6 +196,29 @@ def run(
         versions=versions,
         seconds=record.seconds,
     )
+
+
+def sweep(
+    spark: SparkSession, variants: Sequence[Settings], name: str, on_run: Callable[[int], None] = lambda done: None
+) -> list[TrainingReport]:
+    """Train with each of the settings, one after the other, as runs nested in one MLflow run called `name`.
+
+    Each passes the gate for `candidate` by itself. Raises ConfigError where they are not of one lake.
+    """
+    first = variants[0]
+    if len({t.Lake.of(settings) for settings in variants}) > 1:
+        raise ConfigError(f"sweep {name}: lake.uri differs between its trainings; give one sweep for each lake")
+    place = registry.tracking_of(first, t.Lake.of(first))
+    reports = []
+    with (
+        registry.mlflow_at(place) as mlflow,
+        mlflow.start_run(experiment_id=registry.experiment(mlflow, first, place), run_name=name),
+    ):
+        mlflow.log_params({"trainings": len(variants)})
+        for settings in variants:
+            reports.append(run(spark, settings))
+            on_run(len(reports))
+    return reports
 
 
 def train_process(job: Mapping[str, Any]) -> dict[str, Any]:

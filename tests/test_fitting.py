@@ -296,3 +296,14 @@ def test_a_picture_is_changed_alike_wherever_its_row_is_computed() -> None:
     black = networks.Network.to_input(torch.zeros(1, 256, 256, dtype=torch.uint8))
     made = fitting.augmented(black, networks.Draw(torch.Generator().manual_seed(5), 0, 1))
     assert float(made.max() - made.min()) < 1e-4
+
+
+def test_half_precision_learns_what_whole_precision_learns() -> None:
+    """On a CPU too, where it is slow; weights and their updates stay in float32."""
+    curves = []
+    for precision in ("float32", "bfloat16"):
+        network = small()
+        history = fitting.fit(network, Loaders(InMemory(), None), course(epochs=3, precision=precision))
+        curves.append([epoch.loss for epoch in history.epochs])
+        assert {tensor.dtype for tensor in network.parameters()} == {torch.float32}
+    assert curves[0] != curves[1] and curves[1] == pytest.approx(curves[0], rel=0.25)

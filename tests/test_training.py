@@ -226,6 +226,51 @@ def test_a_process_that_fails_names_its_cause(spark: SparkSession, trained: Trai
         training.run(spark, settings.model_copy(update={"training": diverging}))
 
 
+# Several trainings at once
+
+
+def test_a_sweep_is_one_run_with_a_run_for_each_training(spark: SparkSession, trained: Trained) -> None:
+    from mlflow import MlflowClient
+
+    settings, report, _, tracking_uri = trained
+    rates = (1e-3, 1e-4)
+    variants = [
+        settings.model_copy(update={"training": settings.training.model_copy(update={"learning_rate": rate})})
+        for rate in rates
+    ]
+    counted: list[int] = []
+    reports = training.sweep(spark, variants, "rates.yaml", counted.append)
+    assert counted == [1, 2] and reports[0].model_id == report.model_id != reports[1].model_id
+    client = MlflowClient(tracking_uri=tracking_uri)
+    children = [client.get_run(each.run_id).data for each in reports]
+    (parent,) = {child.tags["mlflow.parentRunId"] for child in children}
+    assert client.get_run(parent).info.run_name == "rates.yaml"
+    assert [child.params["learning_rate"] for child in children] == [str(rate) for rate in rates]
+    elsewhere = settings.model_copy(update={"lake": settings.lake.model_copy(update={"uri": "/nowhere"})})
+    with pytest.raises(ConfigError, match=r"lake\.uri differs"):
+        training.sweep(spark, [settings, elsewhere], "both", counted.append)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("- training.epochz: 3", "epochz"),
+        ("training.epochs: 3", "give a list"),
+        ("- 3", "give a list"),
+        ("[]", "give a list"),
+        ("- {", "is not YAML"),
+        (None, "No such file"),
+    ],
+)
+def test_a_sweep_that_cannot_be_read_trains_nothing(tmp_path: Path, cbmir: Cbmir, text: str | None, said: str) -> None:
+    file = tmp_path / "sweep.yaml"
+    if text is not None:
+        file.write_text(text)
+    status, _, told = cbmir("train", "--sweep", str(file), "--lake", str(tmp_path / "lake"))
+    assert status != 0 and said in told and len(told.strip().splitlines()) == 1
+    assert not (tmp_path / "lake").exists()
+
+
 # Stopped and gone on
 
 
