@@ -424,6 +424,34 @@ def figures(confusion: NDArray[np.int64], classes: Sequence[str]) -> Figures:
     )
 
 
+@dataclass(frozen=True)
+class Curve:
+    """Precision and recall of one class at every threshold of its score, from the strictest to the loosest."""
+
+    precision: NDArray[np.float64]
+    recall: NDArray[np.float64]
+
+    @property
+    def average_precision(self) -> float:
+        """The mean of the precision over the recall that each threshold adds."""
+        return float(np.sum(np.diff(self.recall, prepend=0.0) * self.precision))
+
+
+def precision_recall(scores: NDArray[np.float32], targets: NDArray[np.int64]) -> list[Curve | None]:
+    """A curve for each class of (N, classes) scores; None for a class without a picture."""
+    curves: list[Curve | None] = []
+    for number in range(scores.shape[1]):
+        order = np.argsort(-scores[:, number], kind="stable")
+        right = np.cumsum(targets[order] == number)
+        if not len(right) or not right[-1]:
+            curves.append(None)
+            continue
+        # Of pictures with one score none is above the threshold without the others.
+        ends = np.flatnonzero(np.append(np.diff(scores[order, number]) != 0, True))
+        curves.append(Curve(right[ends] / (ends + 1), right[ends] / right[-1]))
+    return curves
+
+
 def confusion_of(model: Network, source: BatchSource, weights: torch.Tensor) -> tuple[float, NDArray[np.int64]]:
     """The weighted loss and the (true, predicted) counts over this process's share of a source."""
     classes, device = model.classes, model.device

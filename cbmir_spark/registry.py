@@ -8,10 +8,12 @@ here runs on the driver.
 import contextlib
 import logging
 import os
+import platform
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,7 +27,7 @@ from cbmir_spark import dataset, storage
 from cbmir_spark import tables as t
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import ConfigError, ModelError
-from cbmir_spark.fitting import Figures
+from cbmir_spark.fitting import Curve, Figures
 from cbmir_spark.model import Manifest, Saved
 from cbmir_spark.networks import Network
 from cbmir_spark.ranking import K, RankingFigures
@@ -261,6 +263,36 @@ def log_test(mlflow: Any, test: Figures, confusion: NDArray[np.int64], classes: 
     )
     mlflow.log_dict(asdict(test), "test/per_class.json")
     mlflow.log_figure(_confusion_figure(confusion, classes), "test/confusion_matrix.png")
+
+
+def log_curves(mlflow: Any, curves: Sequence[Curve | None], classes: Sequence[str]) -> None:
+    """Precision over recall of each class that has test pictures, as one figure and as figures of merit."""
+    from matplotlib.figure import Figure
+
+    there = [(name, curve) for name, curve in zip(classes, curves, strict=True) if curve is not None]
+    mlflow.log_dict({name: curve.average_precision for name, curve in there}, "test/average_precision.json")
+    columns = min(4, max(1, len(there)))
+    rows = -(-len(there) // columns)
+    figure = Figure(figsize=(3.0 * columns, 2.6 * max(rows, 1)), layout="constrained")
+    for place, (name, curve) in enumerate(there, 1):
+        axes = figure.add_subplot(rows, columns, place)
+        axes.step(np.append(0.0, curve.recall), np.append(curve.precision[0], curve.precision), where="pre")
+        axes.set(xlim=(0, 1.02), ylim=(0, 1.05))
+        axes.set_title(f"{name}  {curve.average_precision:.3f}", fontsize=8)
+        axes.tick_params(labelsize=7)
+    figure.supxlabel("recall", fontsize=8)
+    figure.supylabel("precision", fontsize=8)
+    mlflow.log_figure(figure, "test/precision_recall.png")
+
+
+def environment() -> dict[str, str]:
+    """Versions of what a training depends on, as tags."""
+    names = ("cbmir_spark", "torch", "numpy", "pyarrow", "petastorm", "pyspark", "delta-spark", "mlflow")
+    found = {"version.python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[f"version.{name}"] = metadata.version(name)
+    return found
 
 
 def _confusion_figure(confusion: NDArray[np.int64], classes: Sequence[str]) -> Any:

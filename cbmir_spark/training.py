@@ -37,6 +37,7 @@ from cbmir_spark.fitting import (
     confusion_of,
     figures,
     fit,
+    precision_recall,
 )
 from cbmir_spark.model import Projection, load, save
 from cbmir_spark.networks import Network, build, preset_of
@@ -122,12 +123,15 @@ def run(
     with (
         registry.mlflow_at(place) as mlflow,
         mlflow.start_run(
-            experiment_id=registry.experiment(mlflow, settings, place), nested=mlflow.active_run() is not None
+            experiment_id=registry.experiment(mlflow, settings, place),
+            nested=mlflow.active_run() is not None,
+            # Processors, memory and, where there are any, GPUs of the driver's machine.
+            log_system_metrics=True,
         ) as active,
     ):
         run_id: str = active.info.run_id
         mlflow.log_params(registry.parameters(settings, snapshot, job, versions))
-        mlflow.set_tags({"snapshot": snapshot.digest, "lake": lake.uri})
+        mlflow.set_tags({"snapshot": snapshot.digest, "lake": lake.uri, **registry.environment()})
         registry.log_inputs(mlflow, lake, versions, snapshot.digest)
 
         def log_epoch(epoch: Epoch) -> None:
@@ -158,6 +162,10 @@ def run(
                 _, confusion = confusion_of(model, source, torch.tensor(fitting.class_weights))
                 test = figures(confusion, snapshot.classes)
                 registry.log_test(mlflow, test, confusion, snapshot.classes)
+                vectors, targets = _features(model, snapshot, dataset.TEST, job)
+                with torch.inference_mode():
+                    scores = torch.softmax(model.classify(torch.from_numpy(vectors)), dim=1).numpy()
+                registry.log_curves(mlflow, precision_recall(scores, targets), snapshot.classes)
         with record.stage("ranking"):
             ranking = incumbent = None
             if snapshot.rows(dataset.VALIDATION):

@@ -121,6 +121,16 @@ def test_figures_of_a_confusion_matrix_by_hand() -> None:
     assert found.macro_f1 == pytest.approx((6 / 7 + 0.8) / 2)
 
 
+def test_curves_of_precision_and_recall_by_hand() -> None:
+    # Class 0: right, wrong, then two with one score of which one is right. Class 1 is what is left.
+    scores = np.array([[0.9, 0.1], [0.8, 0.2], [0.5, 0.5], [0.5, 0.5]], dtype=np.float32)
+    first, second, third = fitting.precision_recall(np.c_[scores, scores[:, 1]], np.array([0, 1, 0, 1]))
+    assert first is not None and second is not None and third is None
+    assert first.precision.tolist() == [1.0, 0.5, 0.5] and first.recall.tolist() == [0.5, 0.5, 1.0]
+    assert first.average_precision == pytest.approx(0.5 * 1.0 + 0.5 * 0.5)
+    assert second.precision.tolist() == [0.5, 2 / 3, 0.5] and second.recall.tolist() == [0.5, 1.0, 1.0]
+
+
 # Stopped and gone on
 
 

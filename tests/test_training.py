@@ -1,11 +1,17 @@
 """The job: what it trains on, what MLflow holds afterwards, how models are found again, and what survives a kill."""
 
+import contextlib
 import json
 import os
+import random
+import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from pyspark.sql import SparkSession
 
 from cbmir_spark import config, model, registry, storage, training
@@ -108,6 +114,9 @@ def test_mlflow_run_holds_parameters_metrics_data_versions_and_figures(trained: 
     assert by_class["by_class"] == report.test.by_class
     picture = Path(client.download_artifacts(report.run_id, "test/confusion_matrix.png", tmp_path)).read_bytes()
     assert picture.startswith(b"\x89PNG")
+    picture = Path(client.download_artifacts(report.run_id, "test/precision_recall.png", tmp_path)).read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert run.data.tags["version.torch"] == torch.__version__.partition("+")[0]
 
 
 def test_the_delta_versions_of_a_run_give_the_rows_it_learned_from(spark: SparkSession, trained: Trained) -> None:
@@ -312,6 +321,46 @@ def test_runs_are_compared_in_the_terminal(trained: Trained, cbmir: Cbmir, monke
     assert report.run_id[:8] in cbmir("runs", "--lake", folder)[1]
     status, _, told = cbmir("runs", "--lake", f"{folder}-nowhere")
     assert status == 1 and "nothing was trained on this lake" in told
+
+
+def _rank_processes() -> list[int]:
+    """The training processes below this one, not the launcher that watches them."""
+    parents, lines = {}, {}
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if folder.name.isdigit():
+                parents[int(folder.name)] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                lines[int(folder.name)] = (folder / "cmdline").read_bytes().decode(errors="replace")
+    found, below = [], [os.getpid()]
+    while below:
+        parent = below.pop()
+        below += [child for child, other in parents.items() if other == parent]
+        if "train.py" in lines.get(parent, "") and "torch.distributed.run" not in lines[parent]:
+            found.append(parent)
+    return found
+
+
+@leaves_pipe
+def test_a_process_that_was_killed_is_started_again_from_the_checkpoint(spark: SparkSession, trained: Trained) -> None:
+    settings, _, _, _ = trained
+    how = {"processes": 2, "checkpoint_steps": 1, "epochs": 4, "seed": 7}
+    two = settings.model_copy(update={"training": settings.training.model_copy(update=how)})
+    below = Path(storage.local_path(t.Lake.of(settings).uri)) / "training"
+    killed: list[int] = []
+
+    def kill() -> None:
+        while not any(below.rglob("*.safetensors")):
+            time.sleep(0.02)
+        victim = random.choice(_rank_processes())
+        os.kill(victim, signal.SIGKILL)
+        killed.append(victim)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    report = training.run(spark, two)
+    killer.join(timeout=10)
+    assert killed and report.history.resumed is not None
+    assert [epoch.number for epoch in report.history.epochs] == [1, 2, 3, 4]
 
 
 # The gate
