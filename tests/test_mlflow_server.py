@@ -1,0 +1,97 @@
+"""Training beside a real MLflow server: everything is there for its client, and the alias follows the gate."""
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from pyspark.sql import SparkSession
+
+from cbmir_spark import features, registry, training
+from cbmir_spark import tables as t
+from cbmir_spark.config import Settings
+from cbmir_spark.ranking import RankingFigures
+from cbmir_spark.training import TrainingReport
+from tests import mlflow_server
+from tests.test_training import images, settings_for
+from tests.tiny_lake import publish
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with mlflow_server.serve(tmp_path_factory.mktemp("mlflow")) as uri:
+        yield uri
+
+
+@pytest.fixture(scope="module")
+def two(
+    spark: SparkSession, server: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Settings, list[TrainingReport]]:
+    """Two trainings of one lake that differ in their learning rate."""
+    folder = tmp_path_factory.mktemp("served")
+    settings = settings_for(folder, f"mlflow.tracking_uri={server}", "dataset.validation_fraction=0.25")
+    publish(spark, settings, images())
+    reports = []
+    for rate in (1e-3, 1e-4):
+        own = settings.training.model_copy(update={"learning_rate": rate})
+        reports.append(training.run(spark, settings.model_copy(update={"training": own})))
+    return settings, reports
+
+
+def test_two_runs_are_compared_by_the_client(server: str, two: tuple[Settings, list[TrainingReport]]) -> None:
+    from mlflow import MlflowClient
+
+    settings, reports = two
+    client = MlflowClient(tracking_uri=server)
+    for report, rate in zip(reports, ("0.001", "0.0001"), strict=True):
+        run = client.get_run(report.run_id)
+        assert run.info.status == "FINISHED" and run.data.params["learning_rate"] == rate
+        assert report.test is not None and report.ranking is not None
+        assert run.data.metrics["test_macro_recall"] == report.test.macro_recall
+        assert run.data.metrics["validation_map"] == report.ranking.mean_average_precision
+        assert len(client.get_metric_history(report.run_id, "train_loss")) == 2
+        sources = {each.dataset.name: json.loads(each.dataset.source) for each in run.inputs.dataset_inputs}
+        assert sources["tags"] == {
+            "path": t.Lake.of(settings).path(t.TAGS),
+            "delta_table_version": report.versions["tags"],
+        }
+        files = {file.path for name in ("test", "cbmir") for file in client.list_artifacts(report.run_id, name)}
+        assert files == {
+            "test/per_class.json",
+            "test/confusion_matrix.png",
+            "test/average_precision.json",
+            "test/precision_recall.png",
+            "cbmir/manifest.json",
+            "cbmir/weights.safetensors",
+        }
+    shown = {run.run_id: run for run in registry.runs(settings, 10)}
+    assert [shown[report.run_id].version for report in reports] == ["1", "2"]
+
+
+def test_the_alias_stays_for_a_worse_model_and_moves_for_a_better_one(
+    server: str, two: tuple[Settings, list[TrainingReport]]
+) -> None:
+    from mlflow import MlflowClient
+
+    settings, _ = two
+    client = MlflowClient(tracking_uri=server)
+    client.set_registered_model_alias("cbmir", registry.CANDIDATE, "1")
+    standing = registry.incumbent(settings)
+    assert standing is not None and standing.version == "1"
+    for reached, holder in ((0.5, "1"), (0.95, "2")):
+        with registry.mlflow_at(registry.tracking_of(settings, t.Lake.of(settings))) as mlflow:
+            challenger, defender = (RankingFigures(9, 0, 0.5, 0.5, value, 0.5) for value in (reached, 0.9))
+            registry.promote(mlflow, settings, "2", challenger, standing, defender)
+        assert str(client.get_model_version_by_alias("cbmir", registry.CANDIDATE).version) == holder
+
+
+def test_index_makes_the_candidate_champion(
+    spark: SparkSession, server: str, two: tuple[Settings, list[TrainingReport]]
+) -> None:
+    from mlflow import MlflowClient
+
+    settings, _ = two
+    indexed = features.run(spark, settings)
+    client = MlflowClient(tracking_uri=server)
+    champion = client.get_model_version_by_alias("cbmir", registry.CHAMPION)
+    candidate = client.get_model_version_by_alias("cbmir", registry.CANDIDATE)
+    assert champion.version == candidate.version and champion.tags["model_id"] == indexed.model_id
