@@ -27,6 +27,7 @@ from pyspark.sql import SparkSession
 
 from cbmir_spark import config, ingest
 from cbmir_spark import tables as t
+from tests.processes import below
 from tests.test_cluster import SPARK_HOME, Cluster, cluster, environment
 
 __all__ = ["cluster"]
@@ -292,22 +293,6 @@ def test_a_driver_killed_at_a_random_moment(spark: SparkSession, site: Site, see
         heal(spark, site, lake)
     assert digests(lake) == site.expected
     assert set(verdicts) == {""}
-
-
-def below(root: int, word: str) -> list[int]:
-    """Ids of the processes that descend from one and whose command line holds the word."""
-    parents, lines = {}, {}
-    for folder in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if folder.name.isdigit():
-                parents[int(folder.name)] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                lines[int(folder.name)] = (folder / "cmdline").read_bytes().decode(errors="replace")
-    found, todo = [], [root]
-    while todo:
-        here = [pid for pid, parent in parents.items() if parent in todo]
-        found += [pid for pid in here if word in lines.get(pid, "")]
-        todo = here
-    return found
 
 
 def victims(kind: str) -> list[int]:

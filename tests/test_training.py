@@ -1,6 +1,5 @@
 """The job: what it trains on, what MLflow holds afterwards, how models are found again, and what survives a kill."""
 
-import contextlib
 import json
 import os
 import random
@@ -22,6 +21,7 @@ from cbmir_spark.fitting import Epoch
 from cbmir_spark.ranking import RankingFigures
 from cbmir_spark.training import TrainingReport
 from tests.conftest import Cbmir
+from tests.processes import below
 from tests.tiny_lake import Drawn, publish
 
 PATIENTS, IMAGES_EACH = 4, 3
@@ -290,15 +290,15 @@ class Killed(Exception):
 def test_a_run_that_was_stopped_goes_on_and_ends_in_the_same_model(spark: SparkSession, trained: Trained) -> None:
     settings, report, _, tracking_uri = trained
     often = settings.model_copy(update={"training": settings.training.model_copy(update={"checkpoint_steps": 1})})
-    below = Path(storage.local_path(t.Lake.of(settings).uri)) / "training"
-    assert not any(below.rglob("*.safetensors")), "a training that ended leaves no checkpoint"
+    kept = Path(storage.local_path(t.Lake.of(settings).uri)) / "training"
+    assert not any(kept.rglob("*.safetensors")), "a training that ended leaves no checkpoint"
 
     def die(epoch: Epoch) -> None:
         raise Killed
 
     with pytest.raises(Killed):
         training.run(spark, often, die)
-    assert any(below.rglob("*.safetensors"))
+    assert any(kept.rglob("*.safetensors"))
     told: list[Epoch] = []
     again = training.run(spark, often, told.append)
     assert again.model_id == report.model_id
@@ -307,7 +307,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_in_the_same_model(spark: SparkS
 
     tags = MlflowClient(tracking_uri=tracking_uri).get_run(again.run_id).data.tags
     assert tags["resumed_from_step"] == str(again.history.resumed) != "0"
-    assert not any(below.rglob("*.safetensors"))
+    assert not any(kept.rglob("*.safetensors"))
 
 
 def test_runs_are_compared_in_the_terminal(trained: Trained, cbmir: Cbmir, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,35 +323,20 @@ def test_runs_are_compared_in_the_terminal(trained: Trained, cbmir: Cbmir, monke
     assert status == 1 and "nothing was trained on this lake" in told
 
 
-def _rank_processes() -> list[int]:
-    """The training processes below this one, not the launcher that watches them."""
-    parents, lines = {}, {}
-    for folder in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if folder.name.isdigit():
-                parents[int(folder.name)] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                lines[int(folder.name)] = (folder / "cmdline").read_bytes().decode(errors="replace")
-    found, below = [], [os.getpid()]
-    while below:
-        parent = below.pop()
-        below += [child for child, other in parents.items() if other == parent]
-        if "train.py" in lines.get(parent, "") and "torch.distributed.run" not in lines[parent]:
-            found.append(parent)
-    return found
-
-
 @leaves_pipe
 def test_a_process_that_was_killed_is_started_again_from_the_checkpoint(spark: SparkSession, trained: Trained) -> None:
     settings, _, _, _ = trained
     how = {"processes": 2, "checkpoint_steps": 1, "epochs": 4, "seed": 7}
     two = settings.model_copy(update={"training": settings.training.model_copy(update=how)})
-    below = Path(storage.local_path(t.Lake.of(settings).uri)) / "training"
+    checkpoints = Path(storage.local_path(t.Lake.of(settings).uri)) / "training"
     killed: list[int] = []
 
     def kill() -> None:
-        while not any(below.rglob("*.safetensors")):
+        while not any(checkpoints.rglob("*.safetensors")):
             time.sleep(0.02)
-        victim = random.choice(_rank_processes())
+        # The launcher that watches them has both names on its command line.
+        launchers = below(os.getpid(), "torch.distributed.run")
+        victim = random.choice([each for each in below(os.getpid(), "train.py") if each not in launchers])
         os.kill(victim, signal.SIGKILL)
         killed.append(victim)
 
