@@ -195,7 +195,8 @@ def fit(
         network = torch.compile(network)  # type: ignore[assignment]
     generator = torch.Generator(device=course.device)
     try:
-        while course.steps < course.total:
+        # A checkpoint of an epoch's last step has that epoch still to sum up.
+        while course.steps < course.total or course.done:
             number = len(course.epochs)
             started, waited, begun, before = time.perf_counter(), 0.0, course.done, float(course.sums[3])
             model.train()
@@ -205,6 +206,8 @@ def fit(
                     pixels, targets = next(batches)
                     if step < begun:
                         continue
+                    if course.steps == course.total:
+                        break
                     waited += time.perf_counter() - asked
                     generator.manual_seed(_seed_of(fitting.seed, course.steps))
                     course.step(network, pixels, targets, Draw(generator, *loaders.train.span(step)), world)

@@ -183,6 +183,24 @@ def test_a_training_that_was_stopped_ten_times_ends_in_the_same_weights(tmp_path
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("updates", [None, 5])
+def test_a_training_that_was_stopped_after_its_last_step_is_summed_up(tmp_path: Path, updates: int | None) -> None:
+    """24 rows are three steps, so five of them end within an epoch."""
+    how = course(epochs=2, updates=updates)
+    expected = fitting.fit(small(), Loaders(InMemory(rows=24), None), how)
+
+    def stop(epoch: fitting.Epoch) -> None:
+        if epoch.number == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        fitting.fit(small(), Loaders(InMemory(rows=24), None), how, stop, folder(tmp_path, every=1))
+    again = fitting.fit(small(), Loaders(InMemory(rows=24), None), how, keeper=folder(tmp_path, every=1))
+    assert again.resumed == (updates or 6)
+    assert [epoch.loss for epoch in again.epochs] == [epoch.loss for epoch in expected.epochs]
+    assert again.curve == expected.curve and again.kept == expected.kept == 2
+
+
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
     kept = folder(tmp_path, every=1)
     with pytest.raises(Stopped):
