@@ -181,15 +181,14 @@ def fit(
     TrainingError as soon as a loss is not a number; the last good checkpoint is left where it is.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
+    # Convolutions are fastest in this order, on CPUs (half as fast again for AlexNet) as on GPUs.
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     course = _Course(model, fitting, loaders.train.steps)
     if keeper is not None and (found := keeper.newest()) is not None:
         course.resume(found)
         for epoch in course.epochs:
             on_epoch(epoch)
     group = synchronise(model) if world > 1 else None
-    if course.device.type == "cuda":
-        # Convolutions of GPUs are fastest in this order.
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     network: nn.Module = DistributedDataParallel(model) if world > 1 else model
     if fitting.compile:
         network = torch.compile(network)  # type: ignore[assignment]
@@ -262,8 +261,7 @@ class _Course:
         inputs = model.to_input(pixels.to(self.device))
         if self.fitting.augment:
             inputs = augmented(inputs, draw)
-        if self.device.type == "cuda":
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
         model.draw(draw)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.fitting.precision == "bfloat16"):
             logits = network(inputs)
@@ -477,10 +475,9 @@ def confusion_of(model: Network, source: BatchSource, weights: torch.Tensor) -> 
 
 def _optimiser(model: Network, fitting: Fitting) -> torch.optim.Optimizer:
     parameters, rate, decay = model.parameters(), fitting.learning_rate, fitting.weight_decay
-    fused = model.device.type == "cuda"
     if fitting.optimiser == "sgd":
-        return torch.optim.SGD(parameters, rate, momentum=fitting.momentum, weight_decay=decay, fused=fused)
-    return torch.optim.AdamW(parameters, rate, weight_decay=decay, fused=fused)
+        return torch.optim.SGD(parameters, rate, momentum=fitting.momentum, weight_decay=decay, fused=True)
+    return torch.optim.AdamW(parameters, rate, weight_decay=decay, fused=True)
 
 
 def _rate(step: int, total: int) -> float:
