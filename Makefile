@@ -22,8 +22,9 @@ test: lint ## ruff, mypy and every test
 soak: $(READY) ## the tests that take hours: more mutants, cuts, kills and nights
 	$(BIN)/python -m pytest -m soak
 
-bench: $(READY) ## ingest beside a plain loop, and by the size of the archive; results in tests/benchmarks
+bench: $(READY) ## ingest and training beside their alternatives; results in tests/benchmarks
 	$(BIN)/python -m tests.benchmarks.ingest
+	$(BIN)/python -m tests.benchmarks.training
 
 lint: $(READY) ## ruff and mypy alone
 	$(BIN)/ruff check .

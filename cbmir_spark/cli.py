@@ -79,11 +79,11 @@ def train(
         if as_json:
             return terminal.print_json([asdict(report) for report in reports])
         for number, report in enumerate(reports, 1):
-            terminal.print_report(f"Trained {number} of {len(reports)}", report)
+            terminal.print_training(f"Trained {number} of {len(reports)}", report)
         return None
     with _session(settings, "train") as spark, terminal.progress("epochs", as_json) as progress:
         report = room.run(spark, settings, lambda epoch: progress(epoch.number, epoch.of, epoch.metrics()))
-    return terminal.print_json(report) if as_json else terminal.print_report("Trained", report)
+    return terminal.print_json(report) if as_json else terminal.print_training("Trained", report)
 
 
 @app.command()

@@ -241,7 +241,7 @@ def run(spark: SparkSession, settings: Settings) -> Report:
     index = features.open_index(spark, settings)
     kind = index.manifest.label
     with record.stage("queries"):
-        snapshot = _snapshot(settings, lake, index.manifest)
+        snapshot = snapshot_of(settings, lake, index.manifest)
         patients_of = _patients_of_class(spark, snapshot)
         tested = _tested(spark, snapshot, index.rows)
         if not tested:
@@ -309,7 +309,8 @@ def run(spark: SparkSession, settings: Settings) -> Report:
     return ended
 
 
-def _snapshot(settings: Settings, lake: t.Lake, manifest: Manifest) -> dataset.Snapshot:
+def snapshot_of(settings: Settings, lake: t.Lake, manifest: Manifest) -> dataset.Snapshot:
+    """The snapshot that a model was trained on. Raises ModelError where it is not here, or has no test images."""
     uri = storage.join(lake.snapshots(), manifest.snapshot)
     try:
         text = storage.read_bytes(storage.join(uri, "manifest.json"), settings.storage)

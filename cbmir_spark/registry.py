@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import platform
+import subprocess
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -292,7 +293,31 @@ def environment() -> dict[str, str]:
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[f"version.{name}"] = metadata.version(name)
+    revision = _revision(Path(__file__).resolve())
+    if revision is not None:
+        # The tag that MLflow's pages show as a run's source version.
+        found["mlflow.source.git.commit"] = revision
     return found
+
+
+def _revision(module: Path) -> str | None:
+    """The commit of the checkout that a module is part of, with `-dirty` where files differ from it.
+
+    None for an installed package and without git: then MLflow's own MLFLOW_RUN_CONTEXT may name it, as the image does.
+    """
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(module.parent), *words], capture_output=True, text=True, timeout=10, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        # An environment may lie inside of somebody else's checkout.
+        git("ls-files", "--error-unmatch", module.name)
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _confusion_figure(confusion: NDArray[np.int64], classes: Sequence[str]) -> Any:

@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from cbmir_spark import demo, evaluation, registry, remap
+    from cbmir_spark import demo, evaluation, registry, remap, training
     from cbmir_spark.doctor import Check
 
 out = Console()
@@ -124,10 +124,60 @@ def print_report(title: str, report: Any) -> None:
     for name, value in asdict(report).items():
         if value is None or value == {} or value == []:
             continue
-        if name == "history":
-            value = {"epochs": len(value["epochs"]), "kept": value["kept"]} | (value["epochs"] or [{}])[-1]
         table.add_row(name.replace("_", " "), plain(_value(value)))
     out.print(table)
+
+
+def print_training(title: str, report: "training.TrainingReport") -> None:
+    """What was learned from, how well, and what became of the model."""
+    held = {name: images for name, images in report.images.items() if images}
+    last = report.history.epochs[report.history.kept - 1]
+    rows = {
+        "model": f"{report.model_id}, {report.model_uri}",
+        "candidate": f"{'yes' if report.promotion.taken else 'no'}: {report.promotion.reason}",
+        "data": "; ".join(f"{name} {n:,} images of {report.patients[name]:,} patients" for name, n in held.items()),
+        "left out": ", ".join(f"{label} ({n})" for label, n in report.left_out.items()),
+        "one patient": ", ".join(report.lonely),
+        "epochs": f"{len(report.history.epochs)}, of which {report.history.kept} is kept: loss {last.loss:.4g}, "
+        f"accuracy {last.accuracy:.3f}",
+        "speed": f"{last.images_per_second:.0f} images/s, {100 * last.waiting:.0f} % of the time waiting for data",
+    }
+    if report.history.resumed is not None:
+        rows["went on"] = f"from step {report.history.resumed} of a training that was stopped"
+    if report.ranking is not None:
+        rows["validation"] = (
+            f"mAP {report.ranking.mean_average_precision:.3f} (macro "
+            f"{report.ranking.macro_mean_average_precision:.3f}), P@10 {report.ranking.precision:.3f} (macro "
+            f"{report.ranking.macro_precision:.3f})"
+        )
+    if report.test is not None:
+        rows["test"] = f"accuracy {report.test.accuracy:.3f}, macro recall {report.test.macro_recall:.3f}"
+    rows["seconds"] = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items())
+    rows["MLflow"] = f"run {report.run_id} at {report.tracking_uri}"
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column("what")
+    table.add_column("value", overflow="fold")
+    for name, value in rows.items():
+        if value:
+            table.add_row(name, plain(value))
+    out.print(table)
+    if report.test is not None:
+        macro = (report.test.macro_precision, report.test.macro_recall, report.test.macro_f1)
+        _print_classes("Test patients, class by class", report.test.by_class, macro)
+
+
+def _print_classes(
+    title: str, by_class: Mapping[str, Mapping[str, float]], macro: tuple[float | None, float | None, float | None]
+) -> None:
+    classes = Table(title=title, title_justify="left")
+    for heading in ("class", "images", "precision", "recall", "F1"):
+        classes.add_column(heading, justify="left" if heading == "class" else "right")
+    for name, values in by_class.items():
+        figures = [_share(values.get(key)) if values.get("images") else "–" for key in ("precision", "recall", "f1")]
+        classes.add_row(plain(name), f"{values.get('images', 0):,.0f}", *figures)
+    classes.add_section()
+    classes.add_row("macro", "", *(_share(value) for value in macro))
+    out.print(classes)
 
 
 def print_runs(runs: "list[registry.Run]") -> None:
@@ -200,14 +250,8 @@ def print_checks(checks: list["Check"]) -> None:
 
 def print_evaluation(report: "evaluation.Report") -> None:
     """Per-class precision and recall, then retrieval and its search space for each prefilter."""
-    classes = Table(title=f"Test patients, class by class ({report.queries:,} queries)", title_justify="left")
-    for heading in ("class", "precision", "recall", "F1"):
-        classes.add_column(heading, justify="left" if heading == "class" else "right")
-    for name, values in report.by_class.items():
-        classes.add_row(plain(name), *(_share(values.get(key)) for key in ("precision", "recall", "f1")))
-    classes.add_section()
-    classes.add_row("macro", *(_share(v) for v in (report.macro_precision, report.macro_recall, report.macro_f1)))
-    out.print(classes)
+    title = f"Test patients, class by class ({report.queries:,} queries)"
+    _print_classes(title, report.by_class, (report.macro_precision, report.macro_recall, report.macro_f1))
     modes = Table(title="Retrieval, by prefilter", title_justify="left")
     columns = list(dict.fromkeys(key for values in report.retrieval.values() for key in values))
     modes.add_column("")

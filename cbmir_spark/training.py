@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -37,6 +38,7 @@ from cbmir_spark.fitting import (
     confusion_of,
     figures,
     fit,
+    memory_kept,
     precision_recall,
 )
 from cbmir_spark.model import Projection, load, save
@@ -247,13 +249,22 @@ def train_process(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fit_in(spark: SparkSession, job: Mapping[str, Any], on_epoch: Callable[[Epoch], None]) -> tuple[Network, History]:
-    """Train in this process, or in as many as the job says; the model is on the CPU in the end."""
-    if job["processes"] == 1:
+    """Train in this process, or in as many as the job says; the model is on the CPU in the end.
+
+    A cluster's GPUs are its executors': there a single process, too, goes where they are.
+    """
+    local = (spark.sparkContext.master or "").startswith("local")
+    if job["processes"] == 1 and (local or not job["use_gpu"]):
         model, history = _fit_here(job, _device(job), 0, 1, on_epoch)
         return model.cpu(), history
+    wanted = "spark.driver.resource.gpu.amount" if local else "spark.task.resource.gpu.amount"
+    if job["use_gpu"] and not spark.conf.get(wanted, None):
+        raise ConfigError(
+            f"training.use_gpu is true, but {wanted} is not set, so Spark gives no GPU to a training process: see "
+            "GPUs in deploy/README.md"
+        )
     from pyspark.ml.torch.distributor import TorchDistributor
 
-    local = (spark.sparkContext.master or "").startswith("local")
     # It tells each start and end on the terminal.
     logging.getLogger("TorchDistributor").setLevel(logging.WARNING)
     distributor = TorchDistributor(job["processes"], local_mode=local, use_gpu=job["use_gpu"])
@@ -306,7 +317,8 @@ def _fit_here(
     if snapshot.rows(dataset.VALIDATION):
         validation = _loader(snapshot, dataset.VALIDATION, job, shuffle=False, rank=rank, world=world)
     loaders = Loaders(_loader(snapshot, dataset.TRAIN, job, rank=rank, world=world), validation)
-    return model, fit(model, loaders, fitting, on_epoch, _checkpoints(job) if job["checkpoint_steps"] else None)
+    with memory_kept():
+        return model, fit(model, loaders, fitting, on_epoch, _checkpoints(job) if job["checkpoint_steps"] else None)
 
 
 def _loader(
@@ -361,10 +373,14 @@ def _ranked_anew(
 
 
 def _device(job: Mapping[str, Any]) -> torch.device:
+    """The CPU, or the GPU of this process: TorchDistributor makes only those of its Spark task visible to it."""
     if not job["use_gpu"]:
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise EnvironmentProblem("training.use_gpu is true, but torch finds no GPU here; set it to false")
+        raise EnvironmentProblem(
+            f"training.use_gpu is true, but torch finds no GPU on {platform.node()}; set it to false, or run "
+            "`nvidia-smi` and `cbmir doctor` there to see what is missing"
+        )
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 

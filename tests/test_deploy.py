@@ -89,7 +89,7 @@ def _files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize("script", ["entrypoint.sh", "submit.sh", "check_machine.sh"])
+@pytest.mark.parametrize("script", ["entrypoint.sh", "submit.sh", "check_machine.sh", "gpus.sh"])
 def test_scripts_pass_shellcheck(script: str) -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
@@ -310,3 +310,23 @@ def test_cluster_settings_name_no_secret_and_a_tracking_server() -> None:
     assert settings.lake.vault is not None
     assert not settings.lake.vault.startswith(settings.lake.uri)
     assert settings.mlflow.tracking_uri is not None
+
+
+def test_the_discovery_script_lists_gpus_as_spark_reads_them(tmp_path: Path) -> None:
+    """As Spark's ResourceInformation parses it; without the driver, or without a GPU, it says what is missing."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nprintf '0\\n1\\n'\n")
+    tool.chmod(0o755)
+    there = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    found = run(DEPLOY / "gpus.sh", env=there)
+    assert json.loads(found.stdout) == {"name": "gpu", "addresses": ["0", "1"]}
+    tool.write_text("#!/bin/sh\n")
+    none = run(DEPLOY / "gpus.sh", env=there)
+    assert none.returncode == 1 and "finds no GPU" in none.stderr
+    tool.unlink()
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("bash", "env", "hostname"):
+        (bare / name).symlink_to(shutil.which(name) or name)
+    missing = run(DEPLOY / "gpus.sh", env={"PATH": str(bare)})
+    assert missing.returncode == 1 and "no nvidia-smi" in missing.stderr

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import threading
 import time
@@ -38,6 +39,7 @@ def images() -> list[Drawn]:
 
 def settings_for(folder: Path, *overrides: str) -> Settings:
     own = [f"lake.uri={folder / 'lake'}", "dataset.min_images=3", "training.epochs=2", "training.batch_size=8"]
+    own += ["dataset.test_fraction=0.3", "dataset.validation_fraction=0"]
     return config.load(overrides=[*own, *overrides], environ={})
 
 
@@ -117,6 +119,7 @@ def test_mlflow_run_holds_parameters_metrics_data_versions_and_figures(trained: 
     picture = Path(client.download_artifacts(report.run_id, "test/precision_recall.png", tmp_path)).read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert run.data.tags["version.torch"] == torch.__version__.partition("+")[0]
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", run.data.tags["mlflow.source.git.commit"])
 
 
 def test_the_delta_versions_of_a_run_give_the_rows_it_learned_from(spark: SparkSession, trained: Trained) -> None:

@@ -5,16 +5,12 @@ Results go to results.json here, with their input and machine; they are for comp
 
 import argparse
 import hashlib
-import json
-import os
-import platform
 import shutil
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,10 +23,8 @@ from cbmir_spark import archive, config, ingest, parse, session, storage
 from cbmir_spark import tables as t
 from cbmir_spark.dicom import NotAnImage, Preprocessing, Rejected, read_instance
 from cbmir_spark.vocabulary import Vocabulary
+from tests.benchmarks.common import REPO, SHARED, keep, tell
 
-HERE = Path(__file__).parent
-REPO = HERE.parent.parent
-SHARED = REPO.parent / "shared" / "data" / "dicom"
 CORES = 2
 MOST_FRAMES = 4
 
@@ -44,8 +38,8 @@ def copies(content: bytes, uid: bytes, number: int) -> Iterator[bytes]:
 
 def real_files() -> list[Path]:
     """The shared real files where they are, pydicom's own otherwise."""
-    if SHARED.is_dir():
-        return sorted(path for path in SHARED.rglob("*") if path.is_file())
+    if (SHARED / "dicom").is_dir():
+        return sorted(path for path in (SHARED / "dicom").rglob("*") if path.is_file())
     return sorted(Path(path) for path in get_testdata_files("*.dcm"))
 
 
@@ -194,10 +188,6 @@ def seed(spark: SparkSession, settings: config.Settings) -> None:
     t.publish(spark, lake, rows, pinned, only_new=True)
 
 
-def tell(line: str) -> None:
-    os.write(2, (line + "\n").encode())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--objects", type=int, default=12_000)
@@ -207,19 +197,11 @@ def main() -> None:
     parser.add_argument("--only", choices=["throughput", "size"])
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
-    file = HERE / "results.json"
-    results = json.loads(file.read_text()) if file.exists() else {}
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-    stamp = {"date": datetime.now(UTC).date().isoformat(), "machine": machine}
-    # Codecs write to the standard error of whoever calls them; a bench of the loop would drown in it.
     with tempfile.TemporaryDirectory(prefix="cbmir-bench-") as name:
         if asked.only != "size":
-            results["ingest beside a plain loop"] = stamp | throughput(Path(name) / "a", asked.objects, asked.rounds)
+            keep("ingest beside a plain loop", throughput(Path(name) / "a", asked.objects, asked.rounds))
         if asked.only != "throughput":
-            results["a night by the size of the archive"] = stamp | {
-                "nights": by_size(Path(name) / "b", asked.sizes, asked.new)
-            }
-    file.write_text(json.dumps(results, indent=2) + "\n")
+            keep("a night by the size of the archive", {"nights": by_size(Path(name) / "b", asked.sizes, asked.new)})
 
 
 if __name__ == "__main__":
