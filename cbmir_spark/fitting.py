@@ -388,6 +388,11 @@ class _Course:
             state.setdefault(int(number), {})[what] = tensor
         groups = self._optimiser.state_dict()["param_groups"]
         self._optimiser.load_state_dict({"state": state, "param_groups": groups})
+        # Fused steps go through memory as it lies: what belongs to a weight has to lie as the weight does.
+        for parameter, values in self._optimiser.state.items():
+            for name, value in values.items():
+                if value.shape == parameter.shape:
+                    values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         self.steps = self.resumed = position["steps"]
         self.done = position["done"]
         self.sums = torch.tensor(position["sums"], dtype=torch.float64)
