@@ -3,7 +3,8 @@
 Tombstones come first: from then on ingest keeps nothing of what they name. Then whatever belongs to any tombstone goes,
 what was made of images before the images themselves, so that a run that dies finds by TAGS what is left to do when it
 is run again. Files that Delta's older versions still need hold the rows until VACUUM: after 168 hours (`--purge`), or
-at once (`--now`), when readers of older versions fail. A model that has learned from an erased image stays as it is.
+at once (`--now`), when readers of older versions fail. A registered model that has learned from an erased image stays
+as it is; checkpoints of trainings that were stopped go.
 """
 
 import csv
@@ -169,6 +170,8 @@ def _run(
         mask = belonging(owners)
         with record.stage("snapshots"):
             places["snapshots"] = _snapshots(spark, lake, mask, settings.storage, now, purge)
+            # A training that was stopped would not go on from them: its snapshot is another one now.
+            places["checkpoints"] = _checkpoints(lake, settings.storage, now=now or bool(found), purge=purge)
         with record.stage("results"):
             newest = max((row[t.FORGOTTEN_AT].timestamp() for row in forgotten), default=0.0)
             places["results"], places["pages"] = _results(lake, mask, newest, settings.storage)
@@ -237,6 +240,18 @@ def _snapshots(spark: SparkSession, lake: t.Lake, mask: Mask, files: StorageSett
             gone.rows += rows
             gone.files += rewritten
             continue
+        written = [found.modified for found in storage.list_objects(folder, files)]
+        old = datetime.now(UTC) - timedelta(hours=RETENTION_HOURS)
+        if now or (purge and all(moment < old for moment in written)):
+            gone.files += len(written)
+            storage.delete_folder(folder, files)
+    return gone
+
+
+def _checkpoints(lake: t.Lake, files: StorageSettings, *, now: bool, purge: bool) -> Gone:
+    """Checkpoints of trainings that were stopped and never went on: all of them, or those of their age."""
+    gone = Gone()
+    for folder in _folders(lake.checkpoints(), files):
         written = [found.modified for found in storage.list_objects(folder, files)]
         old = datetime.now(UTC) - timedelta(hours=RETENTION_HOURS)
         if now or (purge and all(moment < old for moment in written)):

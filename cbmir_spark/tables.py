@@ -416,6 +416,10 @@ class Lake:
         """The folder of training snapshots."""
         return storage.join(self.uri, "snapshots")
 
+    def checkpoints(self) -> str:
+        """The folder of unfinished trainings' checkpoints, a folder for each."""
+        return storage.join(self.uri, "training")
+
 
 @dataclass(frozen=True)
 class Published:

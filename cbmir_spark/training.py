@@ -120,7 +120,7 @@ def run(
         "attempts": settings.training.attempts,
         "checkpoint_steps": settings.training.checkpoint_steps,
     }
-    job["checkpoints"] = storage.join(lake.uri, "training", _same_course(job))
+    job["checkpoints"] = storage.join(lake.checkpoints(), _same_course(job))
     versions = {"sources": pinned.sources, "tags": pinned.tags, "pixels": pinned.pixels}
     with (
         registry.mlflow_at(place) as mlflow,

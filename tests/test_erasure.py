@@ -77,6 +77,9 @@ def prepared(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
     unfinished = Path(storage.local_path(lake.snapshots())) / "unfinished"
     shutil.copytree(storage.local_path(snapshot.uri), unfinished)
     (unfinished / dataset.MANIFEST).unlink()
+    stopped = Path(storage.local_path(lake.checkpoints())) / "stopped"
+    stopped.mkdir(parents=True)
+    (stopped / "000000000200-0.safetensors").write_bytes(b"what was learned so far")
     asked = [FORGOTTEN[0], IMAGES[0], IMAGES[-1]]
     lines = [f"q{number},{owners(image, names)[t.IMAGE_ID]}" for number, image in enumerate(asked)]
     (folder / "queries.csv").write_text("\n".join(["query_id,image_id", *lines]))
@@ -162,6 +165,8 @@ def test_a_forgotten_patient_leaves_no_byte_and_nobody_else_loses_a_row(
         "snapshots": 3,
         "identity": 3 + 3 + 1 + 1,
     }
+    assert report.places["checkpoints"].files == 1
+    assert not (Path(storage.local_path(lake.checkpoints())) / "stopped").exists()
     assert gone["results"] > hits > 0 and report.places["pages"].files == 1
 
     leaks = _leaks(tmp_path / "lake", names)
