@@ -3,9 +3,10 @@
 import json
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -356,6 +357,8 @@ def main(job: str | None = None) -> None:
     try:
         app(args=arguments, prog_name="cbmir")
     except CbmirError as error:
+        if config.debugging():
+            traceback.print_exc()
         terminal.err.print(f"[bold red]cbmir:[/] {terminal.plain(str(error))}", soft_wrap=True, highlight=False)
         raise SystemExit(error.exit_code) from None
 
@@ -384,10 +387,13 @@ def _variants(file: Path) -> list[list[str]]:
 @contextmanager
 def _session(settings: config.Settings, job: str) -> Iterator["SparkSession"]:
     """Java and pyspark are only looked for by the jobs that need them: `config` and `doctor` work without."""
-    from cbmir_spark import session
+    from cbmir_spark import failures, session
 
     spark = session.build(settings, job)
     try:
-        yield spark
+        with failures.told(spark, job):
+            yield spark
     finally:
-        spark.stop()
+        # Where its Java is gone there is nothing left to stop.
+        with suppress(ConnectionError):
+            spark.stop()

@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 from cbmir_spark.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "CBMIR_"
+# Not a setting: it has to work where the settings themselves are what is wrong.
+DEBUG_VARIABLE = ENVIRONMENT_PREFIX + "DEBUG"
 
 Prefilter = Literal["tags", "predicted", "modality", "none"]
 Choice = Literal["include", "exclude"]
@@ -236,7 +238,7 @@ def load(
         origins |= dict.fromkeys(_check_keys(chosen, Settings, str(file)), str(file))
         _merge(values, chosen, Settings)
     for name, text in sorted((os.environ if environ is None else environ).items()):
-        if name.startswith(ENVIRONMENT_PREFIX):
+        if name.startswith(ENVIRONMENT_PREFIX) and name != DEBUG_VARIABLE:
             keys = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
             place = f"environment variable {name}"
             origins[_set(values, keys, text, place)] = place
@@ -252,6 +254,11 @@ def load(
         key = ".".join(str(part) for part in first["loc"])
         origin = origins.get(".".join(str(part) for part in first["loc"][:2]), "no file: a section is missing")
         raise ConfigError(f"{key}, set by {origin}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def debugging() -> bool:
+    """Whether whoever started this wants whole traces beside the one line of an error."""
+    return os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
 
 
 def conf_folder() -> Path:

@@ -33,6 +33,10 @@ class EnvironmentProblem(CbmirError):
     """This machine lacks something the jobs need, such as Java 17."""
 
 
+class JobFailed(CbmirError):
+    """Spark gave a job up: a task raised, one of its processes died, or what it reads or writes is not to be had."""
+
+
 class Busy(CbmirError):
     """Another job writes to this lake, or took its turn while this one stood still; trying again later may help."""
 

@@ -14,7 +14,7 @@ from pyspark import SparkConf
 from pyspark.errors import PySparkRuntimeError
 from pyspark.sql import SparkSession
 
-from cbmir_spark.config import Settings, conf_folder
+from cbmir_spark.config import Settings, conf_folder, debugging
 from cbmir_spark.errors import EnvironmentProblem
 
 JAVA_VERSIONS = (17, 21)
@@ -44,6 +44,8 @@ def build(settings: Settings, job: str) -> SparkSession:
         wanted |= _jars()
         wanted.setdefault("spark.driver.extraJavaOptions", "")
         wanted["spark.driver.extraJavaOptions"] += f" -Dlog4j2.configurationFile={_log_settings()}"
+        if debugging() or settings.spark.log_level != "ERROR":
+            wanted["spark.driver.extraJavaOptions"] += f" -Dcbmir.traces={settings.spark.log_level}"
     builder = SparkSession.builder.appName(f"cbmir {job}")
     for key, value in wanted.items():
         builder = builder.config(key, value)

@@ -56,7 +56,9 @@ export PYSPARK_PYTHON="${PYSPARK_PYTHON:-$python}"
 
 options=(--master "$master")
 # The driver's Spark log goes as it does under `cbmir`: errors only. The jobs report progress themselves.
-options+=(--driver-java-options "\"-Dlog4j2.configurationFile=file:$repo/conf/log4j2.properties\"")
+java="\"-Dlog4j2.configurationFile=file:$repo/conf/log4j2.properties\""
+[[ "${CBMIR_DEBUG:-0}" == 0 ]] || java+=" -Dcbmir.traces=error"
+options+=(--driver-java-options "$java")
 if ! compgen -G "$SPARK_HOME/jars/delta-spark_*.jar" >/dev/null; then
   options+=(--properties-file "$repo/conf/spark-defaults.conf")
 fi
