@@ -126,7 +126,7 @@ class Manifest:
         try:
             values = json.loads(text)
             found = values.get("format")
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             raise ModelError("the model's manifest is not a JSON object; export the model again") from None
         if found != FORMAT:
             raise ModelError(

@@ -12,7 +12,7 @@ import platform
 import subprocess
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -26,10 +26,10 @@ from torch import nn
 
 from cbmir_spark import dataset, storage
 from cbmir_spark import tables as t
-from cbmir_spark.config import Settings
+from cbmir_spark.config import Settings, StorageSettings
 from cbmir_spark.errors import ConfigError, ModelError
 from cbmir_spark.fitting import Curve, Figures
-from cbmir_spark.model import Manifest, Saved
+from cbmir_spark.model import Loaded, Manifest, Saved, load
 from cbmir_spark.networks import Network
 from cbmir_spark.ranking import K, RankingFigures
 
@@ -56,8 +56,7 @@ class Incumbent:
     """The model that a new one is compared with."""
 
     version: str
-    manifest: str
-    weights: bytes
+    loaded: Loaded
 
 
 @dataclass(frozen=True)
@@ -78,25 +77,26 @@ def resolve_model(uri: str, settings: Settings) -> tuple[str, bytes]:
     if not uri.startswith(("models:/", "runs:/")):
         folder = storage.canonical(uri)
         try:
-            return (
-                storage.read_bytes(storage.join(folder, Path(MANIFEST_ARTIFACT).name), settings.storage).decode(),
-                storage.read_bytes(storage.join(folder, Path(WEIGHTS_ARTIFACT).name), settings.storage),
+            manifest, weights = (
+                storage.read_bytes(storage.join(folder, Path(name).name), settings.storage)
+                for name in (MANIFEST_ARTIFACT, WEIGHTS_ARTIFACT)
             )
-        except (OSError, UnicodeDecodeError):
+        except OSError:
             raise ModelError(f"model {uri}: no manifest.json and weights.safetensors in that folder") from None
+        return _text(manifest, uri), weights
     with existing_mlflow(uri, settings) as mlflow, TemporaryDirectory(prefix="cbmir-model-") as folder:
         from mlflow.exceptions import MlflowException
 
         client = mlflow.MlflowClient()
         try:
             run_id = uri.removeprefix("runs:/").strip("/") if uri.startswith("runs:/") else _version(client, uri).run_id
-            files = [
+            manifest, weights = (
                 Path(client.download_artifacts(run_id, name, folder)).read_bytes()
                 for name in (MANIFEST_ARTIFACT, WEIGHTS_ARTIFACT)
-            ]
+            )
         except (MlflowException, OSError) as error:
             raise ModelError(f"model {uri} is not there: {_first_line(error)}; run `cbmir train` first") from None
-    return files[0].decode(), files[1]
+    return _text(manifest, uri), weights
 
 
 def move_alias(settings: Settings, alias: str, model_id: str) -> str | None:
@@ -152,11 +152,15 @@ def log_evaluation(
 
 @dataclass(frozen=True)
 class Tracking:
-    """A tracking server, or a database file with the folder that its artifacts go to."""
+    """A tracking server, or a database with the folder that its artifacts go to.
+
+    `variables` of the environment tell MLflow where that folder's object storage is; those of the user's go first.
+    """
 
     uri: str
     artifacts: str | None
     database: Path | None
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 def tracking_uri(settings: Settings) -> str:
@@ -179,7 +183,19 @@ def tracking_of(settings: Settings, lake: t.Lake) -> Tracking:
     if given.startswith(("http:", "https:", "databricks", "uc:")):
         return Tracking(given, None, None)
     # Without a server MLflow puts artifacts below whatever folder the job was started in.
-    return Tracking(given, storage.join(folder, "artifacts").replace("s3a://", "s3://", 1), None)
+    artifacts = storage.join(folder, "artifacts").replace("s3a://", "s3://", 1)
+    return Tracking(given, artifacts, None, _object_storage(settings.storage) if artifacts.startswith("s3:") else {})
+
+
+def _object_storage(files: StorageSettings) -> dict[str, str]:
+    """What makes MLflow's own client talk to the server that ours talks to: by default it asks AWS, whatever we say."""
+    variables = {
+        "MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE": "path" if files.path_style else "virtual",
+        "AWS_DEFAULT_REGION": files.region,
+        # Many S3-compatible servers know nothing of the checksums that AWS would be sent unasked.
+        "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+    }
+    return variables | ({"MLFLOW_S3_ENDPOINT_URL": files.endpoint} if files.endpoint else {})
 
 
 @contextlib.contextmanager
@@ -208,10 +224,14 @@ def mlflow_at(place: Tracking) -> Iterator[Any]:
         place.database.parent.mkdir(parents=True, exist_ok=True)
     before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
     mlflow.set_tracking_uri(place.uri)
+    added = {name: value for name, value in place.variables.items() if name not in os.environ}
+    os.environ.update(added)
     try:
         yield mlflow
     finally:
         mlflow.set_tracking_uri(before)
+        for name in added:
+            os.environ.pop(name, None)
 
 
 @contextlib.contextmanager
@@ -463,15 +483,16 @@ def ranking_metrics(ranking: RankingFigures) -> dict[str, float]:
 
 
 def incumbent(settings: Settings) -> Incumbent | None:
-    """The model that `candidate` points at; None where there is none, or where it cannot be read any more."""
+    """The model that `candidate` points at; None where there is none, or where it cannot be loaded any more."""
     uri = f"models:/{settings.mlflow.model_name}@{CANDIDATE}"
     try:
         manifest, weights = resolve_model(uri, settings)
+        loaded = load(weights, manifest)
     except ModelError:
         return None
     with existing_mlflow(uri, settings) as mlflow:
         version = mlflow.MlflowClient().get_model_version_by_alias(settings.mlflow.model_name, CANDIDATE)
-    return Incumbent(str(version.version), manifest, weights)
+    return Incumbent(str(version.version), loaded)
 
 
 def promote(
@@ -492,7 +513,7 @@ def promote(
     if challenger is None:
         reason = "no patient was held back for validation"
     elif standing is None:
-        reason = "there is no candidate yet"
+        reason = "there is no candidate that could be loaded"
     elif theirs is None:
         reason = f"version {standing.version} takes pictures of another preprocessing"
     elif challenger.mean_average_precision < theirs - margin:
@@ -520,6 +541,13 @@ def _version_tags(manifest: Manifest) -> dict[str, str]:
         "snapshot": manifest.snapshot,
         "weights_sha256": manifest.weights_sha256,
     }
+
+
+def _text(manifest: bytes, uri: str) -> str:
+    try:
+        return manifest.decode()
+    except UnicodeDecodeError:
+        raise ModelError(f"model {uri}: its manifest.json is not text; export the model again") from None
 
 
 def _version(client: Any, uri: str) -> Any:

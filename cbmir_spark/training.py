@@ -41,7 +41,7 @@ from cbmir_spark.fitting import (
     memory_kept,
     precision_recall,
 )
-from cbmir_spark.model import Projection, load, save
+from cbmir_spark.model import Projection, save
 from cbmir_spark.networks import Network, build, preset_of
 from cbmir_spark.ranking import RankingFigures, rank
 from cbmir_spark.record import Record
@@ -365,7 +365,7 @@ def _ranked_anew(
     incumbent: registry.Incumbent, snapshot: dataset.Snapshot, job: Mapping[str, Any]
 ) -> RankingFigures | None:
     """What the incumbent reaches on this very split; None where it takes pictures of another preprocessing."""
-    loaded = load(incumbent.weights, incumbent.manifest)
+    loaded = incumbent.loaded
     if loaded.manifest.preprocessing != snapshot.preprocessing:
         return None
     queries = _features(loaded.model, snapshot, dataset.VALIDATION, job)

@@ -1,7 +1,9 @@
 """Snapshots split by patient and written once; loaders that give every row once and every process equal steps."""
 
 import contextlib
+import hashlib
 import itertools
+import os
 import pickle
 import random
 import threading
@@ -12,14 +14,17 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pydicom
 import pytest
+from pydicom.data import get_testdata_file
 from pyspark.sql import SparkSession
 
-from cbmir_spark import dataset, storage
+from cbmir_spark import dataset, ingest, storage
 from cbmir_spark import tables as t
 from cbmir_spark.config import Settings, StorageSettings
 from cbmir_spark.dataset import TEST, TRAIN, VALIDATION, DataFile, Loader, Snapshot, split_patients
 from cbmir_spark.errors import TrainingError
+from tests.test_ingest import NIGHT
 from tests.tiny_lake import Drawn, draw, pseudonym, publish
 
 LOCAL = StorageSettings(endpoint=None, region="us-east-1", path_style=True, attempts=8)
@@ -383,3 +388,67 @@ def test_snapshot_errors_name_the_cause(
         ask(own, min_images=1)
     with pytest.raises(TrainingError, match=r"validation split is empty.*validation_fraction=0"):
         ask(own, min_images=1, test_fraction=0.0, validation_fraction=0.2)
+
+
+# After an update of the lake
+
+
+def write_slice(archive: Path, number: int, part: str, turned: int = 0, hour: int = 1) -> Path:
+    """An image of patient `number` in four, whose pixels are like no other's; `turned` makes others of them."""
+    image = pydicom.dcmread(str(get_testdata_file("CT_small.dcm")))
+    image.PatientID, image.BodyPartExamined = f"patient {number % 4}", part
+    image.StudyInstanceUID, image.SeriesInstanceUID = f"1.2.3.{number % 4}", f"1.2.3.{number % 4}.{len(part)}"
+    image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = f"1.2.3.4.{len(part)}.{number}"
+    image.PixelData = np.roll(image.pixel_array, 8 * number + turned + len(part), axis=1).tobytes()
+    path = archive / part / f"{number}.dcm"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save_as(path)
+    os.utime(path, (NIGHT.timestamp() + 3600 * hour,) * 2)
+    return path
+
+
+def digests(snapshot: Snapshot) -> list[str]:
+    """Of the pixels of every row that the loaders of both splits give."""
+    found = []
+    for split in (TRAIN, TEST):
+        for pixels, _ in Loader(snapshot, split, LOCAL, batch_size=4, seed=1).epoch(0):
+            found += [hashlib.sha256(row.tobytes()).hexdigest() for row in pixels.numpy()]
+    return sorted(found)
+
+
+def test_rows_of_files_that_delta_removed_are_in_no_snapshot_and_in_no_batch(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    """Their files stay in the table's folder, where whoever reads folders finds them."""
+    from cbmir_spark import config
+
+    archive = tmp_path / "archive"
+    for number in range(8):
+        for part in ("CHEST", "HEAD"):
+            write_slice(archive, number, part)
+    own = [f"lake.uri={tmp_path / 'lake'}", f"ingest.archive={archive}"]
+    settings = config.load(overrides=[*own, "dataset.min_images=2", "dataset.rows_per_group=2"], environ={})
+    ingest.run(spark, settings)
+    lake = t.Lake.of(settings)
+    before = digests(make(spark, lake, settings))
+    assert len(set(before)) == 16
+
+    write_slice(archive, 1, "CHEST", turned=64, hour=30)
+    (archive / "HEAD" / "2.dcm").unlink()
+    report = ingest.run(spark, settings)
+    assert (report.read, report.deleted) == (1, 1)
+    pinned = t.require_published(spark, lake)
+    pixels = t.read(spark, lake.path(t.PIXELS), pinned.pixels)
+    live = sorted(row[t.PIXEL_DIGEST] for row in pixels.select(t.PIXEL_DIGEST).collect())
+    named = {storage.local_path(uri) for uri in t.live_files(spark, lake.path(t.PIXELS), pinned.pixels)}
+    removed = {str(file) for file in Path(storage.local_path(lake.path(t.PIXELS))).rglob("*.parquet")} - named
+    left = {digest for file in removed for digest in pq.read_table(file)[t.PIXEL_DIGEST].to_pylist()}
+    dead = left - set(live)
+    assert len(dead) == 2 and dead < set(before), "nothing to be read by mistake"
+
+    snapshot = make(spark, lake, settings)
+    assert digests(snapshot) == live and len(live) == 15
+    rows = pd.concat([content(snapshot, split) for split in (TRAIN, TEST)])
+    assert sorted(hashlib.sha256(row).hexdigest() for row in rows.pixels) == live
+    ids = [row[t.IMAGE_ID] for row in pixels.select(t.IMAGE_ID).collect()]
+    assert sorted(rows.image_id) == sorted(ids)

@@ -1,19 +1,28 @@
 """Training beside a real MLflow server: everything is there for its client, and the alias follows the gate."""
 
 import json
+import random
+import re
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from pyspark.sql import SparkSession
 
-from cbmir_spark import features, registry, training
+from cbmir_spark import features, lease, registry, storage, training
 from cbmir_spark import tables as t
 from cbmir_spark.config import Settings
+from cbmir_spark.errors import Busy
 from cbmir_spark.ranking import RankingFigures
 from cbmir_spark.training import TrainingReport
 from tests import mlflow_server
+from tests.test_cluster import environment
+from tests.test_kills import DRIVER_OPTIONS
 from tests.test_training import images, settings_for
-from tests.tiny_lake import publish
+from tests.tiny_lake import Drawn, publish
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +104,80 @@ def test_index_makes_the_candidate_champion(
     champion = client.get_model_version_by_alias("cbmir", registry.CHAMPION)
     candidate = client.get_model_version_by_alias("cbmir", registry.CANDIDATE)
     assert champion.version == candidate.version and champion.tags["model_id"] == indexed.model_id
+
+
+# Two index jobs at once
+
+
+def grow(spark: SparkSession, settings: Settings, batch: int) -> None:
+    """Give the index something to do for a while."""
+    parts = (("CT", "CHEST"), ("MR", "HEAD"))
+    publish(spark, settings, [Drawn(f"new {batch} {n}", "new", *parts[n % 2], frames=20) for n in range(6)], batch)
+
+
+def start_index(settings: Settings) -> subprocess.Popen[str]:
+    given = [f"lake.uri={settings.lake.uri}", f"mlflow.tracking_uri={settings.mlflow.tracking_uri}", *DRIVER_OPTIONS]
+    command = [sys.executable, "-m", "cbmir_spark", "index", "--json", *(f"--set={each}" for each in given)]
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def assert_one_index(spark: SparkSession, server: str, settings: Settings) -> None:
+    """One champion, on the candidate's version, and each live frame once in its index."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=server)
+    candidate = client.get_model_version_by_alias("cbmir", registry.CANDIDATE)
+    assert client.get_registered_model("cbmir").aliases == {
+        registry.CANDIDATE: candidate.version,
+        registry.CHAMPION: candidate.version,
+    }
+    lake = t.Lake.of(settings)
+    frames = t.read(spark, lake.path(t.PIXELS), t.require_published(spark, lake).pixels)
+    rows = features.open_index(spark, settings).rows
+    keys = [t.IMAGE_ID, t.FRAME]
+    assert sorted(map(tuple, rows.select(keys).collect())) == sorted(map(tuple, frames.select(keys).collect()))
+
+
+BUSY = r"lease index of this lake is held by process \d+ on host .+: wait for that job, or end it"
+
+
+def test_an_index_job_beside_another_one_is_told_to_wait(
+    spark: SparkSession, server: str, two: tuple[Settings, list[TrainingReport]]
+) -> None:
+    settings, _ = two
+    grow(spark, settings, batch=2)
+    job = start_index(settings)
+    lock = Path(storage.local_path(t.Lake.of(settings).vault)) / lease.FOLDER / f"{lease.INDEX}.lock"
+    while f'"pid": {job.pid}' not in (lock.read_text() if lock.exists() else ""):
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.02)
+    with pytest.raises(Busy, match=BUSY) as refused:
+        features.run(spark, settings)
+    assert f"process {job.pid} " in str(refused.value) and refused.value.exit_code == 75
+    out, err = job.communicate(timeout=240)
+    assert job.returncode == 0, err
+    assert json.loads(out)["embedded"] == 120
+    assert_one_index(spark, server, settings)
+    again = features.run(spark, settings)
+    assert (again.embedded, again.deleted) == (0, 0) and again.champion == json.loads(out)["champion"]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", range(3))
+def test_index_jobs_at_once_leave_one_index_and_one_champion(
+    spark: SparkSession, server: str, two: tuple[Settings, list[TrainingReport]], seed: int
+) -> None:
+    settings, _ = two
+    grow(spark, settings, batch=10 + seed)
+    draws = random.Random(seed)
+    jobs = []
+    for _ in range(3):
+        jobs.append(start_index(settings))
+        time.sleep(draws.uniform(0.0, 2.0))
+    ended = [(job.communicate(timeout=600), job.returncode) for job in jobs]
+    for (out, err), status in ended:
+        last = err.strip().splitlines()[-1:]
+        assert status == 0 or (status == Busy.exit_code and not out and re.search(BUSY, last[0])), err
+    assert 0 in [status for _, status in ended]
+    assert_one_index(spark, server, settings)

@@ -148,7 +148,7 @@ def test_a_manifest_that_was_changed_is_refused(change: dict[str, object], messa
 
 
 def test_what_is_no_manifest_or_no_weights_is_refused() -> None:
-    for text in ("", "[]", "not JSON", '"text"'):
+    for text in ("", "[]", "not JSON", '"text"', "[" * 100_000):
         with pytest.raises(ModelError, match="not a JSON object"):
             Manifest.from_json(text)
     files = saved()

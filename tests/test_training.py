@@ -28,12 +28,12 @@ from tests.tiny_lake import Drawn, publish
 PATIENTS, IMAGES_EACH = 4, 3
 
 
-def images() -> list[Drawn]:
+def images(each: int = IMAGES_EACH) -> list[Drawn]:
     return [
         Drawn(f"{modality}{part}{patient}-{number}", f"{modality}{part}{patient}", modality, part)
         for modality, part in (("CT", "CHEST"), ("CT", "HEAD"), ("MR", "HEAD"))
         for patient in range(PATIENTS)
-        for number in range(IMAGES_EACH)
+        for number in range(each)
     ]
 
 
