@@ -275,9 +275,12 @@ def lake_and_settings(spark: SparkSession, tmp_path_factory: pytest.TempPathFact
     from cbmir_spark import config
 
     folder = tmp_path_factory.mktemp("lake")
-    overrides = [f"lake.uri={folder / 'lake'}", "dataset.min_images=3", "dataset.rows_per_group=4"]
+    overrides = [f"lake.uri={folder / 'lake'}", "dataset.min_images=3", "dataset.rows_per_group=4", *SPLIT]
     settings = config.load(overrides=overrides, environ={})
     return publish(spark, settings, some_images()), settings
+
+
+SPLIT = ("dataset.test_fraction=0.3", "dataset.validation_fraction=0")
 
 
 def make(spark: SparkSession, lake: t.Lake, settings: Settings) -> Snapshot:
@@ -427,7 +430,7 @@ def test_rows_of_files_that_delta_removed_are_in_no_snapshot_and_in_no_batch(
         for part in ("CHEST", "HEAD"):
             write_slice(archive, number, part)
     own = [f"lake.uri={tmp_path / 'lake'}", f"ingest.archive={archive}"]
-    settings = config.load(overrides=[*own, "dataset.min_images=2", "dataset.rows_per_group=2"], environ={})
+    settings = config.load(overrides=[*own, "dataset.min_images=2", "dataset.rows_per_group=2", *SPLIT], environ={})
     ingest.run(spark, settings)
     lake = t.Lake.of(settings)
     before = digests(make(spark, lake, settings))
