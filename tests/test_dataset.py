@@ -3,11 +3,13 @@
 import contextlib
 import hashlib
 import itertools
+import json
 import os
 import pickle
 import random
 import threading
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pydicom
 import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
 from pydicom.data import get_testdata_file
 from pyspark.sql import SparkSession
 
-from cbmir_spark import dataset, ingest, storage
+from cbmir_spark import dataset, fitting, ingest, networks, storage
 from cbmir_spark import tables as t
 from cbmir_spark.config import Settings, StorageSettings
 from cbmir_spark.dataset import TEST, TRAIN, VALIDATION, DataFile, Loader, Snapshot, split_patients
@@ -186,6 +191,29 @@ def test_uneven_shards_have_equal_steps_and_lose_no_row(tmp_path: Path) -> None:
     batches = [numbers(loader) for loader in shards]
     assert [len(own) for own in batches] == [3, 3] == [loader.steps for loader in shards]
     assert sorted(flat(batches[0]) + flat(batches[1])) == list(range(137))
+
+
+def _one_of_two(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(_losses(Path(folder), rank, 2)))
+    dist.destroy_process_group()
+
+
+def _losses(folder: Path, rank: int, world: int) -> list[float]:
+    snapshot = write_split(folder / f"split {rank} of {world}", [[100, 37]])
+    loader = Loader(snapshot, TRAIN, LOCAL, batch_size=46, seed=1, rank=rank, world=world)
+    torch.manual_seed(1)
+    how = fitting.Fitting("sgd", learning_rate=1e-3, weight_decay=0.0, epochs=3, class_weights=(1.0,) * 3, seed=1)
+    history = fitting.fit(networks.build("alexnet-small", 3), fitting.Loaders(loader, None), how)
+    return [epoch.loss for epoch in history.epochs]
+
+
+def test_two_processes_with_uneven_shards_both_come_to_the_end(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_one_of_two, args=(str(tmp_path),), nprocs=2)
+    one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert one == other and len(one) == 3 and np.isfinite(one).all()
 
 
 def test_no_batch_has_a_single_row(tmp_path: Path) -> None:
