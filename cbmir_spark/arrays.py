@@ -33,3 +33,16 @@ def pixels_of(batch: pa.RecordBatch) -> NDArray[np.uint8]:
         raise TableError(f"frames in PIXELS are not all of {t.FRAME_BYTES} bytes")
     values = np.frombuffer(column.buffers()[2], dtype=np.uint8)
     return values[offsets[0] : offsets[-1]].reshape(-1, t.SIDE, t.SIDE)
+
+
+def matrix(column: pa.ChunkedArray, dimension: int | None = None) -> NDArray[np.float32]:
+    """The (n, D) float32 vectors of a column of lists. Raises TableError where one is not of `dimension` (None: any,
+    but all alike)."""
+    lists = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+    lengths = np.diff(lists.offsets.to_numpy())
+    expected = dimension if dimension is not None else int(lengths[0]) if len(lengths) else 0
+    if not (lengths == expected).all():
+        wrong = int((lengths != expected).sum())
+        raise TableError(f"{wrong} of {len(lengths)} vectors do not have {expected} values: run `cbmir index`")
+    flat: NDArray[np.float32] = lists.flatten().to_numpy(zero_copy_only=True)
+    return flat.reshape(len(lists), expected)

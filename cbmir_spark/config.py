@@ -21,6 +21,8 @@ DEBUG_VARIABLE = ENVIRONMENT_PREFIX + "DEBUG"
 
 Prefilter = Literal["tags", "predicted", "modality", "none"]
 Choice = Literal["include", "exclude"]
+# More neighbours than anybody looks at, yet a depth that figures may be cut at.
+MOST_HITS = 10_000
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 
@@ -171,7 +173,9 @@ class RetrievalSettings(_Section):
     model: str | None
     queries: str | None
     roots: list[str]
-    k: Annotated[int, Field(ge=1, le=10_000)]
+    k: Annotated[int, Field(ge=1, le=MOST_HITS)]
+    metric: Literal["euclidean", "cosine"]
+    method: Literal["bounds", "scan"]
     prefilter: Prefilter
     imputed: Choice
     unknown: Choice
@@ -181,7 +185,13 @@ class RetrievalSettings(_Section):
     tasks_per_core: Positive
     block_mb: Positive
     gallery: Annotated[int, Field(ge=0)]
+    csv: bool
     out: str | None
+
+    @classmethod
+    def choices(cls, name: str) -> tuple[str, ...]:
+        """The values that a setting may have, of those with a few."""
+        return get_args(cls.model_fields[name].annotation)
 
 
 class EvaluationSettings(_Section):

@@ -4,7 +4,7 @@ Queries are the test images of the snapshot the model was trained on; they are s
 the whole index without the query's own patient, once for each prefilter. A hit is relevant when its tags give it the
 query's label. What an index row's body part is only by prediction is no ground truth: such hits take no rank.
 
-Spark ranks and counts; the driver sees one row a query, with the ranks of its relevant hits: at most
+The driver sees the hits of some queries at a time and keeps the ranks of the relevant: at most
 `evaluation.max_queries` × `evaluation.depth` integers. The figures are numpy, after Manning, Raghavan and Schütze,
 "Introduction to Information Retrieval" (2008), chapter 8.
 """
@@ -12,12 +12,14 @@ Spark ranks and counts; the driver sees one row a query, with the ranks of its r
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from pyspark.sql import Column, DataFrame, SparkSession, Window
@@ -28,7 +30,7 @@ from cbmir_spark import tables as t
 from cbmir_spark.config import Prefilter, Settings
 from cbmir_spark.errors import InputError, ModelError
 from cbmir_spark.model import LabelKind, Manifest
-from cbmir_spark.queries import Query, Wanted, resolve
+from cbmir_spark.queries import Query, Status, Wanted, resolve
 from cbmir_spark.record import Record
 
 # Classes with fewer patients than this decide nothing; macro figures are also given without them.
@@ -44,7 +46,6 @@ AVERAGE_PRECISION = "average_precision"
 RECIPROCAL_RANK = "reciprocal_rank"
 MEASURES = (PRECISION, PRECISION_AT_MIN, RECALL, AVERAGE_PRECISION, RECIPROCAL_RANK)
 
-RANKS = "ranks"
 Figures = dict[str, float | None]
 
 
@@ -143,18 +144,18 @@ def label_of(kind: LabelKind) -> Column:
     return F.when(F.col(t.BODY_PART_SOURCE) == t.FROM_TAG, name)
 
 
-def relevant_ranks(hits: DataFrame, queries: DataFrame, kind: LabelKind) -> DataFrame:
-    """RESULTS hits and (query_id, label) → (query_id, ranks): ranks of the relevant among the judged, rising."""
-    judged = hits.withColumn("of_hit", label_of(kind)).where(F.col("of_hit").isNotNull())
-    order = Window.partitionBy(t.QUERY_ID).orderBy(t.RANK)
-    return (
-        judged.withColumn("judged_rank", F.row_number().over(order))
-        .join(F.broadcast(queries), on=t.QUERY_ID, how="inner")
-        .where(F.col("of_hit") == F.col(dataset.LABEL))
-        .groupBy(t.QUERY_ID)
-        .agg(F.sort_array(F.collect_list("judged_rank")).alias(RANKS))
-        .select(t.QUERY_ID, RANKS)
-    )
+def relevant_ranks(hits: pa.Table, labels: Mapping[str, str], kind: LabelKind) -> dict[str, list[int]]:
+    """RESULTS hits by query and rank, and labels by query → ranks of the relevant among the judged, rising."""
+    found: dict[str, list[int]] = {}
+    judged: Counter[str] = Counter()
+    columns = (t.QUERY_ID, t.MODALITY, t.BODY_PART, t.BODY_PART_SOURCE)
+    for query, modality, part, source in zip(*(hits.column(name).to_pylist() for name in columns), strict=True):
+        if source != t.FROM_TAG:
+            continue
+        judged[query] += 1
+        if labels[query] == (part if kind == "body_part" else f"{modality}/{part}"):
+            found.setdefault(query, []).append(judged[query])
+    return found
 
 
 def sample(images: DataFrame, most: int) -> DataFrame:
@@ -250,11 +251,14 @@ def run(spark: SparkSession, settings: Settings) -> Report:
         relevant = _relevant(spark, index.rows, asked, kind)
         queries = _resolved(spark, settings, index, asked)
         indexed = index.rows.count()
+        base = retrieval.base_of(spark, index, settings.storage)
     results: dict[str, dict[str, Any]] = {}
     many = [label for label, patients in patients_of.items() if patients >= MANY_PATIENTS]
     for prefilter in settings.evaluation.prefilters:
         with record.stage(f"search_{prefilter}"):
-            results[prefilter] = _searched(spark, settings, index, queries, asked, relevant, prefilter, indexed, many)
+            results[prefilter] = _searched(
+                spark, settings, index, base, queries, asked, relevant, prefilter, indexed, many
+            )
     classified = _classified(tested, snapshot.classes, patients_of, many)
     images = sum(tested.values())
     document: dict[str, Any] = {
@@ -385,6 +389,7 @@ def _searched(
     spark: SparkSession,
     settings: Settings,
     index: features.Index,
+    base: retrieval.Base,
     queries: Sequence[Query],
     asked: pd.DataFrame,
     relevant: Sequence[int],
@@ -397,17 +402,20 @@ def _searched(
     asked_for = {"k": max(k, depth), "prefilter": prefilter, "unique": "none", "exclude_same": "patient"}
     # Without a prefilter everything is searched, which is what the others' search space is measured by.
     whole = {"imputed": "include", "unknown": "include"} if prefilter == "none" else {}
-    answer = retrieval.search(spark, index.rows, queries, settings.retrieval.model_copy(update=asked_for | whole))
-    labels = spark.createDataFrame(asked[[t.QUERY_ID, dataset.LABEL]])
-    ranked = relevant_ranks(answer.hits, labels, index.manifest.label).collect()
-    answer.hits.unpersist()
-    found = {row[t.QUERY_ID]: row[RANKS] for row in ranked}
+    options = settings.retrieval.model_copy(update=asked_for | whole)
+    labels = dict(zip(asked[t.QUERY_ID], asked[dataset.LABEL], strict=True))
+    found: dict[str, list[int]] = {}
+    statuses: list[Status] = []
+    for portion in retrieval.portions(spark, queries, options.k, options):
+        answer = retrieval.search(spark, base, portion, options)
+        found |= relevant_ranks(answer.hits, labels, index.manifest.label)
+        statuses += answer.statuses
     figures = ranking([found.get(query, []) for query in asked[t.QUERY_ID]], relevant, k, depth)
     by_class = by_label(figures, asked[dataset.LABEL].tolist())
-    candidates = np.array([status.candidates for status in answer.statuses], dtype=np.float64)
+    candidates = np.array([status.candidates for status in statuses], dtype=np.float64)
     return {
         "circular": circularity(prefilter, index.manifest.label),
-        "answered": sum(status.hits > 0 for status in answer.statuses),
+        "answered": sum(status.hits > 0 for status in statuses),
         "mean": mean(figures),
         "macro": macro(by_class),
         "macro_of_many": macro(by_class, many),
@@ -415,7 +423,7 @@ def _searched(
         "space": {
             "candidates": float(candidates.mean()),
             "share": float(candidates.mean() / indexed),
-            "partitions": float(np.mean([len(status.partitions) for status in answer.statuses])),
+            "partitions": float(np.mean([len(status.partitions) for status in statuses])),
         },
     }
 

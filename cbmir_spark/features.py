@@ -25,7 +25,7 @@ from cbmir_spark import arrays, lease, model, registry, storage
 from cbmir_spark import tables as t
 from cbmir_spark.config import Settings, StorageSettings
 from cbmir_spark.errors import ModelError, TableError
-from cbmir_spark.model import Loaded, Manifest
+from cbmir_spark.model import Loaded, Manifest, Projection
 from cbmir_spark.record import Record
 from cbmir_spark.scan_task import Place
 from cbmir_spark.vocabulary import UNKNOWN
@@ -80,6 +80,7 @@ class Index:
     path: str
     version: int
     rows: DataFrame
+    projection: Projection
 
 
 @dataclass(frozen=True)
@@ -272,6 +273,7 @@ def open_index(spark: SparkSession, settings: Settings) -> Index:
         raise ModelError(f"no index is ready to be searched: run `cbmir train`, then `cbmir index` ({error})") from None
     manifest = Manifest.from_json(text)
     _check_weights(weights, manifest)
+    projection = model.projection_of(weights)
     lake = t.Lake.of(settings)
     path = lake.features(manifest.model_id)
     if not t.exists(spark, path):
@@ -279,7 +281,7 @@ def open_index(spark: SparkSession, settings: Settings) -> Index:
     check_table(spark, path, manifest)
     version = t.version(spark, path)
     folder = publish_model(weights, manifest, lake, settings.storage)
-    return Index(manifest, folder, path, version, t.read(spark, path, version))
+    return Index(manifest, folder, path, version, t.read(spark, path, version), projection)
 
 
 def scan(rows: DataFrame, places: Iterable[Place]) -> DataFrame:

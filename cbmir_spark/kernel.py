@@ -8,7 +8,7 @@ in float64 gives, bit for bit, however the rows were cut into blocks and tasks.
 Letters: q a query, x a row, D the dimension, Q, n, t numbers of queries, rows, queries of one tile.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,12 +20,12 @@ Numbers = NDArray[np.int64]
 Texts = NDArray[np.bytes_]
 
 # Half the distance from 1 to the next float32: the greatest relative error of one rounding.
-_UNIT = 2.0**-24
+UNIT = 2.0**-24
 # Sums are taken over this many columns at a time, and the bound grows with that number instead of with D.
 _COLUMNS = 512
 _MOST_COLUMNS = 2**16
 # Up to here (and with it every partial sum) a square stays below float32's greatest value, 2^128.
-_GREATEST = 2.0**125
+GREATEST = 2.0**125
 # Bytes of float64 differences measured at a time, so that they stay in the processor's cache.
 _CACHE = 2**21
 
@@ -56,28 +56,78 @@ class Pairs:
 
 
 @dataclass(frozen=True)
+class Hidden:
+    """Which rows of a block some queries must not meet: single `pairs`, each once, and whole rows for some queries.
+
+    bars: (b, n) masks of rows that are hidden; of: (Q,) number of the bar that holds for each query.
+    """
+
+    pairs: Pairs
+    bars: NDArray[np.bool_] | None = None
+    of: Numbers | None = None
+
+    def reordered(self, order: Numbers) -> "Hidden":
+        """The same for a block whose rows were taken in this order."""
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        bars = None if self.bars is None else self.bars[:, order]
+        return Hidden(Pairs(self.pairs.query, place[self.pairs.row]), bars, self.of)
+
+    def within(self, tile: Numbers) -> "Hidden":
+        """The same for some of the queries (their numbers, sorted), numbered in that order."""
+        query, row = self.pairs.query, self.pairs.row
+        place = np.minimum(np.searchsorted(tile, query), len(tile) - 1)
+        inside = tile[place] == query
+        return Hidden(Pairs(place[inside], row[inside]), self.bars, None if self.of is None else self.of[tile])
+
+    def clear(self, near: NDArray[np.bool_]) -> None:
+        """Set the (t, n) mask to False where a row is hidden."""
+        if self.bars is not None:
+            near &= ~self.bars[self.of]
+        near[self.pairs.query, self.pairs.row] = False
+
+    def bury(self, partial: Floats) -> Numbers:
+        """Set (t, n) distances to infinity where a row is hidden; (t,) how many rows of each query are."""
+        if self.bars is None or self.of is None:
+            count = np.bincount(self.pairs.query, minlength=len(partial))
+        else:
+            mask = self.bars[self.of]
+            mask[self.pairs.query, self.pairs.row] = True
+            partial[mask] = np.inf
+            count = np.count_nonzero(mask, axis=1)
+        partial[self.pairs.query, self.pairs.row] = np.inf
+        return count
+
+
+@dataclass(frozen=True)
 class Nearest:
-    """m results in the order of query, distance, image, frame; `row` counts all rows that were ever added."""
+    """m results in the order of query, distance, image, frame; `row` counts all rows that were ever added.
+
+    `square` is the squared distance, under `cosine` of the vectors made one long; see `distances`.
+    """
 
     query: Numbers
-    distance: Doubles
+    square: Doubles
     row: Numbers
 
 
 class Search:
-    """The k nearest groups of each query, each by its nearest row, over all blocks added so far.
+    """The nearest groups of each query, each by its nearest row, over all blocks added so far.
 
-    queries: (Q, D) float32, finite. `budget` bounds the bytes of one tile of approximate distances. Memory besides
-    is proportional to Q × k.
+    queries: (Q, D) float32, finite. k: (Q,) groups that each takes. `budget` bounds the bytes of one tile of
+    approximate distances. Memory besides is proportional to the sum of k. With `cosine` the distance is 1 − cos, which
+    is half the squared difference of the vectors made one long; a vector of zeros stays as it is.
     """
 
-    def __init__(self, queries: Floats, k: int, budget: int) -> None:
-        if k < 1:
-            raise ValueError(f"k is {k}; it has to be at least 1")
+    def __init__(self, queries: Floats, k: Numbers, budget: int, cosine: bool = False) -> None:
+        if len(k) and k.min() < 1:
+            raise ValueError(f"k is {k.min()}; it has to be at least 1")
         if queries.shape[1] > _MOST_COLUMNS:
             raise ValueError(f"vectors of {queries.shape[1]} columns; the error bound holds up to {_MOST_COLUMNS}")
-        self._queries = queries
-        self._squares = square_norms(queries)
+        self._cosine = cosine
+        self._exact = _of_length_one(queries) if cosine else queries
+        self._queries = self._exact.astype(np.float32)
+        self._squares = square_norms(self._queries)
         self._k = k
         self._budget = budget
         self.rows_seen = 0
@@ -96,11 +146,8 @@ class Search:
         """Numbers of the rows that may still be results, sorted; a caller may drop everything else."""
         return np.unique(self._row)
 
-    def add(self, vectors: Floats, keys: Keys, queries: Numbers | None = None, excluded: Pairs | None = None) -> None:
-        """Compare n rows, (n, D) float32, with some queries (their numbers, sorted; None: all).
-
-        `excluded` names pairs that must not meet, each once; its rows are numbered within this block.
-        """
+    def add(self, vectors: Floats, keys: Keys, queries: Numbers | None = None, hidden: Hidden | None = None) -> None:
+        """Compare n rows, (n, D) float32, with some queries (their numbers, sorted; None: all)."""
         first = self.rows_seen
         self.rows_seen += len(vectors)
         wanted = np.arange(len(self._queries)) if queries is None else queries
@@ -109,70 +156,60 @@ class Search:
         numbers = np.arange(len(vectors))
         starts = None
         if keys.group is not None:
-            order, starts = _by_group(keys.group)
+            order, starts = by_group(keys.group)
             if order is not None:
                 numbers, vectors, keys = order, vectors[order], keys.take(order)
-                if excluded is not None:
-                    place = np.empty_like(order)
-                    place[order] = np.arange(len(order))
-                    excluded = Pairs(excluded.query, place[excluded.row])
+                hidden = None if hidden is None else hidden.reordered(order)
+        exact = _of_length_one(vectors) if self._cosine else vectors
+        vectors = exact.astype(np.float32, copy=False)
         norms = square_norms(vectors)
         found_queries, found_rows = [], []
-        for tile in self._tiles(wanted, len(vectors)):
-            pairs = self._near(tile, vectors, norms, starts, excluded)
+        for tile in tiles(wanted, len(vectors), self._budget):
+            pairs = self._near(tile, vectors, norms, starts, None if hidden is None else hidden.within(tile))
             found_queries.append(pairs.query)
             found_rows.append(pairs.row)
         query, row = np.concatenate(found_queries), np.concatenate(found_rows)
-        square = squares(self._queries, vectors, query, row)
+        square = squares(self._exact, exact, query, row)
         self._keep(query, square, first + numbers[row], keys.take(row))
 
     def results(self) -> Nearest:
         """The nearest groups of each query among all rows added."""
         if len(self._query):
             self._settle()
-        return Nearest(self._query, np.sqrt(self._square), self._row)
-
-    def _tiles(self, wanted: Numbers, rows: int) -> Iterator[Numbers]:
-        # Per pair: two float32 of the product, one more where rows are ranked, and a mask.
-        height = max(1, self._budget // (rows * 16))
-        for start in range(0, len(wanted), height):
-            yield wanted[start : start + height]
+        return Nearest(self._query, self._square, self._row)
 
     def _near(
-        self, tile: Numbers, vectors: Floats, norms: Doubles, starts: Numbers | None, excluded: Pairs | None
+        self, tile: Numbers, vectors: Floats, norms: Doubles, starts: Numbers | None, hidden: Hidden | None
     ) -> Pairs:
-        """Pairs of the tile's queries and the rows that may be among their k nearest groups."""
+        """Pairs of the tile's queries and the rows that may be among their nearest groups."""
         whole = len(tile) == len(self._queries)
         queries = self._queries if whole else self._queries[tile]
-        own = self._squares[tile]
+        own, k = self._squares[tile], self._k[tile]
         reach = (np.sqrt(own) + np.sqrt(norms.max())) ** 2
         # Where squares may overflow nothing is ruled out; everything is measured directly.
-        safe = reach < _GREATEST
+        safe = reach < GREATEST
         error = margin(reach, vectors.shape[1])
         with np.errstate(over="ignore", invalid="ignore"):
             # Without ‖q‖², which is the same for all rows of a query: limits are moved by it instead.
             partial = approximate(queries, vectors, norms)
-        apart = _within(tile, excluded)
         self.candidates[tile] += len(vectors)
-        if apart is not None:
-            np.subtract.at(self.candidates, tile[apart.query], 1)
-            partial[apart.query, apart.row] = np.inf
+        if hidden is not None:
+            self.candidates[tile] -= hidden.bury(partial)
         limit = np.full(len(tile), np.inf)
         limit[safe] = (self._kth[tile] + error)[safe] - own[safe]
-        near = _not_above(partial, limit)
-        if apart is not None:
-            near[apart.query, apart.row] = False
-        crowded = np.flatnonzero(safe & (np.count_nonzero(near, axis=1) > self._k))
+        near = not_above(partial, limit)
+        if hidden is not None:
+            hidden.clear(near)
         groups = len(vectors) if starts is None else len(starts)
-        if len(crowded) and groups >= self._k:
+        crowded = np.flatnonzero(safe & (np.count_nonzero(near, axis=1) > k) & (k <= groups))
+        if len(crowded):
             ranked = partial if len(crowded) == len(tile) else partial[crowded]
             if starts is not None:
                 ranked = np.minimum.reduceat(ranked, starts, axis=1)
             # The true square of the k-th group is at most this much over its approximation, and any row that
             # beats it at most as much below its own.
-            kth = np.partition(ranked, self._k - 1, axis=1)[:, self._k - 1].astype(np.float64)
-            limit[crowded] = np.minimum(limit[crowded], kth + 2 * error[crowded])
-            near &= _not_above(partial, limit)
+            limit[crowded] = np.minimum(limit[crowded], smallest(ranked, k[crowded]) + 2 * error[crowded])
+            near &= not_above(partial, limit)
         rows_of = np.nonzero(near)
         return Pairs(tile[rows_of[0]], rows_of[1])
 
@@ -180,33 +217,74 @@ class Search:
         self._query = np.concatenate([self._query, query])
         self._square = np.concatenate([self._square, square])
         self._row = np.concatenate([self._row, row])
-        self._keys = keys if self._keys is None else _joined(self._keys, keys)
+        self._keys = keys if self._keys is None else joined([self._keys, keys])
         # Sorting everything for each handful of new pairs would cost more than the pairs that it spares.
         if len(self._query) > self._counted + self._counted // 8:
             self._settle()
 
     def _settle(self) -> None:
-        """Keep the k nearest groups of each query, and note the square of the k-th."""
+        """Keep the nearest groups of each query, and note the square of its last where it has all that it takes."""
         assert self._keys is not None
-        keys = self._keys
-        _, image_rank = np.unique(keys.image, return_inverse=True)
-        order = np.lexsort((keys.frame, image_rank, np.sqrt(self._square), self._query))
-        if keys.group is not None:
-            _, group_rank = np.unique(keys.group, return_inverse=True)
-            pair = self._query[order] * (group_rank.max() + 1) + group_rank[order]
-            _, nearest_of_group = np.unique(pair, return_index=True)
-            order = order[np.sort(nearest_of_group)]
-        query = self._query[order]
-        begins = np.flatnonzero(np.diff(query, prepend=-1))
-        counts = np.diff(begins, append=len(query))
-        rank = np.arange(len(query)) - np.repeat(begins, counts)
-        order = order[rank < self._k]
+        order, last = nearest_groups(self._query, self._square, self._keys, self._k, self._cosine)
         self._query, self._square, self._row = self._query[order], self._square[order], self._row[order]
-        self._keys = keys.take(order)
+        self._keys = self._keys.take(order)
         self._counted = len(order)
-        full = begins[counts >= self._k]
-        last = np.flatnonzero(rank[rank < self._k] == self._k - 1)
-        self._kth[query[full]] = self._square[last]
+        self._kth[self._query[last]] = self._square[last]
+
+
+def nearest_groups(
+    query: Numbers, square: Doubles, keys: Keys, k: Numbers, cosine: bool = False
+) -> tuple[Numbers, Numbers]:
+    """Which of m pairs are the k[query] nearest groups of their query, each by its nearest row; k: (Q,).
+
+    Returns their numbers in the order of query, distance, image, frame, and where among them those stand that are the
+    k-th of their query. Distances tie as float64, once the root is taken.
+    """
+    _, image_rank = np.unique(keys.image, return_inverse=True)
+    order = np.lexsort((keys.frame, image_rank, distances(square, cosine), query))
+    if keys.group is not None:
+        _, group_rank = np.unique(keys.group, return_inverse=True)
+        pair = query[order] * (group_rank.max(initial=0) + 1) + group_rank[order]
+        _, nearest_of_group = np.unique(pair, return_index=True)
+        order = order[np.sort(nearest_of_group)]
+    sorted_query = query[order]
+    begins = np.flatnonzero(np.diff(sorted_query, prepend=-1))
+    rank = np.arange(len(order)) - np.repeat(begins, np.diff(begins, append=len(order)))
+    most = k[sorted_query]
+    inside = rank < most
+    return order[inside], np.flatnonzero((rank == most - 1)[inside])
+
+
+def distances(square: Doubles, cosine: bool) -> Doubles:
+    """Squares as the distances that are told; under `cosine` they are of vectors of length one."""
+    return square / 2 if cosine else np.sqrt(square)
+
+
+def tiles(wanted: Numbers, rows: int, budget: int) -> Iterator[Numbers]:
+    """The queries in portions whose matrices of (t, rows) stay within `budget` bytes."""
+    # Per pair: two float32 of the product, one more where rows are ranked, and a mask.
+    height = max(1, budget // (rows * 16))
+    for start in range(0, len(wanted), height):
+        yield wanted[start : start + height]
+
+
+def smallest(values: Floats, k: Numbers) -> Doubles:
+    """(t,) float64: of each row of (t, n) the k-th smallest value, k: (t,) from 1 to n."""
+    different = np.unique(k)
+    if len(different) == 1:
+        found = np.partition(values, different[0] - 1, axis=1)[:, different[0] - 1]
+    else:
+        parted = np.partition(values, different - 1, axis=1)
+        found = parted[np.arange(len(k)), k - 1]
+    return found.astype(np.float64)
+
+
+def _of_length_one(vectors: Floats) -> Doubles:
+    """(n, D) float32 → (n, D) float64 of length one, by the same sums whatever rows are beside a row."""
+    rows = np.arange(len(vectors))
+    lengths = np.sqrt(squares(np.zeros((1, vectors.shape[1]), np.float32), vectors, np.zeros_like(rows), rows))
+    unit: Doubles = vectors / np.where(lengths > 0, lengths, 1.0)[:, None]
+    return unit
 
 
 def square_norms(vectors: Floats) -> Doubles:
@@ -247,15 +325,17 @@ def margin(reach: Doubles, dimension: int) -> Doubles:
     D = 2¹⁶, m·u ≤ 2⁻¹⁴·1.04, so that 1/(1 − m·u) and what `reach` itself is off by (γ_c) lie far below the factor 1.1,
     and so do the float64 roundings of `squares` and of its square root, which are 2⁻²⁹ of one u. Products below
     float32's normal range lose up to 2⁻¹²⁶ each even where they are flushed to zero: D·2⁻¹²⁴ covers all four sums.
+    Vectors that were made one long in float64 and then rounded are each off by u, which moves a square by at most
+    2√reach·2u + 4u² ≤ 3u·reach, as reach is 4: four of the eight spare terms.
     """
     columns = min(dimension, _COLUMNS)
     terms = columns + -(-dimension // _COLUMNS) + 16
-    error: Doubles = 1.1 * terms * _UNIT * reach + dimension * 2.0**-124
+    error: Doubles = 1.1 * terms * UNIT * reach + dimension * 2.0**-124
     return error
 
 
-def squares(queries: Floats, vectors: Floats, query: Numbers, row: Numbers) -> Doubles:
-    """(m,) float64 Σ(x−q)² of m pairs of rows of (Q, D) and (n, D) float32.
+def squares(queries: Floats | Doubles, vectors: Floats | Doubles, query: Numbers, row: Numbers) -> Doubles:
+    """(m,) float64 Σ(x−q)² of m pairs of rows of (Q, D) and (n, D).
 
     The sum is a fold: the upper half of the columns is added to the lower half until one is left. Each step is an
     addition element by element, so IEEE 754 alone decides the result: not BLAS, the processor, numpy's version, or
@@ -282,14 +362,14 @@ def _column_blocks(dimension: int) -> Iterator[slice]:
         yield slice(start, min(start + _COLUMNS, dimension))
 
 
-def _not_above(partial: Floats, limit: Doubles) -> NDArray[np.bool_]:
+def not_above(partial: Floats, limit: Doubles) -> NDArray[np.bool_]:
     """(t, n) mask of what does not exceed its query's limit, which is rounded up; not-a-number never exceeds."""
     with np.errstate(over="ignore"):
         rounded = np.nextafter(limit.astype(np.float32), np.float32(np.inf))
     return ~(partial > rounded[:, None])
 
 
-def _by_group(group: Texts) -> tuple[Numbers | None, Numbers]:
+def by_group(group: Texts) -> tuple[Numbers | None, Numbers]:
     """An order that puts rows of a group side by side (None: they are), and where each group then starts."""
     changes = np.flatnonzero(np.concatenate([[True], group[1:] != group[:-1]]))
     distinct, codes = np.unique(group, return_inverse=True)
@@ -299,15 +379,11 @@ def _by_group(group: Texts) -> tuple[Numbers | None, Numbers]:
     return order, np.flatnonzero(np.diff(codes[order], prepend=-1))
 
 
-def _within(tile: Numbers, excluded: Pairs | None) -> Pairs | None:
-    """The excluded pairs whose query is in the tile, numbered within it."""
-    if excluded is None or not len(excluded.query):
-        return None
-    place = np.minimum(np.searchsorted(tile, excluded.query), len(tile) - 1)
-    inside = tile[place] == excluded.query
-    return Pairs(place[inside], excluded.row[inside]) if inside.any() else None
-
-
-def _joined(one: Keys, other: Keys) -> Keys:
-    group = None if one.group is None or other.group is None else np.concatenate([one.group, other.group])
-    return Keys(np.concatenate([one.image, other.image]), np.concatenate([one.frame, other.frame]), group)
+def joined(parts: Sequence[Keys]) -> Keys:
+    """Keys of rows that come one after the other; all parts have groups, or none."""
+    groups = [part.group for part in parts if part.group is not None]
+    return Keys(
+        np.concatenate([part.image for part in parts]),
+        np.concatenate([part.frame for part in parts]),
+        np.concatenate(groups) if groups else None,
+    )

@@ -256,6 +256,15 @@ def load(weights: bytes, manifest_json: str | bytes) -> Loaded:
     return Loaded(model.eval(), manifest, projection)
 
 
+def projection_of(weights: bytes) -> Projection:
+    """The projection of weights whose digest was checked."""
+    try:
+        tensors = safetensors.torch.load(weights)
+        return Projection(tensors[_MEAN].numpy(), tensors[_DIRECTIONS].numpy())
+    except (safetensors.SafetensorError, KeyError, ValueError):
+        raise ModelError("the weights file is not one that cbmir wrote; export the model again") from None
+
+
 @dataclass(frozen=True)
 class Embedded:
     """What a model says of N pictures.

@@ -33,17 +33,21 @@ from pyspark.sql.types import (
     StructType,
 )
 
-from cbmir_spark import arrays, features, model, parse, pseudonyms, reconcile, report, storage
+from cbmir_spark import arrays, features, model, parse, pseudonyms, reconcile, report, storage, vocabulary
 from cbmir_spark import tables as t
-from cbmir_spark.config import Settings, StorageSettings
+from cbmir_spark.config import MOST_HITS, RetrievalSettings, Settings, StorageSettings
 from cbmir_spark.errors import InputError, ModelError, TableError
 from cbmir_spark.features import Index
 from cbmir_spark.pseudonyms import Pseudonyms
-from cbmir_spark.scan_task import Place
+from cbmir_spark.scan_task import ANYTHING, Place, Within
 from cbmir_spark.vocabulary import UNKNOWN
 
 SOP_INSTANCE_UID = "sop_instance_uid"
 NAMING = (t.URI, t.IMAGE_ID, SOP_INSTANCE_UID)
+K, EXCLUDE_SAME, UNIQUE = "k", "exclude_same", "unique"
+AGE_MIN, AGE_MAX, YEAR_MIN, YEAR_MAX = "age_min", "age_max", "year_min", "year_max"
+# What a row may ask for otherwise than the settings do.
+OWN = (K, t.MODALITY, t.BODY_PART, t.SEX, AGE_MIN, AGE_MAX, YEAR_MIN, YEAR_MAX, EXCLUDE_SAME, UNIQUE)
 
 # Queries that one task embeds; each costs tens of milliseconds on a CPU.
 QUERIES_PER_TASK = 64
@@ -53,6 +57,9 @@ LONGEST_CELL = 4096
 _IMAGE_ID = re.compile(r"[0-9a-f]{32}")
 _UID = re.compile(r"[0-9.]{1,64}")
 _FRAME_NUMBER = re.compile(r"[0-9]{1,9}")
+# Parquet may hold whole numbers as floating ones.
+_WHOLE = re.compile(r"[0-9]{1,6}(\.0)?")
+_AGE = re.compile(r"[0-9]{1,3}(\.[0-9]{1,6})?")
 
 
 class Answered(StrEnum):
@@ -66,6 +73,24 @@ class Answered(StrEnum):
 
 
 @dataclass(frozen=True)
+class Own:
+    """What one row of a list asks for otherwise than the settings do; None: as they do.
+
+    `modality` and `body_part` say which partitions are searched, `within` what rows must have there.
+    """
+
+    k: int | None = None
+    modality: str | None = None
+    body_part: str | None = None
+    exclude_same: str | None = None
+    unique: str | None = None
+    within: Within = ANYTHING
+
+
+AS_SET = Own()
+
+
+@dataclass(frozen=True)
 class Wanted:
     """One row of a query list that can be looked for; `frame` is None for the middle one of those indexed."""
 
@@ -73,6 +98,7 @@ class Wanted:
     naming: str
     value: str
     frame: int | None
+    own: Own = AS_SET
 
 
 @dataclass(frozen=True)
@@ -94,6 +120,7 @@ class Query:
     study_id: str | None = None
     patient_id: str | None = None
     frame: int | None = None
+    own: Own = AS_SET
 
 
 @dataclass(frozen=True)
@@ -120,7 +147,8 @@ class QueryList:
 
 
 def read_queries(uri: str, files: StorageSettings) -> QueryList:
-    """A CSV or Parquet query list: `query_id` and one of uri, image_id, sop_instance_uid in each row; `frame` if asked.
+    """A CSV or Parquet query list: `query_id` and one of uri, image_id, sop_instance_uid in each row; `frame` and
+    the columns of OWN if asked.
 
     A row that cannot be used becomes a status and hinders no other. Raises InputError where the list itself cannot be
     used, naming the columns that are missing and those that are there.
@@ -143,7 +171,7 @@ def read_queries(uri: str, files: StorageSettings) -> QueryList:
         raise InputError(f"query list {uri} lacks column {' and '.join(missing)}; it has {there}")
     times = Counter(row.get(t.QUERY_ID) for row in rows)
     asked = [_asked(number, row, times[row.get(t.QUERY_ID)]) for number, row in enumerate(rows, start=1)]
-    known = {t.QUERY_ID, t.FRAME, *NAMING}
+    known = {t.QUERY_ID, t.FRAME, *NAMING, *OWN}
     return QueryList(tuple(asked), tuple(name for name in columns if name not in known))
 
 
@@ -172,7 +200,7 @@ def _csv_rows(content: bytes) -> tuple[list[str], list[dict[str, str]]]:
 def _parquet_rows(content: bytes) -> tuple[list[str], list[dict[str, str]]]:
     columns = pa.parquet.read_schema(io.BytesIO(content)).names
     _check_unique(columns)
-    wanted = [name for name in (t.QUERY_ID, t.FRAME, *NAMING) if name in columns]
+    wanted = [name for name in (t.QUERY_ID, t.FRAME, *NAMING, *OWN) if name in columns]
     table = pa.parquet.read_table(io.BytesIO(content), columns=wanted)
     text = table.cast(pa.schema([(name, pa.string()) for name in table.column_names]))
     return columns, [{name: cell for name, cell in row.items() if cell} for row in text.to_pylist()]
@@ -204,8 +232,55 @@ def _asked(number: int, row: Mapping[str, str], times: int) -> Wanted | Status:
         naming, value = next(iter(given.items()))
         problem = _unfit(naming, value.strip())
     if problem is None:
-        return Wanted(query_id, naming, value.strip(), None if frame is None else int(frame))
+        own = _own({name: row[name].strip() for name in OWN if name in row})
+        if isinstance(own, Own):
+            return Wanted(query_id, naming, value.strip(), None if frame is None else int(frame), own)
+        problem = own
     return Status(query_id[:LONGEST_CELL], Answered.BAD_ROW, problem)
+
+
+def _own(cells: Mapping[str, str]) -> Own | str:
+    """What a row asks for, or why it cannot be had."""
+    for name, words in (
+        (t.MODALITY, vocabulary.MODALITIES),
+        (t.BODY_PART, frozenset(vocabulary.BODY_PARTS)),
+        (t.SEX, frozenset("FMO")),
+        (EXCLUDE_SAME, frozenset(RetrievalSettings.choices(EXCLUDE_SAME))),
+        (UNIQUE, frozenset(RetrievalSettings.choices(UNIQUE))),
+    ):
+        if name in cells and cells[name] not in words:
+            few = f"; it is one of {', '.join(sorted(words))}" if len(words) < 10 else ""
+            return f"{name} {_quoted(cells[name])} is no term of ours{few}"
+    numbers: dict[str, float] = {}
+    for name, most in ((K, MOST_HITS), (AGE_MIN, 200), (AGE_MAX, 200), (YEAR_MIN, 9999), (YEAR_MAX, 9999)):
+        if name not in cells:
+            continue
+        pattern = _AGE if name in (AGE_MIN, AGE_MAX) else _WHOLE
+        if not pattern.fullmatch(cells[name]) or not (name == K) <= float(cells[name]) <= most:
+            return f"{name} {_quoted(cells[name])} is not a number from {int(name == K)} to {most}"
+        numbers[name] = float(cells[name])
+    for least, greatest in ((AGE_MIN, AGE_MAX), (YEAR_MIN, YEAR_MAX)):
+        if numbers.get(least, -math.inf) > numbers.get(greatest, math.inf):
+            return f"{least} is above {greatest}"
+    return Own(
+        k=int(numbers[K]) if K in numbers else None,
+        modality=cells.get(t.MODALITY),
+        body_part=cells.get(t.BODY_PART),
+        exclude_same=cells.get(EXCLUDE_SAME),
+        unique=cells.get(UNIQUE),
+        within=Within(
+            sex=cells.get(t.SEX),
+            age_min=numbers.get(AGE_MIN),
+            age_max=numbers.get(AGE_MAX),
+            year_min=int(numbers[YEAR_MIN]) if YEAR_MIN in numbers else None,
+            year_max=int(numbers[YEAR_MAX]) if YEAR_MAX in numbers else None,
+        ),
+    )
+
+
+def _quoted(cell: str) -> str:
+    """A cell as an error may show it: short, and without characters that could steer a terminal."""
+    return repr(cell[:32])
 
 
 def _unfit(naming: str, value: str) -> str | None:
@@ -286,7 +361,9 @@ def _look_up(spark: SparkSession, rows: Sequence[Wanted], index: Index, settings
         else:
             wanted[row.query_id] = (image_of[row.query_id], frame)
     found = _fetch(spark, index, set(wanted.values()), {frames[image][frame] for image, frame in wanted.values()})
-    return Resolved({query: replace(found[key], query_id=query) for query, key in wanted.items()}, failed)
+    own = {row.query_id: row.own for row in rows}
+    queries = {name: replace(found[key], query_id=name, own=own[name]) for name, key in wanted.items()}
+    return Resolved(queries, failed)
 
 
 def middle(frames: Sequence[int]) -> int | None:
@@ -374,6 +451,7 @@ def _read_uris(
             yield from read_batch(batch, reader)
 
     wanted = spark.createDataFrame(listed, _WANTED).repartition(tasks, t.QUERY_ID)
+    own = {row.query_id: row.own for row in rows}
     queries, failed, pictures = {}, {}, {}
     for batch in wanted.mapInArrow(read, _READ).toArrow().to_batches():
         vectors = iter(arrays.vectors_of(batch.filter(batch.column(t.STATUS).is_null()), index.manifest.embedding_dim))
@@ -384,7 +462,7 @@ def _read_uris(
                 failed[query_id] = Status(query_id, Answered(row[t.STATUS]), row[t.REASON])
                 continue
             values = {name: row[name] for name in (t.QUERY_ID, t.FRAME, t.PREDICTED, t.PROBABILITY, *_OF_QUERY)}
-            queries[query_id] = Query(vector=next(vectors), **values)
+            queries[query_id] = Query(vector=next(vectors), own=own[query_id], **values)
             if query_id in reader.pictured:
                 shown = (t.QUERY_ID, t.FRAME, t.MODALITY, t.BODY_PART, t.PREDICTED, *_SHOWN)
                 pictures[query_id] = report.Asked(

@@ -1,43 +1,85 @@
-"""A list of query images → the nearest images of the archive, exactly: plan → prune → broadcast → kernel → top-k.
+"""A list of query images → the nearest images of the archive, exactly: plan → prune → bound → measure → top-k.
 
-Where each step runs: the driver reads the list and plans which partitions each query may see; the scan is filtered
-by those partitions before anything is joined, because a join alone prunes nothing (measured: 8 of 8 files, design
-decision 1); the queries are broadcast; each task keeps one partial top-k over all that it scans (scan_task.py); one
-shuffle by query merges them. Neither the number of tasks nor the order of rows can change an answer.
+Where each step runs. The driver reads the list and plans which partitions each query may see; only their files are
+named to any task (a join prunes nothing: measured, 8 of 8 files, design decision 1). The queries are broadcast. Tasks
+read the projections of those files and leave the pairs that bounds cannot rule out; the driver merges what they leave,
+and tasks measure those pairs by whole vectors. Where bounds rule out too little, tasks compare every vector instead.
+Either way each task gives what may be among the best, and the driver ranks that. Neither the number of tasks nor the
+order of rows can change an answer. scan_task.py holds what a task does, bounds.py and kernel.py the arithmetic.
 """
 
+import heapq
+import io
+import itertools
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
-from pyspark import StorageLevel
-from pyspark.sql import DataFrame, SparkSession, Window
-from pyspark.sql import functions as F
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pyspark import Broadcast
+from pyspark.sql import SparkSession
+from pyspark.sql.pandas.types import to_arrow_schema
 
-from cbmir_spark import features, model, report, scan_task, storage
+from cbmir_spark import bounds, features, kernel, model, report, scan_task, storage
 from cbmir_spark import tables as t
+from cbmir_spark.bounds import Points
 from cbmir_spark.config import RetrievalSettings, Settings, StorageSettings
 from cbmir_spark.errors import InputError, ModelError, TableError
+from cbmir_spark.model import Projection
 from cbmir_spark.queries import Answered, Query, Resolved, Status, Wanted, read_queries, resolve
 from cbmir_spark.record import Record
-from cbmir_spark.scan_task import Job, Place
+from cbmir_spark.scan_task import ANYTHING, DataFile, Found, Job, Place, Read, Share, Within
 from cbmir_spark.vocabulary import UNKNOWN
+
+# Queries that are answered at a time, so that memory does not grow with the list; and hits and partial results that the
+# driver may hold of them.
+QUERIES_AT_ONCE = 8_192
+_HITS_AT_ONCE = 2_000_000
+_PARTIAL_AT_ONCE = 20_000_000
+# Files are cut into shares of at least this size: opening one again costs its footer.
+_SHARE_BYTES = 32 * 2**20
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Base:
+    """What is searched: the live files of one version of FEATURES, and how their vectors were projected."""
+
+    files: tuple[DataFile, ...]
+    dimension: int
+    projection: Projection | None
+    storage: StorageSettings
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """The partitions that hold rows, sorted."""
+        return tuple(sorted({file.place for file in self.files}))
 
 
 @dataclass(frozen=True)
 class Scanned:
-    """Files and bytes that an executed plan read."""
+    """Files that tasks opened, rows whose vectors they read, and stored bytes of all columns they read."""
 
-    files: int
-    bytes: int
+    files: int = 0
+    vectors: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: "Scanned") -> "Scanned":
+        return Scanned(self.files + other.files, self.vectors + other.vectors, self.bytes + other.bytes)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Hits (RESULTS_HITS, cached: `hits.unpersist()` when done) and one status a query, in the queries' order."""
+    """Hits (RESULTS_HITS, by query in the order given and rank) and one status a query, in the queries' order."""
 
-    hits: DataFrame
+    hits: pa.Table
     statuses: tuple[Status, ...]
     partitions: tuple[Place, ...]
     existing: tuple[Place, ...]
@@ -59,6 +101,7 @@ class Report:
     partitions: int
     files_read: int
     files: int
+    vectors_read: int
     bytes_read: int
     bytes: int
     ignored_columns: tuple[str, ...]
@@ -77,13 +120,14 @@ def plan(query: Query, options: RetrievalSettings, existing: Iterable[Place]) ->
     predicted class. A prediction below `min_probability`, or none, widens either to the query's modality, which is
     all that `modality` looks at. Where not even the modality is known, and under `none`, all are searched. In every
     mode `unknown` says whether the partitions of the UNKNOWN body part are: with `include` they join the query's own.
+    A modality or body part that the query's row in the list names goes before all this.
     """
     modality, body_part = _sought(query, options)
     found = set()
     for place in existing:
         if modality not in (None, place[0]):
             continue
-        if place[1] == UNKNOWN:
+        if place[1] == UNKNOWN and body_part != UNKNOWN:
             if options.unknown == "include":
                 found.add(place)
         elif body_part in (None, place[1]):
@@ -93,6 +137,11 @@ def plan(query: Query, options: RetrievalSettings, existing: Iterable[Place]) ->
 
 def _sought(query: Query, options: RetrievalSettings) -> tuple[str | None, str | None]:
     """Modality and body part to search; None for any."""
+    modality, body_part = _by_mode(query, options)
+    return query.own.modality or modality, query.own.body_part or body_part
+
+
+def _by_mode(query: Query, options: RetrievalSettings) -> tuple[str | None, str | None]:
     if options.prefilter == "none":
         return None, None
     sure = query.predicted != UNKNOWN and query.probability >= options.min_probability
@@ -105,15 +154,9 @@ def _sought(query: Query, options: RetrievalSettings) -> tuple[str | None, str |
     return modality, model.body_part_of(query.predicted) if sure else None
 
 
-def partitions_of(rows: DataFrame) -> tuple[Place, ...]:
-    """The partitions that hold rows, sorted: one action on partition columns, at most some hundred values."""
-    found = rows.select(t.MODALITY, t.BODY_PART).distinct().collect()
-    return tuple(sorted((row[t.MODALITY], row[t.BODY_PART]) for row in found))
-
-
 # --- search ---
 
-_GROUP: Mapping[str, str | None] = {
+_COLUMN: Mapping[str, str | None] = {
     "none": None,
     "image": t.IMAGE_ID,
     "series": t.SERIES_ID,
@@ -122,86 +165,265 @@ _GROUP: Mapping[str, str | None] = {
 }
 
 
-def search(spark: SparkSession, rows: DataFrame, queries: Sequence[Query], options: RetrievalSettings) -> Answer:
-    """The k nearest rows of FEATURES for each query, by Euclidean distance, exactly as float64 brute force has them.
+def base_of(spark: SparkSession, index: features.Index, files: StorageSettings) -> Base:
+    """The files that an index consists of, with their sizes: one listing of its folder."""
+    sizes = {found.uri: found.size for found in storage.list_objects(index.path, files)}
+    live = t.live_files(spark, index.path, index.version)
+    named = [DataFile(number, uri, t.place_of(uri), sizes[uri]) for number, uri in enumerate(live)]
+    return Base(tuple(named), index.manifest.embedding_dim, index.projection, files)
 
-    `rows` may be filtered beforehand. Ties go by (distance, image_id, frame). Raises InputError where a query_id
-    occurs twice, ModelError where queries and rows have vectors of different dimension.
+
+def search(spark: SparkSession, base: Base, queries: Sequence[Query], options: RetrievalSettings) -> Answer:
+    """The nearest rows of FEATURES for each query, exactly as brute force in float64 has them.
+
+    Ties go by (distance, image_id, frame). Raises InputError where a query_id occurs twice, ModelError where queries
+    and rows have vectors of different dimension. Memory grows with the queries: see `portions` for a long list.
     """
     if len({query.query_id for query in queries}) != len(queries):
         raise InputError("query_ids are not unique: each query needs a name of its own")
-    existing = partitions_of(rows)
+    _check_dimension(queries, base)
+    existing = base.places
     plans = [plan(query, options, existing) for query in queries]
-    searched = sorted(set().union(*plans))
-    job = _job(queries, plans, options)
-    if searched:
-        _check_dimension(rows, job)
-    pruned = features.scan(rows, searched)
-    if options.imputed == "exclude":
-        pruned = pruned.where(F.col(t.BODY_PART_SOURCE) != t.FROM_PREDICTION)
-    tasks = options.tasks_per_core * spark.sparkContext.defaultParallelism
-    broadcast = spark.sparkContext.broadcast(job)
-    partial = pruned.select(*scan_task.COLUMNS).coalesce(tasks).mapInArrow(scan_task.of(broadcast), scan_task.PARTIAL)
-    merged = merge(partial, options.k, job.group).persist(StorageLevel.MEMORY_AND_DISK)
-    counted = merged.groupBy(t.QUERY_ID).agg(F.count("*").alias(t.HITS), F.max(t.CANDIDATES).alias(t.CANDIDATES))
-    found = {row[t.QUERY_ID]: (row[t.HITS], row[t.CANDIDATES]) for row in counted.collect()}
+    candidates = np.zeros(len(queries), dtype=np.int64)
+    hits = np.zeros(len(queries), dtype=np.int64)
+    tables: list[tuple[NDArray[np.int64], pa.Table]] = []
+    total = Scanned()
+    # Lists that hold other things only once are passes of their own; nearly all queries of a list agree.
+    for unique in sorted({_unique(query, options) for query in queries}):
+        chosen = [number for number, query in enumerate(queries) if _unique(query, options) == unique]
+        answered = _pass(
+            spark, base, [queries[n] for n in chosen], [plans[n] for n in chosen], options, _COLUMN[unique]
+        )
+        numbers = np.asarray(chosen, dtype=np.int64)
+        candidates[numbers] = answered.candidates
+        hits += np.bincount(numbers[answered.query], minlength=len(queries))
+        tables.append((numbers[answered.query], answered.hits))
+        total += answered.scanned
     statuses = tuple(
-        _answered(query, places, *found.get(query.query_id, (0, 0)), options)
-        for query, places in zip(queries, plans, strict=True)
+        _answered(query, places, int(hits[number]), int(candidates[number]), options)
+        for number, (query, places) in enumerate(zip(queries, plans, strict=True))
     )
-    broadcast.unpersist()
-    return Answer(merged.drop(t.CANDIDATES), statuses, tuple(searched), existing, scanned(counted))
+    return Answer(_in_order(tables), statuses, tuple(sorted(set().union(*plans))), existing, total)
 
 
-def merge(partial: DataFrame, k: int, group: str | None) -> DataFrame:
-    """Partial results of all tasks → RESULTS_HITS and `candidates`, the rows that the query was compared with.
-
-    Each task holds the k best groups among its rows, each by its best row; so the k best of all are among them.
-    """
-    order = (F.col(t.DISTANCE), F.col(t.IMAGE_ID), F.col(t.FRAME))
-    of_query = Window.partitionBy(t.QUERY_ID)
-    counted = partial.withColumn(t.CANDIDATES, F.sum(t.CANDIDATES).over(of_query))
-    if group is not None:
-        best = F.row_number().over(Window.partitionBy(t.QUERY_ID, group).orderBy(*order))
-        counted = counted.withColumn("place", best).where(F.col("place") == 1)
-    ranked = counted.withColumn(t.RANK, F.row_number().over(of_query.orderBy(*order))).where(F.col(t.RANK) <= k)
-    return ranked.select(*t.RESULTS_HITS.schema.names, t.CANDIDATES)
+def portions(
+    spark: SparkSession, items: Sequence[_Item], k: int, options: RetrievalSettings
+) -> Iterator[Sequence[_Item]]:
+    """A list of queries in portions that can be searched in bounded memory; `k` is the most hits that one takes."""
+    tasks = _tasks(spark, options)
+    size = max(1, min(QUERIES_AT_ONCE, _HITS_AT_ONCE // k, _PARTIAL_AT_ONCE // (k * tasks)))
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
-def _job(queries: Sequence[Query], plans: Sequence[frozenset[Place]], options: RetrievalSettings) -> Job:
+@dataclass(frozen=True)
+class _Pass:
+    query: NDArray[np.int64]
+    hits: pa.Table
+    candidates: NDArray[np.int64]
+    scanned: Scanned
+
+
+def _pass(
+    spark: SparkSession,
+    base: Base,
+    queries: Sequence[Query],
+    plans: Sequence[frozenset[Place]],
+    options: RetrievalSettings,
+    group: str | None,
+) -> _Pass:
+    """Queries whose hit lists all hold each value of column `group` once."""
+    job = _job(queries, plans, options, base, group)
+    files = [file for file in base.files if file.place in job.list_of]
+    shares = _shares(files, _tasks(spark, options))
+    broadcast = spark.sparkContext.broadcast(job)
+    try:
+        first = _bounded(spark, files, shares, broadcast) if job.points is not None and shares else _Bounds()
+        if first.wanted is None:
+            found = [each for each in _run(spark, shares, scan_task.scanned, broadcast) if each is not None]
+            candidates = sum((each.candidates for each in found), np.zeros(len(queries), dtype=np.int64))
+        else:
+            found, candidates = _run(spark, first.wanted, scan_task.measured, broadcast), first.candidates
+    finally:
+        broadcast.unpersist()
+    query, hits = _ranked(queries, found, job)
+    read = sum((each.read for each in found), Read())
+    return _Pass(query, hits, candidates, Scanned(len(files), read.rows, read.bytes + first.bytes))
+
+
+@dataclass(frozen=True)
+class _Bounds:
+    """What bounds came to: the vectors to read, a list for each task; None where all of them had better be."""
+
+    wanted: list[list[scan_task.Wanted]] | None = None
+    candidates: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    bytes: int = 0
+
+
+def _bounded(
+    spark: SparkSession, files: Sequence[DataFile], shares: list[list[Share]], broadcast: Broadcast[Job]
+) -> _Bounds:
+    job = broadcast.value
+    parts = _run(spark, shares, scan_task.bounds, broadcast)
+    read = sum(part.read.bytes for part in parts)
+    lefts = []
+    seen = 0
+    for part in parts:
+        if part.left is None:
+            return _Bounds(bytes=read)
+        lefts.append(replace(part.left, row=seen + np.arange(len(part.left.row))))
+        seen += len(part.left.row)
+    candidates = sum((part.candidates for part in parts), np.zeros(len(job.k), dtype=np.int64))
+    left, _ = bounds.settle(bounds.join(lefts), job.k)
+    if len(left.query) * bounds.WORTH > candidates.sum() + 8 * bounds.WORTH * int(job.k.sum()):
+        return _Bounds(bytes=read)
+    place = np.stack(
+        [np.concatenate([getattr(part, name) for part in parts])[left.row] for name in ("file", "row_group", "row")]
+    )
+    return _Bounds(_wanted(files, place, left.query, sum(len(each) > 0 for each in shares)), candidates, read)
+
+
+def _wanted(
+    files: Sequence[DataFile], place: NDArray[np.int64], query: NDArray[np.int64], tasks: int
+) -> list[list[scan_task.Wanted]]:
+    """Pairs as the row groups that they are in, in as many lists as tasks; place: (3, m) file, row group, row."""
+    by_number = {file.number: file for file in files}
+    order = np.lexsort(place[::-1])
+    place, query = place[:, order], query[order]
+    begins = np.flatnonzero(np.any(np.diff(place[:2], prepend=-1) != 0, axis=0))
+    wanted = []
+    for start, end in zip(begins, [*begins[1:], len(query)], strict=True):
+        rows, row = np.unique(place[2, start:end], return_inverse=True)
+        file = by_number[int(place[0, start])]
+        wanted.append(scan_task.Wanted(file, int(place[1, start]), rows, query[start:end], row))
+    # Row groups cost more than the pairs in them, and those of a file come one after the other.
+    edges = np.linspace(0, len(wanted), min(tasks, len(wanted)) + 1).astype(int)
+    return [wanted[start:end] for start, end in itertools.pairwise(edges)]
+
+
+def _ranked(queries: Sequence[Query], found: Sequence[Found], job: Job) -> tuple[NDArray[np.int64], pa.Table]:
+    """The best of what all tasks found: the query of each hit, and RESULTS_HITS in the order of query and rank."""
+    schema = to_arrow_schema(t.RESULTS_HITS.schema)
+    found = [each for each in found if len(each.query)]
+    if not found:
+        return np.empty(0, dtype=np.int64), schema.empty_table()
+    rows = pa.concat_tables([each.rows for each in found])
+    starts = np.cumsum([0, *(len(each.rows) for each in found[:-1])])
+    query = np.concatenate([each.query for each in found])
+    square = np.concatenate([each.square for each in found])
+    row = np.concatenate([start + each.row for start, each in zip(starts, found, strict=True)])
+    order, _ = kernel.nearest_groups(query, square, scan_task.keys_of(rows, job.group).take(row), job.k, job.cosine)
+    query, square = query[order], square[order]
+    begins = np.flatnonzero(np.diff(query, prepend=-1))
+    rank = 1 + np.arange(len(query)) - np.repeat(begins, np.diff(begins, append=len(query)))
+    hits = rows.take(row[order])
+    own = {
+        t.QUERY_ID: pa.array([queries[number].query_id for number in query], pa.string()),
+        t.RANK: pa.array(rank, pa.int32()),
+        t.DISTANCE: pa.array(kernel.distances(square, job.cosine)),
+    }
+    columns = [own[name] if name in own else hits.column(name) for name in schema.names]
+    return query, pa.table(columns, schema.names).cast(schema)
+
+
+def _in_order(tables: Sequence[tuple[NDArray[np.int64], pa.Table]]) -> pa.Table:
+    if len(tables) == 1:
+        return tables[0][1]
+    schema = to_arrow_schema(t.RESULTS_HITS.schema)
+    together = pa.concat_tables([schema.empty_table(), *(hits for _, hits in tables)])
+    numbers = np.concatenate([np.empty(0, dtype=np.int64), *(numbers for numbers, _ in tables)])
+    return together.take(np.argsort(numbers, kind="stable"))
+
+
+def _job(
+    queries: Sequence[Query],
+    plans: Sequence[frozenset[Place]],
+    options: RetrievalSettings,
+    base: Base,
+    group: str | None,
+) -> Job:
     meets: dict[Place, list[int]] = {}
     for number, places in enumerate(plans):
         for place in places:
             meets.setdefault(place, []).append(number)
     lists: dict[tuple[int, ...], int] = {}
     list_of = {place: lists.setdefault(tuple(numbers), len(lists)) for place, numbers in sorted(meets.items())}
-    exclude = _GROUP[options.exclude_same]
-    own: dict[str, list[int]] = {}
+    own: dict[str, dict[str, list[int]]] = {}
     for number, query in enumerate(queries):
-        value = None if exclude is None else getattr(query, exclude)
-        if value is not None:
-            own.setdefault(value, []).append(number)
-    dimensions = {query.vector.shape for query in queries}
-    if len(dimensions) > 1:
-        raise ModelError(f"the queries have vectors of different shapes {sorted(dimensions)}: embed them by one model")
-    return Job(
-        query_ids=tuple(query.query_id for query in queries),
-        vectors=np.stack([query.vector for query in queries]) if queries else np.zeros((0, 1), dtype=np.float32),
+        column = _COLUMN[query.own.exclude_same or options.exclude_same]
+        value = None if column is None else getattr(query, column)
+        if column is not None and value is not None:
+            own.setdefault(column, {}).setdefault(value, []).append(number)
+    kinds: dict[Within, int] = {}
+    within_of = [kinds.setdefault(query.own.within, len(kinds)) for query in queries]
+    free = set(kinds) <= {ANYTHING}
+    vectors = np.stack([query.vector for query in queries]) if queries else np.zeros((0, base.dimension), np.float32)
+    job = Job(
+        vectors=vectors,
+        k=np.array([query.own.k or options.k for query in queries], dtype=np.int64),
         list_of=list_of,
         lists=tuple(np.array(numbers, dtype=np.int64) for numbers in lists),
-        exclude=exclude,
         own=own,
-        group=_GROUP[options.unique],
-        k=options.k,
+        within=() if free else tuple(kinds),
+        within_of=np.array(within_of, dtype=np.int64),
+        group=group,
+        imputed=options.imputed == "include",
+        cosine=options.metric == "cosine",
         block_bytes=options.block_mb * 2**20,
+        storage=base.storage,
     )
+    if base.projection is None or options.method == "scan" or job.cosine:
+        return job
+    return replace(job, points=Points.of(*base.projection.apply(vectors)), defect=base.projection.defect)
 
 
-def _check_dimension(rows: DataFrame, job: Job) -> None:
-    first = rows.select(F.size(t.VECTOR).alias("size")).first()
-    if first is not None and first["size"] != job.vectors.shape[1]:
+def _unique(query: Query, options: RetrievalSettings) -> str:
+    return query.own.unique or options.unique
+
+
+def _tasks(spark: SparkSession, options: RetrievalSettings) -> int:
+    return options.tasks_per_core * spark.sparkContext.defaultParallelism
+
+
+def _shares(files: Sequence[DataFile], tasks: int) -> list[list[Share]]:
+    """Files cut into shares, which are spread over at most so many tasks by their bytes, biggest first."""
+    if not files:
+        return []
+    size = max(_SHARE_BYTES, sum(file.bytes for file in files) // tasks)
+    shares = []
+    for file in files:
+        count = math.ceil(file.bytes / size)
+        shares += [(file.bytes / count, Share(file, part, count)) for part in range(count)]
+    loads: list[tuple[float, int]] = [(0.0, number) for number in range(min(tasks, len(shares)))]
+    spread: list[list[Share]] = [[] for _ in loads]
+    for weight, share in sorted(shares, key=lambda each: -each[0]):
+        load, number = heapq.heappop(loads)
+        spread[number].append(share)
+        heapq.heappush(loads, (load + weight, number))
+    # Rows come in the order of files within a task, so that what a file's lists of queries share is used.
+    return [sorted(each, key=lambda share: (share.file.number, share.part)) for each in spread]
+
+
+def _run(
+    spark: SparkSession,
+    items: Sequence[list[_Item]],
+    task: Callable[[Sequence[_Item], Job], _Result],
+    broadcast: Broadcast[Job],
+) -> list[_Result]:
+    """One task for each list of items; what they return, in order."""
+    if not items:
+        return []
+    given = spark.sparkContext.parallelize(items, len(items))
+    return given.map(lambda each: task(each, broadcast.value)).collect()
+
+
+def _check_dimension(queries: Sequence[Query], base: Base) -> None:
+    shapes = {query.vector.shape for query in queries}
+    if len(shapes) > 1:
+        raise ModelError(f"the queries have vectors of different shapes {sorted(shapes)}: embed them by one model")
+    if shapes and shapes != {(base.dimension,)}:
         raise ModelError(
-            f"the queries have vectors of {job.vectors.shape[1]} values, the index has {first['size']}: they are of "
+            f"the queries have vectors of {shapes.pop()[0]} values, the index has {base.dimension}: they are of "
             "different models; search the index of the queries' model"
         )
 
@@ -211,37 +433,13 @@ def _answered(query: Query, places: frozenset[Place], hits: int, candidates: int
     if hits:
         return Status(query.query_id, Answered.ANSWERED, None, named, candidates, hits)
     if places:
-        reason = f"nothing is left of the searched partitions (exclude_same {options.exclude_same})"
+        own = "" if query.own.within == ANYTHING else "; sex, age or year as the row asks"
+        excluded = query.own.exclude_same or options.exclude_same
+        reason = f"nothing is left of the searched partitions (exclude_same {excluded}{own})"
     else:
         sought = "/".join(part or "any" for part in _sought(query, options))
         reason = f"the index has no partition for {sought} (prefilter {options.prefilter}, unknown {options.unknown})"
     return Status(query.query_id, Answered.NO_CANDIDATES, reason, named, candidates, 0)
-
-
-# --- what was read ---
-
-
-def scanned(df: DataFrame) -> Scanned:
-    """Files and bytes that the executed plan of `df`, an action on which has ended, took from file scans."""
-    files = size = 0
-    plans = [df._jdf.queryExecution().executedPlan()]
-    while plans:
-        plan = plans.pop()
-        kind = plan.getClass().getSimpleName()
-        if kind == "AdaptiveSparkPlanExec":
-            plans.append(plan.executedPlan())
-        elif kind.endswith("QueryStageExec"):
-            plans.append(plan.plan())
-        elif kind == "InMemoryTableScanExec":
-            plans.append(plan.relation().cachedPlan())
-        elif kind == "FileSourceScanExec":
-            metrics = plan.metrics()
-            files += metrics.apply("numFiles").value()
-            size += metrics.apply("filesSize").value()
-        elif kind != "ReusedExchangeExec":
-            children = plan.children()
-            plans += [children.apply(number) for number in range(children.size())]
-    return Scanned(files, size)
 
 
 # --- the job ---
@@ -263,31 +461,29 @@ def run(spark: SparkSession, settings: Settings) -> Report:
     with record.stage("read"):
         asked = read_queries(options.queries, settings.storage)
         index = features.open_index(spark, settings)
-    ids = sorted(row.query_id for row in asked.rows)
-    pictured = set(ids[: options.gallery])
-    with record.stage("resolve"):
-        wanted = [row for row in asked.rows if isinstance(row, Wanted)]
-        resolved = resolve(spark, wanted, index, settings, pictured)
-    with record.stage("search"):
-        answer = search(spark, index.rows, list(resolved.queries.values()), options)
-    by_id = {**resolved.failed, **{status.query_id: status for status in answer.statuses}}
-    statuses = [by_id[row.query_id] if isinstance(row, Wanted) else row for row in asked.rows]
-    if len(statuses) != len(asked.rows) or len(by_id) != len(wanted):
-        raise TableError(f"{len(asked.rows)} queries, yet {len(statuses)} statuses: nothing was written")
-    with record.stage("write"):
-        hits = answer.hits.orderBy(t.QUERY_ID, t.RANK)
-        t.conform(hits, t.RESULTS_HITS).write.parquet(storage.join(out, t.RESULTS_HITS.name))
-        answer.hits.unpersist()
-        rows = [(s.query_id, str(s.status), s.reason, list(s.partitions), s.candidates, s.hits) for s in statuses]
-        named = spark.createDataFrame(rows, t.RESULTS_STATUSES.schema).coalesce(1)
-        t.conform(named, t.RESULTS_STATUSES).write.parquet(storage.join(out, t.RESULTS_STATUSES.name))
-        names = t.RESULTS_QUERIES.schema.names
-        meant = [tuple(getattr(query, name) for name in names) for query in resolved.queries.values()]
-        images = spark.createDataFrame(meant, t.RESULTS_QUERIES.schema).coalesce(1)
-        t.conform(images, t.RESULTS_QUERIES).write.parquet(storage.join(out, t.RESULTS_QUERIES.name))
+        base = base_of(spark, index, settings.storage)
+    # By one name for each place of the list, since a bad row may have any.
+    pictured = set(sorted(row.query_id for row in asked.rows)[: options.gallery])
+    statuses: list[Status] = []
+    shown: list[report.Asked] = []
+    searched: set[Place] = set()
+    scanned = Scanned()
+    most = max([options.k, *(row.own.k or 0 for row in asked.rows if isinstance(row, Wanted))])
+    for number, rows in enumerate(portions(spark, asked.rows, most, options)):
+        with record.stage("resolve"):
+            resolved = resolve(spark, [row for row in rows if isinstance(row, Wanted)], index, settings, pictured)
+        with record.stage("search"):
+            answer = search(spark, base, list(resolved.queries.values()), options)
+        by_id = {**resolved.failed, **{status.query_id: status for status in answer.statuses}}
+        statuses += [by_id[row.query_id] if isinstance(row, Wanted) else row for row in rows]
+        with record.stage("write"):
+            _write_portion(out, number, answer.hits, statuses[-len(rows) :], resolved, settings)
+        shown += [_shown(query_id, resolved) for query_id in sorted(pictured & resolved.queries.keys())]
+        searched |= set(answer.partitions)
+        scanned += answer.scanned
+    if len(statuses) != len(asked.rows):
+        raise TableError(f"{len(asked.rows)} queries, yet {len(statuses)} statuses: the answers in {out} are not whole")
     counts = Counter(status.status for status in statuses)
-    files = index.rows.inputFiles()
-    size = t.size_of(spark, index.path)
     gallery = None
     if options.gallery:
         with record.stage("gallery"):
@@ -295,9 +491,9 @@ def run(spark: SparkSession, settings: Settings) -> Report:
                 "model": index.manifest.model_id,
                 "prefilter": options.prefilter,
                 "k": options.k,
-                "partitions searched": f"{len(answer.partitions)} of {len(answer.existing)}",
+                "metric": options.metric,
+                "partitions searched": f"{len(searched)} of {len(base.places)}",
             }
-            shown = [_shown(query_id, resolved) for query_id in sorted(pictured & resolved.queries.keys())]
             gallery = report.gallery(spark, settings, out, shown, facts)
     ended = Report(
         model_id=index.manifest.model_id,
@@ -307,12 +503,13 @@ def run(spark: SparkSession, settings: Settings) -> Report:
         empty=counts[Answered.NO_CANDIDATES],
         failed=counts[Answered.NOT_FOUND] + counts[Answered.UNREADABLE] + counts[Answered.BAD_ROW],
         statuses={str(status): counts[status] for status in Answered},
-        partitions_searched=len(answer.partitions),
-        partitions=len(answer.existing),
-        files_read=answer.scanned.files,
-        files=len(files),
-        bytes_read=answer.scanned.bytes,
-        bytes=size,
+        partitions_searched=len(searched),
+        partitions=len(base.places),
+        files_read=scanned.files,
+        files=len(base.files),
+        vectors_read=scanned.vectors,
+        bytes_read=scanned.bytes,
+        bytes=sum(file.bytes for file in base.files),
         ignored_columns=asked.ignored,
         seconds=record.seconds,
         out=out,
@@ -325,11 +522,33 @@ def run(spark: SparkSession, settings: Settings) -> Report:
             "queries": ended.queries,
             **ended.statuses,
             "files_read": ended.files_read,
+            "vectors_read": ended.vectors_read,
             "bytes_read": ended.bytes_read,
         },
         versions_read={"features": index.version},
     )
     return ended
+
+
+def _write_portion(
+    out: str, number: int, hits: pa.Table, statuses: Sequence[Status], resolved: Resolved, settings: Settings
+) -> None:
+    """One Parquet file of each kind of result, and the same hits as CSV where that is asked for."""
+    told = [(s.query_id, str(s.status), s.reason, list(s.partitions), s.candidates, s.hits) for s in statuses]
+    names = t.RESULTS_QUERIES.schema.names
+    meant = [tuple(getattr(query, name) for name in names) for query in resolved.queries.values()]
+    for table, rows in ((t.RESULTS_STATUSES, told), (t.RESULTS_QUERIES, meant)):
+        schema = to_arrow_schema(table.schema)
+        columns = zip(*rows, strict=True) if rows else [()] * len(schema)
+        arrays = [pa.array(values, kind.type) for values, kind in zip(columns, schema, strict=True)]
+        _write(pa.table(arrays, schema=schema), storage.join(out, table.name), number, settings.storage)
+    _write(hits, storage.join(out, t.RESULTS_HITS.name), number, settings.storage)
+
+
+def _write(rows: pa.Table, folder: str, number: int, files: StorageSettings) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(rows, buffer)
+    storage.write_bytes(storage.join(folder, f"part-{number:05d}.parquet"), buffer.getvalue(), files)
 
 
 def _shown(query_id: str, resolved: Resolved) -> report.Asked:

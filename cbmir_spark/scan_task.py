@@ -1,151 +1,378 @@
-"""What a task of a search does: FEATURES batches in, its k best of each query out. numpy and pyarrow; no torch.
+"""Scans of FEATURES' files, as tasks run them: shares of Parquet files in, the pairs that may be results out.
 
-A module of its own, because a Python worker imports what its task's code refers to, and one that scans vectors has no
-use for the half gigabyte that embedding them takes.
+`bounds` reads projections alone and says which pairs of queries and rows cannot be ruled out; `measured` reads the
+vectors of such rows; `scanned` reads every vector. A task reads its files itself: it needs single columns and single
+row groups, and takes vectors from Parquet's pages to the matrix product without going through rows.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pyspark import Broadcast
-from pyspark.sql.types import DoubleType, LongType, StringType, StructField, StructType
 
-from cbmir_spark import arrays, kernel
+from cbmir_spark import arrays, kernel, storage
 from cbmir_spark import tables as t
+from cbmir_spark.bounds import Bounds, Left, Points
+from cbmir_spark.config import StorageSettings
 
+# (modality, body_part)
 Place = tuple[str, str]
-"""A partition of FEATURES: (modality, body_part)."""
 
-# Rows of partial results in one Arrow batch.
-_ROWS_OUT = 8192
-
-_SHOWN = [f for f in t.RESULTS_HITS.schema if f.name not in (t.QUERY_ID, t.RANK, t.DISTANCE)]
-PARTIAL = StructType(
-    [
-        StructField(t.QUERY_ID, StringType(), False),
-        StructField(t.DISTANCE, DoubleType(), False),
-        *_SHOWN,
-        StructField(t.CANDIDATES, LongType(), False),
-    ]
+# Columns of partitions are in no file.
+SHOWN = tuple(
+    f.name for f in t.RESULTS_HITS.schema if f.name not in (t.QUERY_ID, t.RANK, t.DISTANCE, t.MODALITY, t.BODY_PART)
 )
-COLUMNS = (t.VECTOR, *[f.name for f in _SHOWN])
+# Rows whose projections are compared at a time.
+_ROWS_AT_ONCE = 16_384
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A live Parquet file of FEATURES, by its number among those searched."""
+
+    number: int
+    uri: str
+    place: Place
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """Every `of`-th row group of a file, from `part` on."""
+
+    file: DataFile
+    part: int = 0
+    of: int = 1
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Rows of one row group whose vectors are wanted, and the pairs that they are in, rows numbered within `rows`."""
+
+    file: DataFile
+    row_group: int
+    rows: NDArray[np.int64]
+    query: NDArray[np.int64]
+    row: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Within:
+    """What the rows that a query meets must have; None: anything. A row that does not say has nothing."""
+
+    sex: str | None = None
+    age_min: float | None = None
+    age_max: float | None = None
+    year_min: int | None = None
+    year_max: int | None = None
+
+    def columns(self) -> tuple[str, ...]:
+        """The columns that it looks at."""
+        asked = {
+            t.SEX: self.sex is not None,
+            t.AGE_YEARS: self.age_min is not None or self.age_max is not None,
+            t.YEAR: self.year_min is not None or self.year_max is not None,
+        }
+        return tuple(name for name, needed in asked.items() if needed)
+
+    def bars(self, rows: pa.Table) -> NDArray[np.bool_]:
+        """(n,) mask of the rows that are not within."""
+        inside = np.ones(len(rows), dtype=bool)
+        if self.sex is not None:
+            inside &= np.array([value == self.sex for value in rows.column(t.SEX).to_pylist()], dtype=bool)
+        for column, least, most in ((t.AGE_YEARS, self.age_min, self.age_max), (t.YEAR, self.year_min, self.year_max)):
+            if least is None and most is None:
+                continue
+            # What is null becomes not-a-number, which is neither above nor below anything.
+            values = rows.column(column).cast(pa.float64()).to_numpy()
+            inside &= (values >= (-np.inf if least is None else least)) & (values <= (np.inf if most is None else most))
+        return ~inside
+
+
+ANYTHING = Within()
 
 
 @dataclass(frozen=True)
 class Job:
     """What every task of a search is sent, once for each worker: the queries, and which of them meet which rows.
 
-    vectors: (Q, D) float32. `list_of` gives for each partition the number of its list of queries in `lists`: partitions
-    that the same queries meet share one, and may share a block. `own` gives the queries by the value of the column
-    `exclude` that their hits must not have.
+    vectors: (Q, D) float32; k: (Q,) hits that each takes. `list_of` gives for each partition the number in `lists` of
+    the queries that meet it. `own` gives by column, and by the value that hits must not have there, the queries that
+    say so. `within` are the bounds that queries set to rows, `within_of` (Q,) says whose they are; empty where no query
+    sets any. `group` is the column of which a hit list holds each value once (None: every row may be a hit).
     """
 
-    query_ids: tuple[str, ...]
     vectors: NDArray[np.float32]
+    k: NDArray[np.int64]
     list_of: Mapping[Place, int]
     lists: tuple[NDArray[np.int64], ...]
-    exclude: str | None
-    own: Mapping[str, Sequence[int]]
+    own: Mapping[str, Mapping[str, Sequence[int]]]
+    within: tuple[Within, ...]
+    within_of: NDArray[np.int64]
     group: str | None
-    k: int
+    imputed: bool
+    cosine: bool
     block_bytes: int
+    storage: StorageSettings
+    points: Points | None = None
+    """The queries' projections, and how far those are from orthonormal, where the bound is to be tried."""
+    defect: float = 0.0
+
+    def columns(self) -> tuple[str, ...]:
+        """What has to be read of a row to know which queries meet it."""
+        needed = {name for within in self.within for name in within.columns()} | set(self.own)
+        needed |= set() if self.group is None else {self.group}
+        needed |= set() if self.imputed else {t.BODY_PART_SOURCE}
+        return tuple(sorted(needed))
 
 
-def of(broadcast: "Broadcast[Job]") -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    """The function that each task maps over its batches."""
+@dataclass(frozen=True)
+class Read:
+    """What a task read: rows, and bytes of column chunks as they are stored."""
 
-    def find(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        return partial_results(batches, broadcast.value)
+    rows: int = 0
+    bytes: int = 0
 
-    return find
+    def __add__(self, other: "Read") -> "Read":
+        return Read(self.rows + other.rows, self.bytes + other.bytes)
 
 
-def partial_results(batches: Iterable[pa.RecordBatch], job: Job) -> Iterator[pa.RecordBatch]:
-    """FEATURES batches → the k best groups of each query among them, as rows of `PARTIAL`. No Spark.
+@dataclass(frozen=True)
+class Bounded:
+    """What bounds left of a task's share: pairs whose `left.row` indexes `file`, `row_group` and `row`, (m,) each.
 
-    Half of `block_bytes` is for a block of vectors, half for its distances to a tile of queries: Spark's batches of
-    256 rows are gathered first, since small matrix products are slow ones. The rows that may still be hits are kept
-    without their vectors, and of a query's rows in the output the first carries its number of candidates.
+    `left` is None where the bound is of no use.
     """
-    found = kernel.Search(job.vectors, job.k, job.block_bytes // 2)
-    height = max(1, job.block_bytes // 2 // (4 * job.vectors.shape[1]))
-    numbers = np.empty(0, dtype=np.int64)
-    kept: pa.Table | None = None
-    for number, vectors, rows in _blocks(batches, job, height):
-        before = found.rows_seen
-        found.add(vectors, _keys(rows, job), job.lists[number], _excluded(rows, job))
-        numbers = np.concatenate([numbers, np.arange(before, found.rows_seen)])
-        kept = rows if kept is None else pa.concat_tables([kept, rows])
-        places = np.searchsorted(numbers, found.rows)
-        numbers, kept = numbers[places], kept.take(places)
-    if kept is None:
-        return
-    nearest = found.results()
-    first = np.diff(nearest.query, prepend=-1) != 0
-    candidates = np.where(first, found.candidates[nearest.query], 0)
-    hits = kept.take(np.searchsorted(numbers, nearest.row))
-    columns = {name: hits.column(name) for name in hits.column_names} | {
-        t.QUERY_ID: pa.array([job.query_ids[number] for number in nearest.query], pa.string()),
-        t.DISTANCE: pa.array(nearest.distance),
-        t.CANDIDATES: pa.array(candidates),
-    }
-    yield from pa.table([columns[name] for name in PARTIAL.names], PARTIAL.names).to_batches(_ROWS_OUT)
+
+    left: Left | None
+    file: NDArray[np.int64]
+    row_group: NDArray[np.int64]
+    row: NDArray[np.int64]
+    candidates: NDArray[np.int64]
+    read: Read
 
 
-def _blocks(
-    batches: Iterable[pa.RecordBatch], job: Job, height: int
-) -> Iterator[tuple[int, NDArray[np.float32], pa.Table]]:
-    """Batches gathered into blocks of at most `height` rows that the same list of queries meets.
+@dataclass(frozen=True)
+class Found:
+    """Pairs that may be results of a task's share: query, squared distance, and the row of `rows` (SHOWN columns and
+    partitions)."""
 
-    Yields the list's number, (n, D) vectors, valid until the next block, and the rows' other columns.
-    """
-    dimension = job.vectors.shape[1]
-    buffer = np.empty((height, dimension), dtype=np.float32)
-    filled, current = 0, -1
-    rows: list[pa.RecordBatch] = []
-    for batch in batches:
-        vectors = arrays.vectors_of(batch, dimension)
-        others = batch.select([f.name for f in _SHOWN])
-        places = zip(batch.column(t.MODALITY).to_pylist(), batch.column(t.BODY_PART).to_pylist(), strict=True)
-        start = 0
-        for number, run in groupby(job.list_of[place] for place in places):
-            stop = start + sum(1 for _ in run)
-            if number != current and filled:
-                yield current, buffer[:filled], pa.Table.from_batches(rows)
-                filled, rows = 0, []
-            current = number
-            while start < stop:
-                taken = min(stop - start, height - filled)
-                buffer[filled : filled + taken] = vectors[start : start + taken]
-                # Taken, not sliced: a slice keeps the whole batch in memory, vectors and all.
-                rows.append(others.take(pa.array(np.arange(start, start + taken))))
-                filled, start = filled + taken, start + taken
-                if filled == height:
-                    yield current, buffer, pa.Table.from_batches(rows)
-                    filled, rows = 0, []
-    if filled:
-        yield current, buffer[:filled], pa.Table.from_batches(rows)
+    query: NDArray[np.int64]
+    square: NDArray[np.float64]
+    row: NDArray[np.int64]
+    rows: pa.Table
+    candidates: NDArray[np.int64]
+    read: Read
 
 
-def _keys(rows: pa.Table, job: Job) -> kernel.Keys:
-    return kernel.Keys(
-        np.array(rows.column(t.IMAGE_ID).to_pylist(), dtype=np.bytes_),
-        rows.column(t.FRAME).to_numpy().astype(np.int64),
-        None if job.group is None else np.array(rows.column(job.group).to_pylist(), dtype=np.bytes_),
+# --- tasks ---
+
+
+def bounds(shares: Sequence[Share], job: Job) -> Bounded:
+    """Which pairs of the job's queries and the rows of `shares` may be results, by their projections."""
+    assert job.points is not None
+    search = Bounds(job.points, job.k, job.defect, job.block_bytes)
+    columns = (t.PROJECTION, t.RESIDUAL_NORM, *job.columns())
+    read = Read()
+    places: list[NDArray[np.int64]] = [np.empty((3, 0), dtype=np.int64)]
+    for share in shares:
+        with _opened(share.file, job.storage) as file:
+            for row_groups in _portions(file, share, _ROWS_AT_ONCE):
+                rows = file.read_row_groups(row_groups, columns, use_threads=False)
+                read += Read(len(rows), _bytes(file, row_groups, columns))
+                places.append(_places(file, share.file.number, row_groups))
+                if not job.imputed:
+                    kept = _not_imputed(rows)
+                    rows, places[-1] = rows.filter(pa.array(kept)), places[-1][:, kept]
+                search.add(
+                    Points.of(arrays.matrix(rows.column(t.PROJECTION)), rows.column(t.RESIDUAL_NORM).to_numpy()),
+                    _groups(rows, job.group),
+                    job.lists[job.list_of[share.file.place]],
+                    _hidden(rows, job),
+                )
+                if search.hopeless:
+                    nothing = np.empty(0, dtype=np.int64)
+                    return Bounded(None, nothing, nothing, nothing, search.candidates, read)
+    left = search.left()
+    file_numbers, groups, rows_of = np.concatenate(places, axis=1)[:, left.row]
+    return Bounded(left, file_numbers, groups, rows_of, search.candidates, read)
+
+
+def measured(wanted: Sequence[Wanted], job: Job) -> Found:
+    """The pairs of `wanted`, by whole vectors."""
+    read = Read()
+    query, square, row, kept = [], [], [], []
+    seen = 0
+    for file, parts in itertools.groupby(wanted, key=lambda each: each.file):
+        with _opened(file, job.storage) as opened:
+            for part in parts:
+                table = opened.read_row_group(part.row_group, (t.VECTOR, *SHOWN), use_threads=False)
+                read += Read(len(table), _bytes(opened, [part.row_group], (t.VECTOR, *SHOWN)))
+                vectors = arrays.matrix(table.column(t.VECTOR), job.vectors.shape[1])
+                query.append(part.query)
+                square.append(kernel.squares(job.vectors, vectors, part.query, part.rows[part.row]))
+                row.append(seen + part.row)
+                kept.append(_placed(table.select(SHOWN).take(part.rows), file.place))
+                seen += len(part.rows)
+    nothing = np.zeros(len(job.k), dtype=np.int64)
+    return Found(
+        np.concatenate(query), np.concatenate(square), np.concatenate(row), pa.concat_tables(kept), nothing, read
     )
 
 
-def _excluded(rows: pa.Table, job: Job) -> kernel.Pairs | None:
-    if job.exclude is None or not job.own:
+def scanned(shares: Sequence[Share], job: Job) -> Found | None:
+    """The nearest groups of each of the job's queries among the rows of `shares`; None where those are none.
+
+    Memory: a block of vectors and a matrix of distances, together at most `block_bytes`, and Σk rows without vectors.
+    """
+    search = kernel.Search(job.vectors, job.k, job.block_bytes // 2, job.cosine)
+    dimension = job.vectors.shape[1]
+    height = max(1, job.block_bytes // 2 // (4 * dimension))
+    numbers = np.empty(0, dtype=np.int64)
+    kept: pa.Table | None = None
+    read = Read()
+    for share in shares:
+        with _opened(share.file, job.storage) as file:
+            columns = (t.VECTOR, *dict.fromkeys((*SHOWN, *job.columns())))
+            for row_groups in _portions(file, share, height):
+                table = file.read_row_groups(row_groups, columns, use_threads=False)
+                read += Read(len(table), _bytes(file, row_groups, columns))
+                for start in range(0, len(table), height):
+                    rows = table.slice(start, height)
+                    if not job.imputed:
+                        rows = rows.filter(pa.array(_not_imputed(rows)))
+                    before = search.rows_seen
+                    search.add(
+                        arrays.matrix(rows.column(t.VECTOR), dimension),
+                        _keys(rows, job.group),
+                        job.lists[job.list_of[share.file.place]],
+                        _hidden(rows, job),
+                    )
+                    # Rows that can no longer be results are dropped.
+                    rows = _placed(rows.select(SHOWN), share.file.place)
+                    numbers = np.concatenate([numbers, np.arange(before, search.rows_seen)])
+                    kept = rows if kept is None else pa.concat_tables([kept, rows])
+                    places = np.searchsorted(numbers, search.rows)
+                    numbers, kept = numbers[places], kept.take(places)
+    if kept is None:
         return None
-    pairs = [
+    nearest = search.results()
+    return Found(
+        nearest.query,
+        nearest.square,
+        np.searchsorted(numbers, nearest.row),
+        kept.combine_chunks(),
+        search.candidates,
+        read,
+    )
+
+
+# --- rows ---
+
+
+def keys_of(rows: pa.Table, group: str | None) -> kernel.Keys:
+    """What identifies rows and groups them, as the kernel takes it."""
+    return _keys(rows, group)
+
+
+def _keys(rows: pa.Table, group: str | None) -> kernel.Keys:
+    images = np.array(rows.column(t.IMAGE_ID).to_pylist(), dtype=np.bytes_)
+    return kernel.Keys(images, rows.column(t.FRAME).to_numpy().astype(np.int64), _groups(rows, group))
+
+
+def _groups(rows: pa.Table, group: str | None) -> NDArray[np.bytes_] | None:
+    return None if group is None else np.array(rows.column(group).to_pylist(), dtype=np.bytes_)
+
+
+def _hidden(rows: pa.Table, job: Job) -> kernel.Hidden | None:
+    """Which of the rows some queries must not meet."""
+    pairs = {
         (query, row)
-        for row, value in enumerate(rows.column(job.exclude).to_pylist())
-        for query in job.own.get(value, ())
-    ]
-    found = np.array(pairs, dtype=np.int64).reshape(-1, 2)
-    return kernel.Pairs(found[:, 0], found[:, 1])
+        for column, of_value in job.own.items()
+        for row, value in enumerate(rows.column(column).to_pylist())
+        for query in of_value.get(value, ())
+    }
+    if not pairs and not job.within:
+        return None
+    found = np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2)
+    paired = kernel.Pairs(found[:, 0], found[:, 1])
+    if not job.within:
+        return kernel.Hidden(paired)
+    return kernel.Hidden(paired, np.stack([within.bars(rows) for within in job.within]), job.within_of)
+
+
+def _not_imputed(rows: pa.Table) -> NDArray[np.bool_]:
+    return np.array([source != t.FROM_PREDICTION for source in rows.column(t.BODY_PART_SOURCE).to_pylist()], dtype=bool)
+
+
+def _placed(rows: pa.Table, place: Place) -> pa.Table:
+    for name, value in zip((t.MODALITY, t.BODY_PART), place, strict=True):
+        rows = rows.append_column(name, pa.repeat(value, len(rows)))
+    return rows
+
+
+# --- files ---
+
+
+@lru_cache(maxsize=4)
+def _file_system(files: StorageSettings) -> pa.fs.S3FileSystem:
+    """Object storage as Arrow reads it, with the credentials of wherever the task runs."""
+    scheme, _, host = (files.endpoint or "").partition("://")
+    return pa.fs.S3FileSystem(
+        region=files.region,
+        scheme=scheme or "https",
+        endpoint_override=host or None,
+        force_virtual_addressing=bool(host) and not files.path_style,
+        connect_timeout=storage.CONNECT_SECONDS,
+        request_timeout=storage.READ_SECONDS,
+        retry_strategy=pa.fs.AwsStandardS3RetryStrategy(max_attempts=files.attempts),
+    )
+
+
+def _opened(file: DataFile, files: StorageSettings) -> pq.ParquetFile:
+    if storage.is_local(file.uri):
+        return pq.ParquetFile(storage.local_path(file.uri), memory_map=True)
+    return pq.ParquetFile(file.uri.removeprefix("s3a://"), filesystem=_file_system(files), pre_buffer=True)
+
+
+def _portions(file: pq.ParquetFile, share: Share, rows: int) -> Iterator[list[int]]:
+    """The share's row groups, as many at a time as have about so many rows."""
+    portion: list[int] = []
+    held = 0
+    for number in range(share.part, file.num_row_groups, share.of):
+        count = file.metadata.row_group(number).num_rows
+        if portion and held + count > rows:
+            yield portion
+            portion, held = [], 0
+        portion.append(number)
+        held += count
+    if portion:
+        yield portion
+
+
+def _places(file: pq.ParquetFile, number: int, row_groups: Sequence[int]) -> NDArray[np.int64]:
+    """(3, n) file, row group and row within it of each row."""
+    counts = [file.metadata.row_group(group).num_rows for group in row_groups]
+    return np.stack(
+        [
+            np.full(sum(counts), number, dtype=np.int64),
+            np.repeat(np.asarray(row_groups, dtype=np.int64), counts),
+            np.concatenate([np.arange(count, dtype=np.int64) for count in counts]),
+        ]
+    )
+
+
+def _bytes(file: pq.ParquetFile, row_groups: Sequence[int], columns: Sequence[str]) -> int:
+    """Stored bytes of some columns of some row groups."""
+    wanted = set(columns)
+    schema = file.metadata.schema
+    chosen = [n for n in range(len(schema)) if schema.column(n).path.partition(".")[0] in wanted]
+    return sum(
+        file.metadata.row_group(group).column(number).total_compressed_size for group in row_groups for number in chosen
+    )

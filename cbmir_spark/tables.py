@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+from urllib.parse import unquote
 
 from delta.tables import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
@@ -745,10 +746,10 @@ def live_files(spark: SparkSession, path: str, version: int | None = None) -> li
     return sorted(storage.canonical(uri) for uri in read(spark, path, version).inputFiles())
 
 
-def size_of(spark: SparkSession, path: str) -> int:
-    """Bytes of the live files of a Delta table, at its newest version."""
-    detail = DeltaTable.forPath(spark, path).detail().select("sizeInBytes").first()
-    return int(detail["sizeInBytes"]) if detail else 0
+def place_of(uri: str) -> tuple[str, str]:
+    """Modality and body part of a file of FEATURES, which lies in a folder named by both."""
+    values = dict(part.split("=", 1) for part in uri.split("/") if "=" in part)
+    return unquote(values[MODALITY]), unquote(values[BODY_PART])
 
 
 def _without_nullability(kind: DataType) -> str:

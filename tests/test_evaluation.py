@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -125,26 +126,21 @@ def hit(query: str, rank: int, modality: str, body_part: str, source: str = t.FR
     return (query, rank, float(rank), *ids, modality, body_part, source, "CT/CHEST", "F", 40.0, 2020)
 
 
-def test_hits_without_a_label_of_their_own_take_no_rank(spark: SparkSession) -> None:
-    hits = spark.createDataFrame(
-        [
-            hit("a", 1, "CT", "CHEST", t.FROM_PREDICTION),
-            hit("a", 2, "CT", "CHEST"),
-            hit("a", 3, "CT", "UNKNOWN", t.FROM_NOTHING),
-            hit("a", 4, "DX", "CHEST"),
-            hit("a", 5, "CT", "CHEST"),
-            hit("b", 1, "CT", "CHEST"),
-            hit("c", 1, "MR", "KNEE"),
-        ],
-        t.RESULTS_HITS.schema,
-    )
-    queries = spark.createDataFrame(
-        [("a", "CT/CHEST"), ("b", "MR/KNEE"), ("c", "MR/KNEE")], "query_id string, label string"
-    )
-    ranked = evaluation.relevant_ranks(hits, queries, "modality/body_part").collect()
-    assert {row["query_id"]: row["ranks"] for row in ranked} == {"a": [1, 3], "c": [1]}
-    alone = spark.createDataFrame([("a", "CHEST")], "query_id string, label string")
-    assert evaluation.relevant_ranks(hits, alone, "body_part").collect()[0]["ranks"] == [1, 2, 3]
+def test_hits_without_a_label_of_their_own_take_no_rank() -> None:
+    rows = [
+        hit("a", 1, "CT", "CHEST", t.FROM_PREDICTION),
+        hit("a", 2, "CT", "CHEST"),
+        hit("a", 3, "CT", "UNKNOWN", t.FROM_NOTHING),
+        hit("a", 4, "DX", "CHEST"),
+        hit("a", 5, "CT", "CHEST"),
+        hit("b", 1, "CT", "CHEST"),
+        hit("c", 1, "MR", "KNEE"),
+    ]
+    hits = pa.table([pa.array(column) for column in zip(*rows, strict=True)], t.RESULTS_HITS.schema.names)
+    labels = {"a": "CT/CHEST", "b": "MR/KNEE", "c": "MR/KNEE"}
+    assert evaluation.relevant_ranks(hits, labels, "modality/body_part") == {"a": [1, 3], "c": [1]}
+    alone = {"a": "CHEST", "b": "KNEE", "c": "KNEE"}
+    assert evaluation.relevant_ranks(hits, alone, "body_part") == {"a": [1, 2, 3], "c": [1]}
 
 
 def test_a_sample_spares_the_rare_classes_and_is_always_the_same(spark: SparkSession) -> None:

@@ -54,7 +54,7 @@ def search(
     blocks: int = 1,
     budget: int = 2**20,
 ) -> list[list[Hit]]:
-    found = kernel.Search(queries, k, budget)
+    found = kernel.Search(queries, np.full(len(queries), k), budget)
     edges = np.linspace(0, len(vectors), blocks + 1).astype(int)
     for start, stop in itertools.pairwise(edges):
         keys = kernel.Keys(
@@ -66,10 +66,10 @@ def search(
         pairs = kernel.Pairs(
             np.array([q for q, _ in inside], dtype=np.int64), np.array([x for _, x in inside], dtype=np.int64)
         )
-        found.add(vectors[start:stop], keys, excluded=pairs)
+        found.add(vectors[start:stop], keys, hidden=kernel.Hidden(pairs))
     nearest = found.results()
     answers: list[list[Hit]] = [[] for _ in queries]
-    for q, distance, row in zip(nearest.query, nearest.distance, nearest.row, strict=True):
+    for q, distance, row in zip(nearest.query, np.sqrt(nearest.square), nearest.row, strict=True):
         answers[q].append((float(distance), int(row)))
     left = [len(vectors) - sum(1 for a, _ in apart if a == q) for q in range(len(queries))]
     assert found.candidates.tolist() == left
@@ -217,7 +217,7 @@ def test_a_square_does_not_depend_on_what_is_measured_beside_it(dimension: int) 
 def test_some_queries_only_meet_some_rows() -> None:
     random = np.random.default_rng(4)
     queries, vectors = random.random((6, 8), dtype=np.float32), random.random((30, 8), dtype=np.float32)
-    found = kernel.Search(queries, 2, 2**20)
+    found = kernel.Search(queries, np.full(6, 2), 2**20)
     for start, wanted in ((0, [1, 4]), (15, [0, 1])):
         keys = kernel.Keys(np.array(named(15), dtype="S8"), np.zeros(15, dtype=np.int64), None)
         found.add(vectors[start : start + 15], keys, np.array(wanted))
@@ -228,8 +228,70 @@ def test_some_queries_only_meet_some_rows() -> None:
     assert set(nearest.row[4:]) <= set(range(15))
 
 
+@pytest.mark.parametrize("blocks", [1, 3, 8])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_queries_may_differ_in_their_hits_and_in_the_rows_that_they_meet(blocks: int, grouped: bool) -> None:
+    random = np.random.default_rng(6)
+    queries = random.integers(0, 3, (20, 6)).astype(np.float32)
+    vectors = random.integers(0, 3, (120, 6)).astype(np.float32)
+    images, frames = named(120), [0] * 120
+    groups = [f"s{number:02d}" for number in random.integers(0, 30, 120)] if grouped else None
+    k = random.integers(1, 40, 20)
+    bars = random.random((3, 120)) < 0.3
+    bars[2] = True
+    of = random.integers(0, 3, 20)
+    single = frozenset((int(q), int(x)) for q, x in random.integers(0, (20, 120), (60, 2)))
+    apart = single | {(q, x) for q in range(20) for x in range(120) if bars[of[q], x]}
+    found = kernel.Search(queries, k, 5_000)
+    for start, stop in itertools.pairwise(np.linspace(0, 120, blocks + 1).astype(int)):
+        inside = np.array(sorted((q, x - start) for q, x in single if start <= x < stop)).reshape(-1, 2)
+        hidden = kernel.Hidden(kernel.Pairs(inside[:, 0], inside[:, 1]), bars[:, start:stop], of)
+        group = None if groups is None else np.array(groups[start:stop], dtype="S8")
+        keys = kernel.Keys(np.array(images[start:stop], dtype="S8"), np.zeros(stop - start, dtype=np.int64), group)
+        found.add(vectors[start:stop], keys, hidden=hidden)
+    nearest = found.results()
+    for q in range(20):
+        expected = oracle(
+            queries[q : q + 1], vectors, images, frames, groups, k[q], frozenset((0, x) for p, x in apart if p == q)
+        )
+        of_query = nearest.query == q
+        told = zip(np.sqrt(nearest.square[of_query]), nearest.row[of_query], strict=True)
+        assert [(float(distance), int(row)) for distance, row in told] == expected[0]
+    assert found.candidates.tolist() == [120 - sum(1 for p, _ in apart if p == q) for q in range(20)]
+
+
+@pytest.mark.parametrize("dimension", [3, 512, 1500])
+def test_cosine_is_brute_force_on_vectors_of_length_one(dimension: int) -> None:
+    random = np.random.default_rng(dimension)
+    queries, vectors = crowded(random, dimension)
+    vectors *= random.random((len(vectors), 1), dtype=np.float32) * 100 + 0.01
+    images = named(len(vectors))
+
+    def long(rows: Floats) -> NDArray[np.float64]:
+        wide = rows.astype(np.float64)
+        return wide / np.array([[math.sqrt(math.fsum(row**2))] for row in wide])
+
+    unit, ones = long(vectors), long(queries)
+    found = []
+    for blocks in (1, 7):
+        searched = kernel.Search(queries, np.full(len(queries), 10), 2**20, cosine=True)
+        for part in np.array_split(np.arange(len(vectors)), blocks):
+            keys = kernel.Keys(np.array(images, dtype="S8")[part], np.zeros(len(part), dtype=np.int64), None)
+            searched.add(vectors[part], keys)
+        nearest = searched.results()
+        found.append((nearest.row.tolist(), kernel.distances(nearest.square, cosine=True).tolist()))
+    assert found[0] == found[1]
+    exact = np.array([[math.fsum((row - one) ** 2) / 2 for row in unit] for one in ones])
+    rows = np.array(found[0][0]).reshape(len(queries), 10)
+    told = np.array(found[0][1]).reshape(rows.shape)
+    for q, best in enumerate(np.argsort(exact, axis=1, kind="stable")[:, :10]):
+        np.testing.assert_allclose(told[q], exact[q, best], rtol=1e-9)
+        np.testing.assert_allclose(exact[q, rows[q]], exact[q, best], rtol=1e-9)
+    np.testing.assert_allclose(told[0, 0], 1 - ones[0] @ unit[rows[0, 0]], atol=1e-15)
+
+
 def test_no_hits_and_too_many_columns_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        kernel.Search(np.zeros((1, 2), dtype=np.float32), 0, 1)
+        kernel.Search(np.zeros((1, 2), dtype=np.float32), np.array([0]), 1)
     with pytest.raises(ValueError, match="up to 65536"):
-        kernel.Search(np.zeros((1, 70_000), dtype=np.float32), 1, 1)
+        kernel.Search(np.zeros((1, 70_000), dtype=np.float32), np.array([1]), 1)

@@ -1,9 +1,6 @@
-"""Retrieval against a brute force that shares no line with it, the plan it executes, and what becomes of bad rows."""
+"""Which partitions a query meets, what becomes of the rows of a list, and what a run leaves behind."""
 
-import math
 import shutil
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pydicom
 import pytest
-from numpy.typing import NDArray
 from pydicom.data import get_testdata_file
 from pydicom.uid import UID
-from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql import functions as F
+from pyspark.sql import SparkSession
 
 from cbmir_spark import config, features, ingest, parse, pseudonyms, retrieval, storage
 from cbmir_spark import tables as t
@@ -25,284 +20,12 @@ from cbmir_spark.errors import InputError, ModelError
 from cbmir_spark.queries import Answered, Query, QueryList, Status, Wanted, read_queries
 from tests.conftest import MakeSettings
 from tests.test_features import save_model
-from tests.tiny_lake import pseudonym
 
 PLACES = [("CT", "CHEST"), ("CT", "HEAD"), ("CT", "UNKNOWN"), ("MR", "BRAIN"), ("MR", "UNKNOWN"), ("US", "LIVER")]
-DIMENSION = 24
 
 
 def options(**values: Any) -> RetrievalSettings:
     return config.load(environ={}).retrieval.model_copy(update=values)
-
-
-@dataclass(frozen=True)
-class Base:
-    """A made-up index: FEATURES rows as tuples, and what the oracle needs of them."""
-
-    rows: list[tuple[Any, ...]]
-    vectors: NDArray[np.float32]
-
-    def column(self, name: str) -> list[Any]:
-        place = t.FEATURES.schema.names.index(name)
-        return [row[place] for row in self.rows]
-
-    def frame(self, spark: SparkSession, places: Sequence[int] | None = None) -> DataFrame:
-        chosen = self.rows if places is None else [self.rows[place] for place in places]
-        return spark.createDataFrame(chosen, t.FEATURES.schema)
-
-
-def make_base(vectors: NDArray[np.float32], seed: int) -> Base:
-    random = np.random.default_rng(seed)
-    rows = []
-    for number, vector in enumerate(vectors):
-        modality, body_part = PLACES[random.integers(len(PLACES))]
-        image = number // 2
-        source = t.FROM_NOTHING if body_part == "UNKNOWN" else (t.FROM_TAG, t.FROM_PREDICTION)[int(random.integers(2))]
-        rows.append(
-            (
-                *(pseudonym(f"i{image}"), number % 2, vector.tolist(), [0.0], 0.0),
-                *(f"{modality}/CHEST", 0.5, source),
-                *(pseudonym(f"s{image // 5}"), pseudonym(f"st{image // 10}"), pseudonym(f"p{image // 20}")),
-                *("F", 40.0, 2020, 1, "d", modality, body_part),
-            )
-        )
-    return Base(rows, vectors)
-
-
-def make_queries(base: Base, vectors: NDArray[np.float32], seed: int) -> list[Query]:
-    """Queries that are now images of the base, now strangers, tagged and untagged, sure and unsure of their class."""
-    random = np.random.default_rng(seed)
-    images, series = base.column(t.IMAGE_ID), base.column(t.SERIES_ID)
-    studies, patients = base.column(t.STUDY_ID), base.column(t.PATIENT_ID)
-    queries = []
-    for number, vector in enumerate(vectors):
-        row = int(random.integers(len(images)))
-        stranger = number % 3 == 0
-        queries.append(
-            Query(
-                query_id=f"q{number:04d}",
-                vector=vector,
-                modality=("CT", "MR", "US", "XA", "UNKNOWN")[number % 5],
-                body_part=("CHEST", "HEAD", "BRAIN", "LIVER", "UNKNOWN", "KNEE")[int(random.integers(6))],
-                predicted=("CT/CHEST", "MR/BRAIN", "CT/HEAD", "UNKNOWN")[int(random.integers(4))],
-                probability=float(random.random()),
-                image_id=None if stranger else images[row],
-                series_id=None if stranger else series[row],
-                study_id=None if stranger else studies[row],
-                patient_id=None if stranger else patients[row],
-            )
-        )
-    return queries
-
-
-Hit = tuple[str, int, float, str, int]
-
-
-def oracle(base: Base, queries: Iterable[Query], chosen: RetrievalSettings) -> tuple[list[Hit], dict[str, int]]:
-    """All hits as (query_id, rank, distance, image_id, frame), and candidates by query. Row by row, in float64."""
-    columns = {name: base.column(name) for name in t.FEATURES.schema.names}
-    wide = base.vectors.astype(np.float64)
-    hits, candidates = [], {}
-    for query in queries:
-        modality: str | None = query.modality if query.modality != "UNKNOWN" else None
-        body_part: str | None = None
-        sure = query.predicted != "UNKNOWN" and query.probability >= chosen.min_probability
-        if modality is None and sure:
-            modality = query.predicted.split("/")[0]
-        if chosen.prefilter == "tags" and query.body_part != "UNKNOWN":
-            body_part = query.body_part
-        elif chosen.prefilter in ("tags", "predicted") and sure:
-            body_part = query.predicted.split("/")[1]
-        if chosen.prefilter == "none":
-            modality = body_part = None
-        ranked = []
-        squares = ((wide - query.vector.astype(np.float64)) ** 2).tolist()
-        for row, terms in enumerate(squares):
-            row_modality, row_part = columns[t.MODALITY][row], columns[t.BODY_PART][row]
-            if modality is not None and row_modality != modality:
-                continue
-            if row_part == "UNKNOWN" and chosen.unknown == "exclude":
-                continue
-            if row_part != "UNKNOWN" and body_part is not None and row_part != body_part:
-                continue
-            if chosen.imputed == "exclude" and columns[t.BODY_PART_SOURCE][row] == t.FROM_PREDICTION:
-                continue
-            same = None if chosen.exclude_same == "none" else f"{chosen.exclude_same}_id"
-            if same and getattr(query, same) == columns[same][row]:
-                continue
-            group = row if chosen.unique == "none" else columns[f"{chosen.unique}_id"][row]
-            ranked.append((math.sqrt(math.fsum(terms)), columns[t.IMAGE_ID][row], columns[t.FRAME][row], group))
-        candidates[query.query_id] = len(ranked)
-        seen: set[Any] = set()
-        for distance, image, frame, group in sorted(ranked):
-            if group not in seen and len(seen) < chosen.k:
-                seen.add(group)
-                hits.append((query.query_id, len(seen), distance, image, frame))
-    return hits, candidates
-
-
-def collected(answer: retrieval.Answer) -> list[Hit]:
-    rows = answer.hits.orderBy(t.QUERY_ID, t.RANK).collect()
-    answer.hits.unpersist()
-    return [(r[t.QUERY_ID], r[t.RANK], r[t.DISTANCE], r[t.IMAGE_ID], r[t.FRAME]) for r in rows]
-
-
-def test_the_oracle_on_a_case_worked_by_hand() -> None:
-    vectors = np.zeros((4, DIMENSION), dtype=np.float32)
-    vectors[:, 0] = [3, 5, 4, 9]
-    vectors[:, 1] = [4, 12, 3, 0]
-    rows = []
-    for (image, series, place), vector in zip(
-        [("b", "s", "CHEST"), ("c", "s", "CHEST"), ("a", "u", "CHEST"), ("d", "v", "HEAD")], vectors, strict=True
-    ):
-        ids = (series, "st", "p", "F", 40.0, 2020, 1, "d", "CT", place)
-        rows.append((image, 0, vector.tolist(), [0.0], 0.0, "CT/CHEST", 0.5, t.FROM_TAG, *ids))
-    base = Base(rows, vectors)
-    query = Query("q", np.zeros(DIMENSION, dtype=np.float32), "CT", "CHEST")
-    # From the origin b and a are at 5 and c at 13; d, at 9, lies in another partition. c shares b's series.
-    assert oracle(base, [query], options(k=3)) == ([("q", 1, 5.0, "a", 0), ("q", 2, 5.0, "b", 0)], {"q": 3})
-    every = oracle(base, [query], options(k=9, unique="none", prefilter="none"))[0]
-    assert [hit[2:4] for hit in every] == [(5.0, "a"), (5.0, "b"), (9.0, "d"), (13.0, "c")]
-    without = oracle(base, [replace(query, image_id="a")], options(k=1, exclude_same="image"))
-    assert without == ([("q", 1, 5.0, "b", 0)], {"q": 2})
-
-
-@pytest.fixture(scope="module")
-def whole_numbers(spark: SparkSession) -> tuple[Base, list[Query]]:
-    """1,000 rows and 500 queries of small whole numbers: ties everywhere, and distances exact in any order of sums."""
-    random = np.random.default_rng(7)
-    vectors = random.integers(0, 2, (1000, DIMENSION)).astype(np.float32)
-    base = make_base(vectors, 1)
-    asked = random.integers(0, 2, (500, DIMENSION)).astype(np.float32)
-    return base, make_queries(base, asked, 2)
-
-
-def test_500_queries_are_byte_for_byte_brute_force_however_the_work_is_cut(
-    spark: SparkSession, whole_numbers: tuple[Base, list[Query]]
-) -> None:
-    base, queries = whole_numbers
-    chosen = options(k=5, tasks_per_core=25, block_mb=1)
-    expected, candidates = oracle(base, queries, chosen)
-    order = np.random.default_rng(3)
-    before = str(spark.conf.get("spark.sql.shuffle.partitions"))
-    try:
-        for cut in (1, 7, 50):
-            spark.conf.set("spark.sql.shuffle.partitions", str(cut))
-            rows = base.frame(spark, order.permutation(len(base.rows)).tolist()).repartition(cut)
-            answer = retrieval.search(spark, rows, queries, chosen)
-            assert {s.query_id: s.candidates for s in answer.statuses} == candidates
-            assert collected(answer) == expected
-    finally:
-        spark.conf.set("spark.sql.shuffle.partitions", before)
-    assert [s.query_id for s in answer.statuses] == [q.query_id for q in queries]
-    for status in answer.statuses:
-        assert (status.status == Answered.ANSWERED) == (candidates[status.query_id] > 0) == (status.hits > 0)
-    assert {s.status for s in answer.statuses} == {Answered.ANSWERED, Answered.NO_CANDIDATES}
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"prefilter": "none", "unique": "none", "k": 20, "unknown": "include", "exclude_same": "none"},
-        {"prefilter": "predicted", "unique": "study", "imputed": "exclude", "exclude_same": "patient"},
-        {"prefilter": "modality", "unique": "patient", "k": 500, "unknown": "include", "exclude_same": "series"},
-        {"prefilter": "tags", "unique": "series", "unknown": "include", "imputed": "exclude", "exclude_same": "study"},
-    ],
-)
-def test_every_mode_is_brute_force(
-    spark: SparkSession, whole_numbers: tuple[Base, list[Query]], values: dict[str, Any]
-) -> None:
-    base, queries = whole_numbers
-    queries = queries[:60]
-    chosen = options(**values)
-    expected, candidates = oracle(base, queries, chosen)
-    answer = retrieval.search(spark, base.frame(spark).repartition(3), queries, chosen)
-    assert collected(answer) == expected
-    assert {s.query_id: s.candidates for s in answer.statuses} == candidates
-
-
-def test_real_numbers_with_near_duplicates_are_the_same_bytes_for_any_cut(spark: SparkSession) -> None:
-    random = np.random.default_rng(11)
-    slices = np.abs(random.standard_normal((30, 512))) * 7
-    vectors = (slices.repeat(10, axis=0) + random.standard_normal((300, 512)) * 1e-4).astype(np.float32)
-    base = make_base(vectors, 4)
-    queries = make_queries(base, (slices + random.standard_normal((30, 512)) * 1e-4).astype(np.float32), 5)
-    chosen = options(k=12, prefilter="none", unknown="include", unique="none", exclude_same="none", tasks_per_core=9)
-    expected, _ = oracle(base, queries, chosen)
-    found = []
-    for cut in (1, 7, 17):
-        rows = base.frame(spark, random.permutation(300).tolist()).repartition(cut)
-        found.append(collected(retrieval.search(spark, rows, queries, chosen)))
-    assert found[0] == found[1] == found[2]
-    assert [(h[0], h[1], h[3], h[4]) for h in found[0]] == [(h[0], h[1], h[3], h[4]) for h in expected]
-    np.testing.assert_allclose([h[2] for h in found[0]], [h[2] for h in expected], rtol=1e-12)
-
-
-@pytest.fixture(scope="module")
-def table(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A FEATURES table on disk, several files in each of its six partitions."""
-    path = storage.canonical(str(tmp_path_factory.mktemp("plan") / "features"))
-    random = np.random.default_rng(1)
-    base = make_base(random.random((240, DIMENSION), dtype=np.float32), 1)
-    t.ensure(spark, t.FEATURES, path)
-    t.append(base.frame(spark).repartition(3), t.FEATURES, path)
-    return path
-
-
-def files_of(spark: SparkSession, path: str, places: Iterable[tuple[str, str]]) -> list[str]:
-    folders = [f"/modality={modality}/body_part={body_part}/" for modality, body_part in places]
-    return [uri for uri in t.live_files(spark, path) if any(folder in uri for folder in folders)]
-
-
-def bytes_of(uris: Iterable[str]) -> int:
-    return sum(Path(storage.local_path(uri)).stat().st_size for uri in uris)
-
-
-def test_only_the_files_of_the_named_partitions_are_read(spark: SparkSession, table: str) -> None:
-    vector = np.full(DIMENSION, 0.5, dtype=np.float32)
-    queries = [Query("a", vector, "CT", "CHEST"), Query("b", vector, "MR", "BRAIN"), Query("c", vector, "CT", "CHEST")]
-    named = [("CT", "CHEST"), ("MR", "BRAIN")]
-    wanted, everything = files_of(spark, table, named), t.live_files(spark, table)
-    assert 2 < len(wanted) < len(everything)
-
-    answer = retrieval.search(spark, t.read(spark, table), queries, options())
-    assert answer.scanned == retrieval.Scanned(len(wanted), bytes_of(wanted))
-    assert answer.partitions == tuple(named)
-    assert answer.existing == tuple(sorted(PLACES))
-    assert answer.statuses[0].partitions == ("CT/CHEST",)
-    plan = answer.hits._jdf.queryExecution().toString()
-    answer.hits.unpersist()
-    assert "PartitionFilters" in plan
-
-    # The same queries as a join alone: it answers alike and reads everything, so the assertion above can fail.
-    keys = spark.createDataFrame(named, "modality string, body_part string")
-    joined = t.read(spark, table).join(F.broadcast(keys), on=[t.MODALITY, t.BODY_PART], how="inner")
-    counted = joined.agg(F.sum(F.size(t.VECTOR)))
-    counted.collect()
-    assert retrieval.scanned(counted) == retrieval.Scanned(len(everything), bytes_of(everything))
-
-
-def test_partitions_that_do_not_exist_are_not_searched(spark: SparkSession, table: str) -> None:
-    vector = np.full(DIMENSION, 0.5, dtype=np.float32)
-    queries = [Query("knee", vector, "CT", "KNEE"), Query("xa", vector, "XA")]
-    answer = retrieval.search(spark, t.read(spark, table), queries, options())
-    assert answer.hits.count() == 0
-    assert answer.scanned.files == 0
-    assert [s.status for s in answer.statuses] == [Answered.NO_CANDIDATES] * 2
-    assert "CT/KNEE" in (answer.statuses[0].reason or "")
-    nothing = retrieval.search(spark, t.read(spark, table), [], options())
-    assert (nothing.statuses, nothing.hits.count()) == ((), 0)
-
-
-def test_queries_that_cannot_be_searched_are_refused(spark: SparkSession, table: str) -> None:
-    vector = np.zeros(DIMENSION, dtype=np.float32)
-    rows = t.read(spark, table)
-    with pytest.raises(InputError, match="not unique"):
-        retrieval.search(spark, rows, [Query("a", vector), Query("a", vector)], options())
-    with pytest.raises(ModelError, match="8 values, the index has 24"):
-        retrieval.search(spark, rows, [Query("a", vector[:8])], options(prefilter="none"))
-    with pytest.raises(ModelError, match="different shapes"):
-        retrieval.search(spark, rows, [Query("a", vector), Query("b", vector[:8])], options())
 
 
 EXISTING = {*PLACES, ("US", "CHEST")}
@@ -549,7 +272,7 @@ def test_a_list_of_files_ids_and_mistakes_is_answered_row_by_row(
     assert len(by_query["file"]) == 3
     assert image not in {hit[2] for hit in by_query["file"]}
     assert report.partitions_searched == report.partitions > 1
-    assert (report.files_read, report.bytes_read) == (report.files, report.bytes)
+    assert report.files_read == report.files and 0 < report.bytes_read < 2 * report.bytes
     assert report.gallery is not None
     assert storage.kind(report.gallery, archive.storage) == "file"
     runs = t.read(spark, t.Lake.of(archive).path(t.RUNS)).where("job = 'retrieve'").collect()

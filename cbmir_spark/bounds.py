@@ -1,0 +1,216 @@
+"""Which rows may be among the nearest of a query, told from projections alone: arrays in, arrays out. No Spark.
+
+A model's projection (`model.Projection`) gives each vector x K coordinates b = P(x − mean) and the length s of what
+they leave over. For two vectors, with Δb = b₁ − b₂ and P's rows orthonormal but for δ = ‖PPᵀ − I‖₂,
+
+    ‖Δb‖² + (s₁ − s₂)² − δ‖Δb‖²  ≤  ‖x₁ − x₂‖²  ≤  ‖Δb‖² + (s₁ + s₂)² + δ‖Δb‖²
+
+since ‖Pᵀ Δb + Δr‖² = Δbᵀ(2I − PPᵀ)Δb + ‖Δr‖² for residual vectors r = (x − mean) − Pᵀb, whatever P is. If at least k
+groups have a row whose upper bound is at most U, no row with a lower bound above U is among the k nearest groups. So a
+search reads K + 1 numbers of each vector, and whole vectors only of the rows that are left.
+
+Letters as in kernel.py: Q, n, t numbers of queries, rows, queries of one tile.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cbmir_spark.kernel import (
+    GREATEST,
+    UNIT,
+    Doubles,
+    Floats,
+    Hidden,
+    Numbers,
+    Texts,
+    approximate,
+    by_group,
+    margin,
+    not_above,
+    smallest,
+    square_norms,
+    tiles,
+)
+
+# A pair that is measured directly costs as much as this many within a matrix product. Where more than one row in so
+# many is left, the bound is of no use.
+WORTH = 40
+
+
+@dataclass(frozen=True)
+class Points:
+    """Projected vectors: (n, K + 1) float32, their coordinates and last the length of their residual."""
+
+    values: Floats
+
+    @staticmethod
+    def of(coordinates: Floats, residuals: Doubles) -> "Points":
+        """(n, K) float32 coordinates and (n,) float64 lengths of residuals, as FEATURES holds them."""
+        return Points(np.column_stack([coordinates, residuals.astype(np.float32)]))
+
+
+@dataclass(frozen=True)
+class Left:
+    """Pairs that may be results: m queries and rows, bounds of their squared distance, and the rows' groups."""
+
+    query: Numbers
+    row: Numbers
+    lower: Doubles
+    upper: Doubles
+    group: Texts | None
+
+    def take(self, places: Numbers | NDArray[np.bool_]) -> "Left":
+        group = None if self.group is None else self.group[places]
+        return Left(self.query[places], self.row[places], self.lower[places], self.upper[places], group)
+
+
+class Bounds:
+    """The pairs of queries and rows that bounds cannot rule out, over all blocks added so far.
+
+    `queries` are projected as the rows are. k: (Q,) groups that each query takes. `defect` is δ above, `budget` bounds
+    the bytes of one tile.
+    """
+
+    def __init__(self, queries: Points, k: Numbers, defect: float, budget: int) -> None:
+        self._queries = queries.values
+        self._squares = square_norms(queries.values)
+        self._k = k
+        self._defect = defect
+        self._budget = budget
+        self._kth = np.full(len(k), np.inf)
+        self._left: list[Left] = []
+        self._settled = 0
+        self._pairs = 0
+        self.rows_seen = 0
+        """Rows added so far, compared or not; the next one gets this number."""
+        self.candidates: Numbers = np.zeros(len(k), dtype=np.int64)
+        """(Q,) rows that each query was compared with."""
+        self.hopeless = False
+        """Whether so many rows are left that whole vectors had better be compared; nothing more is then added."""
+
+    def add(self, rows: Points, group: Texts | None, queries: Numbers, hidden: Hidden | None) -> None:
+        """Compare n rows with some queries (their numbers, sorted); group: (n,) what a list holds only once."""
+        first = self.rows_seen
+        self.rows_seen += len(rows.values)
+        if self.hopeless or not len(rows.values) or not len(queries):
+            return
+        points, numbers, starts = rows.values, np.arange(len(rows.values)), None
+        if group is not None:
+            order, starts = by_group(group)
+            if order is not None:
+                points, numbers, group = points[order], order, group[order]
+                hidden = None if hidden is None else hidden.reordered(order)
+        norms = square_norms(points)
+        for tile in tiles(queries, len(points), self._budget):
+            within = None if hidden is None else hidden.within(tile)
+            found = self._within_reach(tile, points, norms, group, starts, within)
+            if found is None or self._too_many(len(found.query)):
+                self.hopeless = True
+                self._left = []
+                return
+            self._left.append(Left(found.query, first + numbers[found.row], found.lower, found.upper, found.group))
+        if sum(len(part.query) for part in self._left) > 2 * self._settled + 1024:
+            self._settle()
+
+    def left(self) -> Left:
+        """The pairs that are left, none where it is hopeless."""
+        if self._left:
+            self._settle()
+            return self._left[0]
+        nothing = np.empty(0, dtype=np.int64)
+        return Left(nothing, nothing, nothing.astype(np.float64), nothing.astype(np.float64), None)
+
+    def _within_reach(
+        self,
+        tile: Numbers,
+        points: Floats,
+        norms: Doubles,
+        group: Texts | None,
+        starts: Numbers | None,
+        hidden: Hidden | None,
+    ) -> Left | None:
+        queries, own, k = self._queries[tile], self._squares[tile], self._k[tile]
+        reach = (np.sqrt(own) + np.sqrt(norms.max())) ** 2
+        if not (reach < GREATEST).all():
+            return None
+        error = self._error(reach, points.shape[1])
+        lower = approximate(queries, points, norms)
+        self.candidates[tile] += len(points)
+        self._pairs += lower.size
+        if hidden is not None:
+            buried = hidden.bury(lower)
+            self.candidates[tile] -= buried
+            self._pairs -= int(buried.sum())
+        # (s₁ + s₂)² = (s₁ − s₂)² + 4 s₁s₂.
+        spread = 4 * queries[:, -1].astype(np.float64)
+        limit = self._kth[tile] + error - own
+        near = not_above(lower, limit)
+        groups = len(points) if starts is None else len(starts)
+        crowded = np.flatnonzero((np.count_nonzero(near, axis=1) > 2 * k) & (k <= groups))
+        if len(crowded):
+            ranked = lower[crowded] + spread[crowded, None].astype(np.float32) * points[:, -1]
+            if starts is not None:
+                ranked = np.minimum.reduceat(ranked, starts, axis=1)
+            # Both sides are off by one error: the upper bound of the k-th group, and the lower bound of the others.
+            limit[crowded] = np.minimum(limit[crowded], smallest(ranked, k[crowded]) + 2 * error[crowded])
+            near &= not_above(lower, limit)
+        if hidden is not None:
+            hidden.clear(near)
+        query, row = np.nonzero(near)
+        low = lower[query, row].astype(np.float64) + own[query]
+        high = low + spread[query] * points[row, -1]
+        return Left(tile[query], row, low - error[query], high + error[query], None if group is None else group[row])
+
+    def _error(self, reach: Doubles, columns: int) -> Doubles:
+        """How far a bound, as computed, may be from the one above at most, for reach = (‖(b,s)₁‖ + ‖(b,s)₂‖)².
+
+        `kernel.margin` covers the arithmetic. What was stored is off by u of itself (coordinates and residuals were
+        made in float64, whose errors are 2⁻²⁰ of one u, and rounded once): that moves a distance by at most √reach·u,
+        and its square by less than 3u·reach. δ‖Δb‖² ≤ δ·reach; 2δ allows for P's own rounding when δ was measured.
+        """
+        return margin(reach, columns) + (3 * UNIT + 2 * self._defect) * reach
+
+    def _too_many(self, further: int) -> bool:
+        kept = further + sum(len(part.query) for part in self._left)
+        return kept * WORTH > self._pairs + 8 * WORTH * int(self._k.sum())
+
+    def _settle(self) -> None:
+        merged, kth = settle(join(self._left), self._k)
+        self._kth = np.minimum(self._kth, kth)
+        self._left = [merged]
+        self._settled = len(merged.query)
+
+
+def join(parts: list[Left]) -> Left:
+    """Pairs of several tasks, whose rows are numbered alike; all have groups, or none."""
+    groups = [part.group for part in parts if part.group is not None]
+    return Left(
+        np.concatenate([part.query for part in parts]),
+        np.concatenate([part.row for part in parts]),
+        np.concatenate([part.lower for part in parts]),
+        np.concatenate([part.upper for part in parts]),
+        np.concatenate(groups) if groups else None,
+    )
+
+
+def settle(left: Left, k: Numbers) -> tuple[Left, Doubles]:
+    """The pairs that are still possible, and (Q,) the k-th smallest upper bound over groups of each query.
+
+    That bound is infinite where a query has met fewer groups than it takes.
+    """
+    kth = np.full(len(k), np.inf)
+    order = np.lexsort((left.upper, left.query))
+    if left.group is not None:
+        _, rank = np.unique(left.group, return_inverse=True)
+        pair = left.query[order] * (rank.max(initial=0) + 1) + rank[order]
+        _, first_of_group = np.unique(pair, return_index=True)
+        order = order[np.sort(first_of_group)]
+    query = left.query[order]
+    begins = np.flatnonzero(np.diff(query, prepend=-1))
+    rank = np.arange(len(order)) - np.repeat(begins, np.diff(begins, append=len(order)))
+    last = rank == k[query] - 1
+    kth[query[last]] = left.upper[order[last]]
+    possible = left.lower <= kth[left.query]
+    return (left if possible.all() else left.take(possible)), kth
