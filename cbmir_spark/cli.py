@@ -181,13 +181,14 @@ def retrieve(
     model: Annotated[
         str | None, typer.Option(help="The model whose index is searched; its champion if left out.")
     ] = None,
+    csv: Annotated[bool, typer.Option("--csv", help="Hits and statuses as CSV too.")] = False,
     config: ConfigFile = None,
     overrides: Overrides = None,
     lake: LakeUri = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer a list of query images with the nearest images of the archive."""
-    flags = {"queries": queries, "k": k, "prefilter": prefilter, "out": to, "model": model}
+    flags = {"queries": queries, "k": k, "prefilter": prefilter, "out": to, "model": model, "csv": csv or None}
     settings = _settings(
         config, overrides, {"lake.uri": lake} | {f"retrieval.{name}": value for name, value in flags.items()}
     )

@@ -25,7 +25,7 @@ from pyspark import Broadcast
 from pyspark.sql import SparkSession
 from pyspark.sql.pandas.types import to_arrow_schema
 
-from cbmir_spark import bounds, features, kernel, model, report, scan_task, storage
+from cbmir_spark import bounds, features, kernel, model, report, scan_task, sheets, storage
 from cbmir_spark import tables as t
 from cbmir_spark.bounds import Points
 from cbmir_spark.config import RetrievalSettings, Settings, StorageSettings
@@ -533,22 +533,30 @@ def run(spark: SparkSession, settings: Settings) -> Report:
 def _write_portion(
     out: str, number: int, hits: pa.Table, statuses: Sequence[Status], resolved: Resolved, settings: Settings
 ) -> None:
-    """One Parquet file of each kind of result, and the same hits as CSV where that is asked for."""
+    """One Parquet file of each kind of result; hits and statuses as CSV too, where that is asked for."""
     told = [(s.query_id, str(s.status), s.reason, list(s.partitions), s.candidates, s.hits) for s in statuses]
     names = t.RESULTS_QUERIES.schema.names
     meant = [tuple(getattr(query, name) for name in names) for query in resolved.queries.values()]
-    for table, rows in ((t.RESULTS_STATUSES, told), (t.RESULTS_QUERIES, meant)):
-        schema = to_arrow_schema(table.schema)
-        columns = zip(*rows, strict=True) if rows else [()] * len(schema)
-        arrays = [pa.array(values, kind.type) for values, kind in zip(columns, schema, strict=True)]
-        _write(pa.table(arrays, schema=schema), storage.join(out, table.name), number, settings.storage)
-    _write(hits, storage.join(out, t.RESULTS_HITS.name), number, settings.storage)
+    results = {
+        t.RESULTS_HITS.name: hits,
+        t.RESULTS_STATUSES.name: _rows(told, t.RESULTS_STATUSES),
+        t.RESULTS_QUERIES.name: _rows(meant, t.RESULTS_QUERIES),
+    }
+    for name, rows in results.items():
+        buffer = io.BytesIO()
+        pq.write_table(rows, buffer)
+        target = storage.join(out, name, f"part-{number:05d}.parquet")
+        storage.write_bytes(target, buffer.getvalue(), settings.storage)
+    if settings.retrieval.csv:
+        for name in (t.RESULTS_HITS.name, t.RESULTS_STATUSES.name):
+            target = storage.join(out, "csv", f"{name}-{number:05d}.csv")
+            storage.write_bytes(target, sheets.as_csv(results[name]), settings.storage)
 
 
-def _write(rows: pa.Table, folder: str, number: int, files: StorageSettings) -> None:
-    buffer = io.BytesIO()
-    pq.write_table(rows, buffer)
-    storage.write_bytes(storage.join(folder, f"part-{number:05d}.parquet"), buffer.getvalue(), files)
+def _rows(rows: Sequence[tuple[object, ...]], table: t.Table) -> pa.Table:
+    schema = to_arrow_schema(table.schema)
+    columns = zip(*rows, strict=True) if rows else ((),) * len(schema)
+    return pa.table([pa.array(values, kind.type) for values, kind in zip(columns, schema, strict=True)], schema=schema)
 
 
 def _shown(query_id: str, resolved: Resolved) -> report.Asked:
