@@ -34,9 +34,9 @@ from cbmir_spark.kernel import (
     tiles,
 )
 
-# A pair that is measured directly costs as much as this many within a matrix product. Where more than one row in so
-# many is left, the bound is of no use.
-WORTH = 40
+# Where more than one pair in so many is left, reading all vectors costs hardly more than measuring those pairs, and
+# the pairs are more than the driver should hold.
+USEFUL = 40
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class Bounds:
 
     def _too_many(self, further: int) -> bool:
         kept = further + sum(len(part.query) for part in self._left)
-        return kept * WORTH > self._pairs + 8 * WORTH * int(self._k.sum())
+        return kept * USEFUL > self._pairs + 8 * USEFUL * int(self._k.sum())
 
     def _settle(self) -> None:
         merged, kth = settle(join(self._left), self._k)

@@ -26,6 +26,8 @@ _COLUMNS = 512
 _MOST_COLUMNS = 2**16
 # Up to here (and with it every partial sum) a square stays below float32's greatest value, 2^128.
 GREATEST = 2.0**125
+# A pair that is measured directly costs as much as this many within a matrix product.
+WORTH = 40
 # Bytes of float64 differences measured at a time, so that they stay in the processor's cache.
 _CACHE = 2**21
 
@@ -253,6 +255,25 @@ def nearest_groups(
     most = k[sorted_query]
     inside = rank < most
     return order[inside], np.flatnonzero((rank == most - 1)[inside])
+
+
+def contenders(queries: Floats, own: Doubles, vectors: Floats, pairs: Pairs, limit: Doubles) -> Pairs:
+    """Those of some pairs whose squared distance may be within the limit, (Q,), of their query; own: (Q,) squares.
+
+    Where pairs are dense a matrix product costs less than measuring each, and rules most of them out.
+    """
+    asked, place = np.unique(pairs.query, return_inverse=True)
+    if len(pairs.query) * WORTH < len(asked) * len(vectors):
+        return pairs
+    norms = square_norms(vectors)
+    reach = (np.sqrt(own[asked]) + np.sqrt(norms.max())) ** 2
+    with np.errstate(over="ignore", invalid="ignore"):
+        partial = approximate(queries[asked], vectors, norms)[place, pairs.row]
+    error = np.where(reach < GREATEST, margin(reach, vectors.shape[1]), np.inf)
+    with np.errstate(invalid="ignore"):
+        # Not-a-number, where squares overflowed, is no reason to rule a pair out.
+        near = ~(partial > (limit[asked] + error - own[asked])[place])
+    return Pairs(pairs.query[near], pairs.row[near])
 
 
 def distances(square: Doubles, cosine: bool) -> Doubles:

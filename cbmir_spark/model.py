@@ -18,7 +18,7 @@ from cbmir_spark.errors import ModelError
 from cbmir_spark.networks import SIDE, Network, build
 
 FORMAT = 1
-PROJECTION_DIRECTIONS = 32
+PROJECTION_DIRECTIONS = 128
 UNKNOWN = "UNKNOWN"
 
 LabelKind = Literal["body_part", "modality/body_part"]

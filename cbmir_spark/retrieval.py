@@ -243,7 +243,8 @@ def _pass(
             found = [each for each in _run(spark, shares, scan_task.scanned, broadcast) if each is not None]
             candidates = sum((each.candidates for each in found), np.zeros(len(queries), dtype=np.int64))
         else:
-            found, candidates = _run(spark, first.wanted, scan_task.measured, broadcast), first.candidates
+            found = [each for each in _run(spark, first.wanted, scan_task.measured, broadcast) if each is not None]
+            candidates = first.candidates
     finally:
         broadcast.unpersist()
     query, hits = _ranked(queries, found, job)
@@ -274,28 +275,28 @@ def _bounded(
         lefts.append(replace(part.left, row=seen + np.arange(len(part.left.row))))
         seen += len(part.left.row)
     candidates = sum((part.candidates for part in parts), np.zeros(len(job.k), dtype=np.int64))
-    left, _ = bounds.settle(bounds.join(lefts), job.k)
-    if len(left.query) * bounds.WORTH > candidates.sum() + 8 * bounds.WORTH * int(job.k.sum()):
+    left, limit = bounds.settle(bounds.join(lefts), job.k)
+    if len(left.query) * bounds.USEFUL > candidates.sum() + 8 * bounds.USEFUL * int(job.k.sum()):
         return _Bounds(bytes=read)
     place = np.stack(
         [np.concatenate([getattr(part, name) for part in parts])[left.row] for name in ("file", "row_group", "row")]
     )
-    return _Bounds(_wanted(files, place, left.query, sum(len(each) > 0 for each in shares)), candidates, read)
+    return _Bounds(_wanted(files, place, left, limit, len(shares)), candidates, read)
 
 
 def _wanted(
-    files: Sequence[DataFile], place: NDArray[np.int64], query: NDArray[np.int64], tasks: int
+    files: Sequence[DataFile], place: NDArray[np.int64], left: bounds.Left, limit: NDArray[np.float64], tasks: int
 ) -> list[list[scan_task.Wanted]]:
     """Pairs as the row groups that they are in, in as many lists as tasks; place: (3, m) file, row group, row."""
     by_number = {file.number: file for file in files}
     order = np.lexsort(place[::-1])
-    place, query = place[:, order], query[order]
+    place, left = place[:, order], left.take(order)
     begins = np.flatnonzero(np.any(np.diff(place[:2], prepend=-1) != 0, axis=0))
     wanted = []
-    for start, end in zip(begins, [*begins[1:], len(query)], strict=True):
-        rows, row = np.unique(place[2, start:end], return_inverse=True)
-        file = by_number[int(place[0, start])]
-        wanted.append(scan_task.Wanted(file, int(place[1, start]), rows, query[start:end], row))
+    for start, end in itertools.pairwise([*begins, len(order)]):
+        file, row_group = by_number[int(place[0, start])], int(place[1, start])
+        here = slice(start, end)
+        wanted.append(scan_task.Wanted(file, row_group, left.query[here], place[2, here], left.lower[here], limit))
     # Row groups cost more than the pairs in them, and those of a file come one after the other.
     edges = np.linspace(0, len(wanted), min(tasks, len(wanted)) + 1).astype(int)
     return [wanted[start:end] for start, end in itertools.pairwise(edges)]

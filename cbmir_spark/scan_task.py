@@ -5,8 +5,8 @@ vectors of such rows; `scanned` reads every vector. A task reads its files itsel
 row groups, and takes vectors from Parquet's pages to the matrix product without going through rows.
 """
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cbmir_spark import arrays, kernel, storage
+from cbmir_spark import bounds as bounds_room
 from cbmir_spark import tables as t
 from cbmir_spark.bounds import Bounds, Left, Points
 from cbmir_spark.config import StorageSettings
@@ -53,13 +54,17 @@ class Share:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Rows of one row group whose vectors are wanted, and the pairs that they are in, rows numbered within `rows`."""
+    """Pairs of queries and rows of one row group, with the lower bound of their squared distance.
+
+    `limit` (Q,) is what the squared distance of a query's last hit does not exceed; all parts of a search share it.
+    """
 
     file: DataFile
     row_group: int
-    rows: NDArray[np.int64]
     query: NDArray[np.int64]
     row: NDArray[np.int64]
+    lower: NDArray[np.float64]
+    limit: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -204,26 +209,60 @@ def bounds(shares: Sequence[Share], job: Job) -> Bounded:
     return Bounded(left, file_numbers, groups, rows_of, search.candidates, read)
 
 
-def measured(wanted: Sequence[Wanted], job: Job) -> Found:
-    """The pairs of `wanted`, by whole vectors."""
-    read = Read()
-    query, square, row, kept = [], [], [], []
+def measured(wanted: Sequence[Wanted], job: Job) -> Found | None:
+    """The pairs of `wanted` that may be results, by whole vectors; None where there are none.
+
+    Row groups that hold the most promising pairs come first: what they give lowers the limits that others are held to,
+    so that of many row groups few pairs are measured, and some are not read at all.
+    """
+    columns = (t.VECTOR, *SHOWN)
+    squares_of = kernel.square_norms(job.vectors)
+    limit = wanted[0].limit.copy()
+    best: Left | None = None
+    kept: list[pa.Table] = []
     seen = 0
-    for file, parts in itertools.groupby(wanted, key=lambda each: each.file):
-        with _opened(file, job.storage) as opened:
-            for part in parts:
-                table = opened.read_row_group(part.row_group, (t.VECTOR, *SHOWN), use_threads=False)
-                read += Read(len(table), _bytes(opened, [part.row_group], (t.VECTOR, *SHOWN)))
-                vectors = arrays.matrix(table.column(t.VECTOR), job.vectors.shape[1])
-                query.append(part.query)
-                square.append(kernel.squares(job.vectors, vectors, part.query, part.rows[part.row]))
-                row.append(seen + part.row)
-                kept.append(_placed(table.select(SHOWN).take(part.rows), file.place))
-                seen += len(part.rows)
+    read = Read()
+    with ExitStack() as stack:
+        opened: dict[int, pq.ParquetFile] = {}
+        for part in sorted(wanted, key=_promise):
+            near = part.lower <= limit[part.query]
+            if not near.any():
+                continue
+            if part.file.number not in opened:
+                opened[part.file.number] = stack.enter_context(_opened(part.file, job.storage))
+            file = opened[part.file.number]
+            table = file.read_row_group(part.row_group, columns, use_threads=False)
+            read += Read(len(table), _bytes(file, [part.row_group], columns))
+            rows, row = np.unique(part.row[near], return_inverse=True)
+            vectors = arrays.matrix(table.column(t.VECTOR), job.vectors.shape[1])[rows]
+            shown = table.select(SHOWN).take(rows)
+            pairs = kernel.contenders(job.vectors, squares_of, vectors, kernel.Pairs(part.query[near], row), limit)
+            square = kernel.squares(job.vectors, vectors, pairs.query, pairs.row)
+            group = _groups(shown, job.group)
+            # Different squares may have the same root, and then the image's name decides.
+            found = Left(
+                pairs.query,
+                seen + pairs.row,
+                lower=square,
+                upper=square * (1 + 2.0**-50),
+                group=None if group is None else group[pairs.row],
+            )
+            best, kth = bounds_room.settle(found if best is None else bounds_room.join([best, found]), job.k)
+            limit = np.minimum(limit, kth)
+            kept.append(_placed(shown, part.file.place))
+            seen += len(shown)
+    if best is None:
+        return None
+    used, row = np.unique(best.row, return_inverse=True)
     nothing = np.zeros(len(job.k), dtype=np.int64)
-    return Found(
-        np.concatenate(query), np.concatenate(square), np.concatenate(row), pa.concat_tables(kept), nothing, read
-    )
+    return Found(best.query, best.lower, row, pa.concat_tables(kept).take(used), nothing, read)
+
+
+def _promise(part: Wanted) -> tuple[float, int, int]:
+    """Sorts parts by how far their best pairs lie below what is still possible, in a fixed order."""
+    with np.errstate(invalid="ignore"):
+        share = part.lower / part.limit[part.query]
+    return float(np.nanmean(share)) if np.isfinite(share).any() else 0.0, part.file.number, part.row_group
 
 
 def scanned(shares: Sequence[Share], job: Job) -> Found | None:

@@ -46,7 +46,7 @@ KINDS = ("low rank", "random", "near duplicates", "whole numbers", "blank")
 def test_what_may_be_a_result_is_left(
     kind: str, directions: int, blocks: int, grouped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bounds, "WORTH", 0)
+    monkeypatch.setattr(bounds, "USEFUL", 0)
     random = np.random.default_rng(directions)
     queries, vectors = drawn(kind, directions)
     projection = Projection.fit([vectors[::3]], directions)
@@ -104,7 +104,7 @@ def test_random_vectors_are_given_up_at_once() -> None:
 
 def test_the_rounding_that_is_allowed_for_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Near duplicates at large norms: without the margin, bounds contradict distances."""
-    monkeypatch.setattr(bounds, "WORTH", 0)
+    monkeypatch.setattr(bounds, "USEFUL", 0)
     monkeypatch.setattr(Bounds, "_error", lambda self, reach, columns: np.zeros_like(reach))
     queries, vectors = drawn("near duplicates", 3)
     vectors, queries = vectors + 100, queries + 100
@@ -117,7 +117,7 @@ def test_the_rounding_that_is_allowed_for_is_seen(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_projection_far_from_orthonormal_is_allowed_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounds, "WORTH", 0)
+    monkeypatch.setattr(bounds, "USEFUL", 0)
     queries, vectors = drawn("low rank", 4)
     good = Projection.fit([vectors], 6)
     skewed = Projection(good.mean, good.directions + 0.02 * np.roll(good.directions, 1, axis=0))
