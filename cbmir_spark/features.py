@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
-from operator import or_
+from operator import add, or_
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +38,8 @@ MODEL_PROPERTY, PREPROCESSING_PROPERTY = "cbmir.model", "cbmir.preprocessing"
 FRAMES_PER_TASK = 2048
 # Up to so many missing frames their keys and tags (some 400 bytes each) are sent to every task; beyond, Spark sorts.
 MOST_BROADCAST = 200_000
+# Directions whose signs lay rows out within a file: 4,096 cells, more than a file has row groups.
+_CELL_DIRECTIONS = 12
 
 _KEY = (t.IMAGE_ID, t.FRAME)
 _OF_TAGS = (t.SERIES_ID, t.STUDY_ID, t.PATIENT_ID, t.SEX, t.AGE_YEARS, t.YEAR, t.MODALITY, t.BODY_PART)
@@ -154,9 +156,11 @@ def embed(frames: DataFrame, folder: str, files: StorageSettings, batch_size: in
 
 
 def spread(rows: DataFrame, counts: Mapping[tuple[str, str], int], rows_per_file: int) -> DataFrame:
-    """Rows laid out for writing: partitions apart, big ones over several tasks, series side by side within a file.
+    """Rows laid out for writing: partitions apart, big ones over several tasks, what is alike side by side in a file.
 
     `counts` are rows by (modality, body_part); a partition gets as few files of at most `rows_per_file` as it needs.
+    Within a file rows lie by predicted class and by the signs of their first coordinates, so that the rows which may be
+    near a query lie in few row groups.
     """
     files = {place: math.ceil(count / rows_per_file) for place, count in counts.items()}
     many = {"/".join(place): number for place, number in files.items() if number > 1}
@@ -167,7 +171,16 @@ def spread(rows: DataFrame, counts: Mapping[tuple[str, str], int], rows_per_file
     # Hashing may put two files' rows into one task; twice the tasks make that rarer, and empty ones cost nothing.
     return rows.repartition(
         2 * sum(files.values()), t.MODALITY, t.BODY_PART, F.pmod(F.xxhash64(t.SERIES_ID), share)
-    ).sortWithinPartitions(t.MODALITY, t.BODY_PART, t.SERIES_ID, t.IMAGE_ID, t.FRAME)
+    ).sortWithinPartitions(t.MODALITY, t.BODY_PART, t.PREDICTED, _cell(), t.IMAGE_ID, t.FRAME)
+
+
+def _cell() -> Column:
+    """On which side of each of the first principal directions a row lies, the first one weighing most."""
+    sides = [
+        F.when(F.get(t.PROJECTION, F.lit(number)) > 0, 2 ** (_CELL_DIRECTIONS - number)).otherwise(0)
+        for number in range(_CELL_DIRECTIONS)
+    ]
+    return reduce(add, sides)
 
 
 def inspect(rows: DataFrame, dimension: int) -> Inspection:

@@ -1,0 +1,336 @@
+"""`python -m tests.benchmarks.retrieval`: a search beside its alternatives, over the same vectors in the same files.
+
+    python -m tests.benchmarks.labelled --preset alexnet --lake FOLDER      # a trained AlexNet, and its pictures
+    python -m tests.benchmarks.retrieval --lake FOLDER --count 100000 [--random]
+
+The base is FC2 features of that AlexNet on the labelled pictures, augmented as for training until there are `count`, or
+random vectors of the same shape; the queries are the pictures themselves. Both are kept in FOLDER for the next time.
+The index is written as the product writes it. Alternatives read the same Parquet files: FAISS's exact search after
+loading them by pyarrow (it needs `pip install faiss-cpu`), a Spark SQL cross join, and MLlib's LSH. Runs take turns in
+one process.
+"""
+
+import argparse
+import importlib
+import shutil
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import to_arrow_schema
+
+from cbmir_spark import config, features, fitting, model, retrieval, session, storage
+from cbmir_spark import tables as t
+from cbmir_spark.config import RetrievalSettings
+from cbmir_spark.model import Projection
+from cbmir_spark.networks import Draw
+from cbmir_spark.queries import Query
+from cbmir_spark.scan_task import DataFile
+from tests.benchmarks.common import REPO, keep, tell
+
+Floats = NDArray[np.float32]
+K = 10
+PLACES = [("CT", "CHEST"), ("CT", "HEAD"), ("CT", "ABDOMEN"), ("MR", "BREAST"), ("MR", "BRAIN"), ("US", "BREAST")]
+# Of rows by partition: one holds nearly half of an archive.
+SHARES = [0.4, 0.2, 0.15, 0.1, 0.1, 0.05]
+
+
+# --- vectors ---
+
+
+def pictures(lake: Path) -> NDArray[np.uint8]:
+    """All pictures of the labelled lake, (n, 256, 256)."""
+    files = sorted((lake / "lake" / t.PIXELS.name).rglob("*.parquet"))
+    tables = [pq.read_table(file, columns=[t.PIXELS_COLUMN]) for file in files]
+    rows = pa.concat_tables(tables).column(t.PIXELS_COLUMN).to_pylist()
+    return np.stack([np.frombuffer(row, dtype=np.uint8).reshape(t.SIDE, t.SIDE) for row in rows])
+
+
+def embed(lake: Path, count: int) -> tuple[Floats, Floats]:
+    """Features of the pictures, and of `count` pictures made from them; kept below `lake`."""
+    asked, made = lake / "asked.npy", lake / f"base-{count}.npy"
+    if not made.exists():
+        folder = next(f for f in sorted((lake / "lake" / "models").glob("alexnet-*")) if "small" not in f.name)
+        loaded = model.load((folder / features.WEIGHTS).read_bytes(), (folder / features.MANIFEST).read_bytes())
+        network = loaded.model.to(memory_format=torch.channels_last)
+        pixels = torch.from_numpy(pictures(lake))
+        random = torch.Generator().manual_seed(1)
+        unfinished = lake / "unfinished.npy"
+        base = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float32, shape=(count, 4096))
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+
+            def run(inputs: torch.Tensor) -> Floats:
+                channels_last = inputs.contiguous(memory_format=torch.channels_last)
+                found: Floats = network.embed(channels_last).float().numpy()
+                return found
+
+            if not asked.exists():
+                np.save(asked, np.concatenate([run(network.to_input(part)) for part in pixels.split(64)]))
+            for start in range(0, count, 64):
+                chosen = pixels[torch.arange(start, min(start + 64, count)) % len(pixels)]
+                inputs = fitting.augmented(network.to_input(chosen), Draw(random, 0, len(chosen)))
+                base[start : start + len(chosen)] = run(inputs)
+                if start % 6400 == 0:
+                    tell(f"{start} of {count} embedded")
+        base.flush()
+        unfinished.rename(made)
+    return np.load(asked), np.load(made, mmap_mode="r")
+
+
+def vectors_of(lake: Path, count: int, random: bool) -> tuple[Floats, Floats]:
+    """Queries, and the base; of trained features, or as random as can be."""
+    if not random:
+        asked, base = embed(lake, count)
+        return asked[np.random.default_rng(1).permutation(len(asked))], base
+    drawn = np.random.default_rng(1)
+    made = lake / f"random-{count}.npy"
+    if not made.exists():
+        base = np.lib.format.open_memmap(made, mode="w+", dtype=np.float32, shape=(count, 4096))
+        for start in range(0, count, 10_000):
+            base[start : start + 10_000] = drawn.standard_normal((len(base[start : start + 10_000]), 4096), np.float32)
+        base.flush()
+    return np.random.default_rng(2).standard_normal((10_000, 4096), np.float32), np.load(made, mmap_mode="r")
+
+
+# --- the index ---
+
+
+def store(spark: SparkSession, source: Path, count: int, projection: Projection, path: str) -> None:
+    """FEATURES at `path`, by the product's own layout and writer."""
+    edges = np.cumsum([0, *(round(share * count) for share in SHARES)])
+
+    def rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        base = np.load(source, mmap_mode="r")
+        schema = to_arrow_schema(t.FEATURES.schema)
+        for batch in batches:
+            for numbers in np.array_split(batch.column(0).to_numpy(), max(1, batch.num_rows // 256)):
+                vectors = np.asarray(base[numbers])
+                coordinates, residuals = projection.apply(vectors)
+                # Pictures of a place are drawn from all: what is alike lies in one partition as in another.
+                place = [PLACES[int(np.searchsorted(edges, number % count, side="right")) - 1] for number in numbers]
+                values: dict[str, Any] = {
+                    t.IMAGE_ID: [f"{number:032x}" for number in numbers],
+                    t.FRAME: [0] * len(numbers),
+                    t.PREDICTED: [f"C{number % 3067 % 22}" for number in numbers],
+                    t.PROBABILITY: [0.9] * len(numbers),
+                    t.BODY_PART_SOURCE: [t.FROM_TAG] * len(numbers),
+                    t.SERIES_ID: [f"{number // 20:032x}" for number in numbers],
+                    t.STUDY_ID: [f"{number // 40:032x}" for number in numbers],
+                    t.PATIENT_ID: [f"{number // 40:032x}" for number in numbers],
+                    t.SEX: ["F"] * len(numbers),
+                    t.AGE_YEARS: [50.0] * len(numbers),
+                    t.YEAR: [2020] * len(numbers),
+                    t.PIXELS_BATCH: [1] * len(numbers),
+                    t.PIXEL_DIGEST: ["0" * 64] * len(numbers),
+                    t.MODALITY: [modality for modality, _ in place],
+                    t.BODY_PART: [part for _, part in place],
+                }
+                made = {name: pa.array(column, schema.field(name).type) for name, column in values.items()}
+                for name, matrix in ((t.VECTOR, vectors), (t.PROJECTION, coordinates)):
+                    offsets = pa.array(np.arange(0, matrix.size + 1, matrix.shape[1], dtype=np.int32))
+                    made[name] = pa.ListArray.from_arrays(offsets, pa.array(matrix.reshape(-1)))
+                made[t.RESIDUAL_NORM] = pa.array(residuals)
+                yield pa.RecordBatch.from_arrays([made[name] for name in schema.names], schema.names)
+
+    t.ensure(spark, t.FEATURES, path)
+    for start in range(0, count, 100_000):
+        made = spark.range(start, min(start + 100_000, count), numPartitions=8).mapInArrow(rows, t.FEATURES.schema)
+        size = min(100_000, count - start)
+        counts = {place: round(share * size) for place, share in zip(PLACES, SHARES, strict=True)}
+        t.append(features.spread(made, counts, 100_000), t.FEATURES, path, rows_per_file=100_000)
+
+
+def base_at(spark: SparkSession, path: str, projection: Projection, files: config.StorageSettings) -> retrieval.Base:
+    sizes = {found.uri: found.size for found in storage.list_objects(path, files)}
+    named = [DataFile(n, uri, t.place_of(uri), sizes[uri]) for n, uri in enumerate(t.live_files(spark, path))]
+    return retrieval.Base(tuple(named), 4096, projection, files)
+
+
+# --- the contestants: each gives (Q, K) squared distances ---
+
+
+def ours(
+    spark: SparkSession, base: Callable[[], retrieval.Base], asked: Floats, chosen: RetrievalSettings
+) -> tuple[NDArray[np.float64], retrieval.Scanned]:
+    queries = [Query(f"{number:06d}", vector, "CT", "CHEST") for number, vector in enumerate(asked)]
+    squares = []
+    total = retrieval.Scanned()
+    for portion in retrieval.portions(spark, queries, chosen.k, chosen):
+        answer = retrieval.search(spark, base(), portion, chosen)
+        squares.append(answer.hits.column(t.DISTANCE).to_numpy() ** 2)
+        total += answer.scanned
+    return np.concatenate(squares).reshape(len(asked), -1), total
+
+
+def faiss_search(files: list[str], count: int, asked: Floats) -> NDArray[np.float64]:
+    faiss = importlib.import_module("faiss")
+    faiss.omp_set_num_threads(2)
+    pa.set_cpu_count(2)
+    vectors = np.empty((count, 4096), dtype=np.float32)
+    filled = 0
+    for batch in pyarrow.dataset.dataset(files, format="parquet").to_batches(columns=[t.VECTOR], batch_size=4096):
+        rows = batch.column(0).flatten().to_numpy().reshape(-1, 4096)
+        vectors[filled : filled + len(rows)] = rows
+        filled += len(rows)
+    found, _ = faiss.knn(asked, vectors[:filled], K)
+    return np.asarray(found, dtype=np.float64)
+
+
+def cross_join(spark: SparkSession, rows: DataFrame, asked: Floats) -> None:
+    queries = spark.createDataFrame(
+        [(n, vector.tolist()) for n, vector in enumerate(asked)], "q long, query array<float>"
+    )
+    square = F.aggregate(
+        F.zip_with(t.VECTOR, "query", lambda x, q: (x - q) * (x - q)), F.lit(0.0), lambda total, each: total + each
+    )
+    joined = rows.crossJoin(F.broadcast(queries)).select("q", t.IMAGE_ID, square.alias("square"))
+    joined.groupBy("q").agg(F.min_by(t.IMAGE_ID, "square")).collect()
+
+
+def lsh(spark: SparkSession, rows: DataFrame, asked: Floats, limit: float) -> set[tuple[int, str]]:
+    from pyspark.ml.feature import BucketedRandomProjectionLSH
+    from pyspark.ml.functions import array_to_vector
+
+    queries = spark.createDataFrame(
+        [(n, vector.tolist()) for n, vector in enumerate(asked)], "q long, vector array<float>"
+    )
+    base = rows.select(t.IMAGE_ID, array_to_vector(t.VECTOR).alias("features"))
+    wanted = queries.select("q", array_to_vector("vector").alias("features"))
+    hashing = BucketedRandomProjectionLSH(
+        inputCol="features", outputCol="hashes", bucketLength=20.0, numHashTables=3, seed=1
+    ).fit(base)
+    pairs = hashing.approxSimilarityJoin(wanted, base, limit, "distance")
+    return {(row[0], row[1]) for row in pairs.select("datasetA.q", f"datasetB.{t.IMAGE_ID}").collect()}
+
+
+def others(spark: SparkSession, rows: DataFrame, asked: Floats, scale: float) -> dict[str, Any]:
+    """What Spark itself has, for 100 queries over 2,000 rows; `scale` makes that 1,000 queries over all."""
+    share = rows.select(t.IMAGE_ID, t.VECTOR).limit(2000).cache()
+    table = share.toPandas()
+    vectors = np.asarray(table[t.VECTOR].to_list(), dtype=np.float64)
+    exact = np.stack([np.linalg.norm(vectors - query, axis=1) for query in asked.astype(np.float64)])
+    limit = float(np.sort(exact, axis=1)[:, K - 1].mean())
+    wanted = {(q, table[t.IMAGE_ID][row]) for q, row in zip(*np.nonzero(exact < limit), strict=True)}
+    joined, _ = timed(lambda: cross_join(spark, share, asked))
+    hashed, found = timed(lambda: lsh(spark, share, asked, limit))
+    share.unpersist()
+    told = {
+        name: {"seconds": round(s, 1), "extrapolated": round(s * scale)}
+        for name, s in (("spark sql, 100 queries x 2000", joined), ("lsh, 100 queries x 2000", hashed))
+    }
+    return told | {"recall of lsh": round(len(found & wanted) / max(1, len(wanted)), 3)}
+
+
+# --- measuring ---
+
+
+def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = run()
+    return time.perf_counter() - start, result
+
+
+def peaks() -> dict[str, float]:
+    """Greatest resident memory so far, in MB, of this process, of the JVM, and of the biggest Python worker."""
+    mine = Path("/proc/self/status").read_text()
+    found = {"driver": 0.0, "jvm": 0.0, "worker": 0.0}
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            text, command = status.read_text(), (status.parent / "cmdline").read_text()
+        except OSError:
+            continue
+        kind = "jvm" if "java" in command.split("\0")[0] else "worker" if "pyspark" in command else None
+        kind = "driver" if text == mine else kind
+        peak = [int(line.split()[1]) / 1024 for line in text.splitlines() if line.startswith("VmHWM")]
+        if kind and peak:
+            found[kind] = max(found[kind], round(peak[0]))
+    own = [int(line.split()[1]) / 1024 for line in mine.splitlines() if line.startswith("VmHWM")]
+    return found | {"driver": round(own[0])}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lake", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=100_000)
+    parser.add_argument("--random", action="store_true")
+    parser.add_argument("--queries", type=int, nargs="+", default=[1000, 10])
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--others", action="store_true", help="Spark SQL and LSH too, over a share")
+    asked_for = parser.parse_args()
+    warnings.simplefilter("ignore")
+    kind = "random" if asked_for.random else "features"
+    queries, base = vectors_of(asked_for.lake, asked_for.count, asked_for.random)
+    settings = config.load(REPO / "conf" / "local.yaml", [f"lake.uri={asked_for.lake / 'bench'}"], environ={})
+    spark = session.build(settings, "bench")
+    sample = np.asarray(base[:: max(1, len(base) // 6000)])
+    projection = Projection.fit([sample])
+    path = storage.canonical(str(asked_for.lake / f"index-{kind}-{asked_for.count}"))
+    if not t.exists(spark, path):
+        tell("writing the index")
+        seconds, _ = timed(lambda: store(spark, Path(base.filename), asked_for.count, projection, path))
+        tell(f"written in {seconds:.0f} s")
+    whole = settings.retrieval.model_copy(update={"prefilter": "none", "unique": "none", "exclude_same": "none"})
+    files = [storage.local_path(uri) for uri in t.live_files(spark, path)]
+    groups = sum(pq.ParquetFile(file).num_row_groups for file in files)
+    result: dict[str, Any] = {
+        "vectors": f"{asked_for.count} x 4096, {kind}",
+        "files": len(files),
+        "row groups": groups,
+        "megabytes": round(sum(Path(file).stat().st_size for file in files) / 2**20),
+        "directions": len(projection.directions),
+    }
+
+    def where() -> retrieval.Base:
+        return base_at(spark, path, projection, settings.storage)
+
+    for number in asked_for.queries:
+        asked = np.resize(queries, (number, 4096))
+        contestants: dict[str, Callable[[], Any]] = {
+            "bounds": lambda: ours(spark, where, asked, whole),  # noqa: B023
+            "scan": lambda: ours(spark, where, asked, whole.model_copy(update={"method": "scan"})),  # noqa: B023
+            "faiss": lambda: faiss_search(files, asked_for.count, asked),  # noqa: B023
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in contestants}
+        for turn in range(asked_for.runs + 1):
+            answers = {}
+            for name, run in contestants.items():
+                took, answers[name] = timed(run)
+                # The first turn starts workers and fills caches.
+                if turn:
+                    seconds[name].append(round(took, 3))
+            tell(f"{number} queries: {({name: each[-1] for name, each in seconds.items()}) if turn else 'warm'}")
+        told = answers["bounds"][0]
+        assert (told == answers["scan"][0]).all()
+        # FAISS works in float32, so its squares lose digits where they are small.
+        far = np.abs(told - answers["faiss"]) / (np.abs(told) + 1e-3 * np.square(asked).sum(axis=1)[:, None])
+        medians = {name: statistics.median(each) for name, each in seconds.items()}
+        result[f"{number} queries"] = {
+            "seconds": seconds,
+            "faiss / scan": round(medians["faiss"] / medians["scan"], 2),
+            "faiss / bounds": round(medians["faiss"] / medians["bounds"], 2),
+            "vectors measured": answers["bounds"][1].vectors,
+            "megabytes read": round(answers["bounds"][1].bytes / 2**20),
+            "greatest difference to faiss": float(far.max()),
+            "peak memory, MB": peaks(),
+        }
+        tell(str(result[f"{number} queries"]))
+    if asked_for.others:
+        result |= others(spark, t.read(spark, path), np.resize(queries, (100, 4096)), 10 * asked_for.count / 2000)
+    spark.stop()
+    keep(f"retrieval, {asked_for.count} {kind} vectors", result)
+    shutil.rmtree(asked_for.lake / "bench", ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
