@@ -274,6 +274,25 @@ def features(
 
 
 @app.command()
+def verify(
+    model: Annotated[
+        str | None, typer.Option(help="The model whose index is looked at; the champion if left out.")
+    ] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    lake: LakeUri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the whole index with the published frames, and look at every vector."""
+    settings = _settings(config, overrides, {"lake.uri": lake, "retrieval.model": model})
+    from cbmir_spark import features as room
+
+    with _session(settings, "verify") as spark:
+        report = room.check(spark, settings)
+    return terminal.print_json(report) if as_json else terminal.print_report("Verified", report)
+
+
+@app.command()
 def forget(
     patient: Annotated[list[str] | None, typer.Option(help="A Patient ID. Repeatable.")] = None,
     study: Annotated[list[str] | None, typer.Option(help="A Study Instance UID. Repeatable.")] = None,

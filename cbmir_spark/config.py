@@ -167,6 +167,7 @@ class IndexSettings(_Section):
     batch_size: Positive
     min_probability: Annotated[float, Field(ge=0.0, le=1.0)]
     rows_per_file: Positive
+    most_files: Positive
 
 
 class RetrievalSettings(_Section):

@@ -6,6 +6,7 @@ commit. When the table then holds exactly the live frames, `champion` moves to t
 """
 
 import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from cbmir_spark.record import Record
 from cbmir_spark.scan_task import Place
 from cbmir_spark.vocabulary import UNKNOWN
 
-WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
+WEIGHTS, MANIFEST = _FILES = "weights.safetensors", "manifest.json"
 # Properties of a FEATURES table: what made it, so that a table in another place is known for what it is.
 MODEL_PROPERTY, PREPROCESSING_PROPERTY = "cbmir.model", "cbmir.preprocessing"
 
@@ -71,6 +72,16 @@ class Report:
     files: int
     champion: str | None
     seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """An index that holds what it should: its model, version, rows and files."""
+
+    model_id: str
+    version: int
+    rows: int
+    files: int
 
 
 @dataclass(frozen=True)
@@ -360,7 +371,13 @@ def _run(spark: SparkSession, settings: Settings, lake: t.Lake, held: lease.Held
     live = live_frames(tags, pixels)
 
     with record.stage("compare"):
-        changes = compare(live, features).where(F.col(STATE) != SAME).persist(StorageLevel.MEMORY_AND_DISK)
+        touched = _touched(spark, lake, pinned, path)
+        seen_by = json.dumps({t.TAGS.name: pinned.tags, t.PIXELS.name: pinned.pixels})
+        changes = (
+            compare(_of(live, touched), _of(features, touched))
+            .where(F.col(STATE) != SAME)
+            .persist(StorageLevel.MEMORY_AND_DISK)
+        )
         # One row for each ingest batch or partition that changed: as many as there were nights, not frames.
         summary = changes.groupBy(STATE, t.PIXELS_BATCH, *_ROW_PARTITION).count().collect()
     batches = Counter[int]()
@@ -389,17 +406,19 @@ def _run(spark: SparkSession, settings: Settings, lake: t.Lake, held: lease.Held
         # Deleted first: a reader in between finds a frame missing, never a frame with two vectors.
         if emptied:
             within = " OR ".join(f"(t.{t.MODALITY} = '{m}' AND t.{t.BODY_PART} = '{b}')" for m, b in sorted(emptied))
-            after = t.delete_rows(spark, path, stale_keys(changes), within)
+            after = t.delete_rows(spark, path, stale_keys(changes), within, "" if embedded else seen_by)
         if made is not None:
             grouped = made.groupBy(t.MODALITY, t.BODY_PART).count().collect()
             counts = {(row[t.MODALITY], row[t.BODY_PART]): row["count"] for row in grouped}
             rows = spread(made, counts, settings.index.rows_per_file)
-            after = t.append(rows, t.FEATURES, path, rows_per_file=settings.index.rows_per_file)
+            after = t.append(rows, t.FEATURES, path, seen_by, settings.index.rows_per_file)
             made.unpersist()
+        after = _compact(spark, settings, path, after, seen_by)
     changes.unpersist()
     with record.stage("verify"):
         features = t.read(spark, path, after)
-        places = verify(live, features, manifest, batches)
+        verify(_of(live, touched), _of(features, touched), manifest, batches)
+        places = sources_of(features)
     champion = None
     if uri.startswith(("models:/", "runs:/")):
         champion = registry.move_alias(settings, registry.CHAMPION, manifest.model_id)
@@ -429,32 +448,89 @@ def _run(spark: SparkSession, settings: Settings, lake: t.Lake, held: lease.Held
     return report
 
 
-def verify(
-    live: DataFrame, features: DataFrame, manifest: Manifest, batches: Collection[int]
-) -> dict[tuple[str, str, str], int]:
-    """Whether FEATURES holds each live frame once, and the vectors of `batches` as they may be searched.
+def check(spark: SparkSession, settings: Settings) -> Checked:
+    """Compare the whole searched index with the published frames, and look at every vector of it.
 
-    Returns rows by (modality, body_part, body_part_source). Raises TableError with the counts. Vectors of other
-    batches were looked at when they were written.
+    Raises TableError where a frame is missing, a row has no frame or comes twice, or a vector cannot be searched; and
+    ModelError where the table, or the model's files that workers read, are not the model's.
     """
-    of_row = (*_ROW_PARTITION, f"row_{t.BODY_PART_SOURCE}")
-    counted = compare(live, features).groupBy(STATE, *of_row).agg(F.count("*").alias("keys"), F.sum(COPIES).alias("n"))
-    keys = Counter[str]()
-    places: dict[tuple[str, str, str], int] = {}
-    for row in counted.collect():
-        keys[row[STATE]] += row["keys"]
-        if row[STATE] == SAME:
-            places[row[of_row[0]], row[of_row[1]], row[of_row[2]]] = row["n"]
-    twice = sum(places.values()) - keys[SAME]
+    lake = t.Lake.of(settings)
+    pinned = t.require_published(spark, lake)
+    index = open_index(spark, settings)
+    published = model.load(*(storage.read_bytes(storage.join(index.folder, n), settings.storage) for n in _FILES))
+    if published.manifest != index.manifest:
+        raise ModelError(f"{index.folder} holds another model than the registry: remove that folder")
+    tags = t.read(spark, lake.path(t.TAGS), pinned.tags)
+    pixels = t.read(spark, lake.path(t.PIXELS), pinned.pixels)
+    verify(live_frames(tags, pixels), index.rows, index.manifest)
+    sources = sources_of(index.rows)
+    files = t.live_files(spark, index.path, index.version)
+    return Checked(index.manifest.model_id, index.version, sum(sources.values()), len(files))
+
+
+def verify(live: DataFrame, features: DataFrame, manifest: Manifest, batches: Collection[int] | None = None) -> None:
+    """Whether FEATURES holds each live frame once, and the vectors of `batches` (None: all) as they may be searched.
+
+    Raises TableError with the counts. Vectors of other batches were looked at when they were written.
+    """
+    counted = compare(live, features).groupBy(STATE).agg(F.count("*").alias("keys"), F.sum(COPIES).alias("rows"))
+    found = {row[STATE]: (row["keys"], row["rows"]) for row in counted.collect()}
+    keys = {state: found.get(state, (0, 0))[0] for state in (SAME, MISSING, STALE)}
+    twice = (found.get(SAME, (0, 0))[1] or 0) - keys[SAME]
     if twice or keys[MISSING] or keys[STALE]:
         raise TableError(
             f"the index of {manifest.model_id} lacks {keys[MISSING]} frames, holds {keys[STALE]} rows without a frame "
             f"and {twice} rows twice: run `cbmir index` again, or remove the table and index anew"
         )
-    written = features.where(F.col(t.PIXELS_BATCH).isin(*batches))
-    if batches and (problem := inspect(written, manifest.embedding_dim).faults):
+    looked = features if batches is None else features.where(F.col(t.PIXELS_BATCH).isin(*batches))
+    if (batches is None or batches) and (problem := inspect(looked, manifest.embedding_dim).faults):
         raise TableError(f"the index of {manifest.model_id} holds vectors that cannot be searched: {problem}")
-    return places
+
+
+def sources_of(features: DataFrame) -> dict[tuple[str, str, str], int]:
+    """Rows by (modality, body_part, body_part_source)."""
+    of = (t.MODALITY, t.BODY_PART, t.BODY_PART_SOURCE)
+    return {(row[of[0]], row[of[1]], row[of[2]]): row["count"] for row in features.groupBy(*of).count().collect()}
+
+
+def _touched(spark: SparkSession, lake: t.Lake, pinned: t.Published, path: str) -> frozenset[int] | None:
+    """Ingest batches that are not as the index has seen them; None where that is not known, so that all are looked at.
+
+    The index's commits carry the versions of TAGS and PIXELS that they followed.
+    """
+    told = t.last_message(spark, path)
+    if told is None:
+        return None
+    seen = json.loads(told)
+    found = [
+        t.changed_batches(spark, lake.path(table), seen[table.name], version)
+        for table, version in ((t.TAGS, pinned.tags), (t.PIXELS, pinned.pixels))
+    ]
+    return None if None in found else frozenset().union(*(batches for batches in found if batches is not None))
+
+
+def _of(rows: DataFrame, batches: Collection[int] | None) -> DataFrame:
+    if batches is None:
+        return rows
+    return rows.where(F.col(t.PIXELS_BATCH).isin(*batches) if batches else F.lit(False))
+
+
+def _compact(spark: SparkSession, settings: Settings, path: str, version: int, message: str) -> int:
+    """Write partitions that nights have cut into many small files anew; the version that there then is."""
+    files = Counter(t.place_of(uri) for uri in t.live_files(spark, path, version))
+    if not any(count > settings.index.most_files for count in files.values()):
+        return version
+    features = t.read(spark, path, version)
+    rows = Counter[tuple[str, str]]()
+    for (modality, body_part, _), count in sources_of(features).items():
+        rows[modality, body_part] += count
+    needed = {place: math.ceil(rows[place] / settings.index.rows_per_file) for place in files}
+    many = [place for place, count in files.items() if count > needed[place] + settings.index.most_files]
+    if not many:
+        return version
+    laid = spread(scan(features, many), {place: rows[place] for place in many}, settings.index.rows_per_file)
+    where = " OR ".join(f"({t.MODALITY} = '{m}' AND {t.BODY_PART} = '{b}')" for m, b in sorted(many))
+    return t.rearrange(laid, t.FEATURES, path, where, message, settings.index.rows_per_file)
 
 
 def _embedded(

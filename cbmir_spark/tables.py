@@ -14,6 +14,8 @@ from typing import Any
 from urllib.parse import unquote
 
 from delta.tables import DeltaTable
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import AnalysisException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import (
@@ -551,15 +553,50 @@ def delete_images(spark: SparkSession, path: str, images: DataFrame, batches: It
     return version(spark, path)
 
 
-def delete_rows(spark: SparkSession, path: str, rows: DataFrame, within: str) -> int:
-    """Remove what equals one of `rows` in all their columns; the version written.
+def delete_rows(spark: SparkSession, path: str, rows: DataFrame, within: str, message: str = "") -> int:
+    """Remove what equals one of `rows` in all their columns; the version written. `message` travels in the commit.
 
     `within` is a condition on partition columns of the table, here called `t`, that bounds the files looked at.
     """
     same = " AND ".join(f"t.{column} = s.{column}" for column in rows.columns)
     merge = DeltaTable.forPath(spark, path).alias("t").merge(rows.alias("s"), f"({within}) AND {same}")
-    merge.whenMatchedDelete().execute()
+    with _commit_message(spark, message):
+        merge.whenMatchedDelete().execute()
     return version(spark, path)
+
+
+def rearrange(df: DataFrame, table: Table, path: str, where: str, message: str = "", rows_per_file: int = 0) -> int:
+    """Put the rows of some partitions, all those and no others, into other files; the version written.
+
+    `where` is a condition on partition columns. The commit says that no row changed, and readers of older versions keep
+    their files.
+    """
+    writer = conform(df, table).write.format("delta").mode("overwrite").option("replaceWhere", where)
+    writer = writer.option("dataChange", "false").option("maxRecordsPerFile", rows_per_file)
+    writer.option("userMetadata", message).save(path)
+    return version(df.sparkSession, path)
+
+
+def last_message(spark: SparkSession, path: str) -> str | None:
+    """The message of the newest commit that has one, among the last hundred."""
+    told = DeltaTable.forPath(spark, path).history(100).select("version", "userMetadata")
+    found = told.where("userMetadata IS NOT NULL AND userMetadata != ''").orderBy(F.desc("version")).first()
+    return None if found is None else str(found["userMetadata"])
+
+
+def changed_batches(spark: SparkSession, path: str, before: int, after: int) -> frozenset[int] | None:
+    """Batches of an ingest table whose files are not the same in two versions; None where the older one is gone."""
+    if before == after:
+        return frozenset()
+    try:
+        old = set(live_files(spark, path, before))
+    except (AnalysisException, Py4JJavaError):
+        return None
+    return frozenset(_batch_of(uri) for uri in old ^ set(live_files(spark, path, after)))
+
+
+def _batch_of(uri: str) -> int:
+    return int(next(part for part in uri.split("/") if part.startswith(f"{BATCH}=")).partition("=")[2])
 
 
 def update_rows(
