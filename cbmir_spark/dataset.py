@@ -533,21 +533,12 @@ def _petastorm_place(uris: Sequence[str], settings: StorageSettings) -> tuple[li
     """The URLs, and the file system where Petastorm cannot find it by itself."""
     if all(storage.is_local(uri) for uri in uris):
         return list(uris), None
-    import s3fs
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         # Only pyarrow's old file systems select the old reader, which is the one that Petastorm knows.
         from pyarrow.filesystem import S3FSWrapper
 
-        client = {"region_name": settings.region}
-        wrapped = S3FSWrapper(
-            s3fs.S3FileSystem(
-                endpoint_url=settings.endpoint,
-                client_kwargs=client,
-                config_kwargs={"s3": {"addressing_style": "path" if settings.path_style else "auto"}},
-            )
-        )
+        wrapped = S3FSWrapper(storage.file_system(settings))
     return [uri.replace("s3a://", "s3://", 1) for uri in uris], wrapped
 
 

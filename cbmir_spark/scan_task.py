@@ -360,14 +360,16 @@ def _placed(rows: pa.Table, place: Place) -> pa.Table:
 
 
 @lru_cache(maxsize=4)
-def _file_system(files: StorageSettings) -> pa.fs.S3FileSystem:
+def _file_system(files: StorageSettings) -> pa.fs.FileSystem:
     """Object storage as Arrow reads it, with the credentials of wherever the task runs."""
+    if files.endpoint and not files.path_style:
+        # Arrow's own client puts the bucket into the path wherever it is told an endpoint.
+        return pa.fs.PyFileSystem(pa.fs.FSSpecHandler(storage.file_system(files)))
     scheme, _, host = (files.endpoint or "").partition("://")
     return pa.fs.S3FileSystem(
         region=files.region,
         scheme=scheme or "https",
         endpoint_override=host or None,
-        force_virtual_addressing=bool(host) and not files.path_style,
         connect_timeout=storage.CONNECT_SECONDS,
         request_timeout=storage.READ_SECONDS,
         retry_strategy=pa.fs.AwsStandardS3RetryStrategy(max_attempts=files.attempts),

@@ -308,6 +308,17 @@ def replace_if_match(uri: str, content: bytes, etag: str, storage: StorageSettin
     return _put_if(uri, content, storage, {"IfMatch": f'"{etag}"'})
 
 
+def file_system(storage: StorageSettings) -> Any:
+    """Object storage as s3fs has it, for libraries that read through fsspec."""
+    import s3fs
+
+    return s3fs.S3FileSystem(
+        endpoint_url=storage.endpoint,
+        client_kwargs={"region_name": storage.region},
+        config_kwargs={"s3": {"addressing_style": "path" if storage.path_style else "auto"}},
+    )
+
+
 def seconds_old(uri: str, storage: StorageSettings) -> float:
     """For how long an `s3a:` object has not been written, by the storage's own clocks: right to about two seconds.
 

@@ -6,14 +6,17 @@ Buckets are folders below `root`, and objects are files in them, so that a test 
 import errno
 import fcntl
 import os
+import re
 import shutil
 import socket
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -35,6 +38,15 @@ class S3Server:
     host: str
     port: int
     root: Path
+    log: Path
+
+    def sent(self, bucket: str) -> dict[str, int]:
+        """Bytes that the server has sent of each object of a bucket so far, by key, as its access log has them."""
+        found: Counter[str] = Counter()
+        line = re.compile(rf'"GET /{bucket}/([^ ?"]+)(?:\?[^"]*)? HTTP/1\.1" 20[06] \S+ (\d+)')
+        for key, size in line.findall(self.log.read_text(errors="replace")):
+            found[unquote(key)] += int(size)
+        return dict(found)
 
     @property
     def endpoint(self) -> str:
@@ -76,7 +88,8 @@ def running(folder: Path) -> Iterator[S3Server]:
     """A server over `folder/buckets` until the block ends."""
     root = folder / "buckets"
     root.mkdir(parents=True)
-    command = [str(binary()), "--quiet", "--keep-alive", "--port"]
+    access = folder / "access.log"
+    command = [str(binary()), "--quiet", "--keep-alive", "--access-log", str(access), "--port"]
     environment = os.environ | {
         "ROOT_ACCESS_KEY": CREDENTIALS["AWS_ACCESS_KEY_ID"],
         "ROOT_SECRET_KEY": CREDENTIALS["AWS_SECRET_ACCESS_KEY"],
@@ -91,7 +104,7 @@ def running(folder: Path) -> Iterator[S3Server]:
         )
         try:
             _wait_until_it_listens(process, port, folder / "log")
-            yield S3Server("127.0.0.1", port, root)
+            yield S3Server("127.0.0.1", port, root, access)
         finally:
             process.terminate()
             try:

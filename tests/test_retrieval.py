@@ -1,8 +1,15 @@
 """Which partitions a query meets, what becomes of the rows of a list, and what a run leaves behind."""
 
+import csv
+import http.server
+import io
+import os
 import shutil
+import threading
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -13,13 +20,14 @@ from pydicom.data import get_testdata_file
 from pydicom.uid import UID
 from pyspark.sql import SparkSession
 
-from cbmir_spark import config, features, ingest, parse, pseudonyms, retrieval, storage
+from cbmir_spark import config, features, ingest, parse, pseudonyms, retrieval, storage, terminal
 from cbmir_spark import tables as t
 from cbmir_spark.config import RetrievalSettings, Settings
 from cbmir_spark.errors import InputError, ModelError
 from cbmir_spark.queries import Answered, Query, QueryList, Status, Wanted, read_queries
 from tests.conftest import MakeSettings
 from tests.test_features import save_model
+from tests.test_report import CHROMIUM, RUN, dom_in_browser
 
 PLACES = [("CT", "CHEST"), ("CT", "HEAD"), ("CT", "UNKNOWN"), ("MR", "BRAIN"), ("MR", "UNKNOWN"), ("US", "LIVER")]
 
@@ -317,3 +325,268 @@ def test_without_a_list_or_an_index_the_error_says_so(
     queries.write_text(f"query_id,image_id\na,{ID}\n")
     with pytest.raises(ModelError, match="run `cbmir train`"):
         retrieval.run(spark, make_settings(f"retrieval.queries={queries}"))
+
+
+# --- lists that somebody means harm with ---
+
+
+class Asked(http.server.BaseHTTPRequestHandler):
+    """A web server that counts who comes."""
+
+    paths: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.paths.append(self.path)
+        self.send_error(404)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def web() -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Asked)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def paths_that_lead_out(dcm: Path, forbidden: Path, web: str) -> list[str]:
+    """Sixty ways to name what no query may open; `forbidden` is a pipe that nobody writes to, beside the archive."""
+    out, name = str(forbidden), forbidden.name
+    links = {
+        "to_file": forbidden,
+        "to_folder": forbidden.parent,
+        "to_passwd": Path("/etc/passwd"),
+        "to_root": Path("/"),
+        "to_itself": dcm / "to_itself",
+    }
+    for link, target in links.items():
+        if not (dcm / link).is_symlink():
+            (dcm / link).symlink_to(target)
+    (dcm / "to_link").unlink(missing_ok=True)
+    (dcm / "to_link").symlink_to(dcm / "to_file")
+    sibling = dcm.parent / f"{dcm.name}-other"
+    sibling.mkdir(exist_ok=True)
+    if not (sibling / name).exists():
+        os.mkfifo(sibling / name)
+    return [
+        out,
+        f"file:{out}",
+        f"file://{out}",
+        f"file:///{out}",
+        f"file:////{out}",
+        f"file://localhost{out}",
+        *(
+            f"{dcm}/../{name}",
+            f"{dcm}/./../{name}",
+            f"{dcm}/x/../../{name}",
+            f"{dcm}//..//{name}",
+            f"{dcm}/..//./{name}",
+        ),
+        *(
+            f"file://{dcm}/../{name}",
+            f"{dcm}/%2e%2e/{name}",
+            f"{dcm}/..%2f{name}",
+            f"{dcm}/..\\{name}",
+            f"{dcm}\\..\\{name}",
+        ),
+        f"{dcm}/\u2025/{name}",
+        f"{dcm}/\uff0e\uff0e/{name}",
+        f"{dcm}/..;/{name}",
+        f"{dcm}/.../{name}",
+        f"../{name}",
+        *(
+            f"{dcm}/to_file",
+            f"{dcm}/to_folder/{name}",
+            f"{dcm}/to_link",
+            f"{dcm}/to_passwd",
+            f"{dcm}/to_root/etc/passwd",
+        ),
+        f"{dcm}/to_itself",
+        f"{sibling}/{name}",
+        f"{dcm}-other/{name}",
+        f"{dcm.parent}/*.dcm",
+        f"{dcm}/[a-z]*",
+        "/etc/passwd",
+        "file:///etc/passwd",
+        "/proc/self/environ",
+        "/proc/self/fd/0",
+        "/dev/zero",
+        "/dev/stdin",
+        "~/.aws/credentials",
+        "~root/.ssh/id_rsa",
+        "$HOME/.bashrc",
+        "/etc/passwd\x00.dcm",
+        "/etc/passwd\n",
+        "`id`",
+        f"http://{web}/a.dcm",
+        f"https://{web}/a.dcm",
+        f"ftp://{web}/a.dcm",
+        f"//{web}/a.dcm",
+        f"\\\\{web}\\a.dcm",
+        "s3a://other-bucket/a.dcm",
+        "s3://other-bucket/a.dcm",
+        "s3n://b/../a.dcm",
+        "gs://b/a.dcm",
+        "hdfs://h/a.dcm",
+        *(
+            f"jar:file:{out}!/a",
+            "javascript:alert(1)",
+            "data:application/dicom;base64,AAAA",
+            "${jndi:ldap://127.0.0.1/a}",
+        ),
+        "x" * 10_000,
+        "/" + "a/" * 3000,
+    ]
+
+
+@pytest.mark.timeout(120)
+def test_sixty_paths_that_lead_out_are_answered_and_nothing_there_is_opened(
+    spark: SparkSession, archive: Settings, tmp_path: Path, web: str
+) -> None:
+    dcm = Path(str(archive.ingest.archive))
+    # Whoever opens a pipe that nobody writes to waits until the test has run out of time.
+    forbidden = dcm.parent / "forbidden.dcm"
+    if not forbidden.exists():
+        os.mkfifo(forbidden)
+    payloads = paths_that_lead_out(dcm, forbidden, web)
+    assert len(set(payloads)) == len(payloads) >= 60
+    rows = {"query_id": [f"p{n}" for n in range(len(payloads))] + ["good"], "uri": [*payloads, f"{dcm}/more1.dcm"]}
+    queries = tmp_path / "q.parquet"
+    pyarrow.parquet.write_table(pa.table(rows), queries)
+    report = retrieval.run(spark, with_retrieval(archive, queries=str(queries), out=str(tmp_path / "out")))
+    _, statuses = results(spark, report.out)
+    assert len(statuses) == len(payloads) + 1 and statuses.pop("good")[t.STATUS] == "answered"
+    found = Counter(row[t.STATUS] for row in statuses.values())
+    # What stays below the archive and is not there has not been found; everything else is refused unopened.
+    assert set(found) <= {"bad_row", "not_found"} and found["bad_row"] >= 45, found
+    for name, row in statuses.items():
+        if row[t.STATUS] == "not_found":
+            assert payloads[int(name[1:])].removeprefix("file:").lstrip("/").startswith(str(dcm).lstrip("/")), name
+        assert "root:" not in row[t.REASON]
+    assert Asked.paths == []
+
+
+FORMULAS = [
+    "=1+1",
+    "+1+1",
+    "-1+1",
+    "@SUM(1)",
+    "\t=1+1",
+    "\r=1+1",
+    "\n=1+1",
+    " =1+1",
+    "\u00a0=1+1",
+    "\u200b=1+1",
+    *(
+        "=cmd|' /C calc'!A0",
+        '=HYPERLINK("http://x","y")',
+        "=IMPORTXML(A1)",
+        "+cmd|' /C calc'!A0",
+        "\uff1d1+1",
+        "\uff0b1",
+    ),
+    "\uff0d1",
+    "\uff20A1",
+    "|calc",
+    "%0A=1",
+    ";=1+1",
+    ',"=1+1"',
+    '"=1+1',
+    "\ufeff=1+1",
+    "\x00=1+1",
+]
+MARKUP = [
+    *(
+        "<script>{}</script>",
+        '"><script>{}</script>',
+        "'><script>{}</script>",
+        "<img src=x onerror={}>",
+        "<svg onload={}>",
+    ),
+    "</title><script>{}</script>",
+    "</style><script>{}</script>",
+    "<iframe src='javascript:{}'>",
+    "<body onload={}>",
+    *(
+        "<a href='javascript:{}'>x</a>",
+        "<details open ontoggle={}>",
+        "<math><mi xlink:href='javascript:{}'>",
+        "<!--{}-->",
+    ),
+    *(
+        "<input autofocus onfocus={}>",
+        "<video><source onerror={}>",
+        "\u202e<script>{}</script>",
+        "&lt;script&gt;{}",
+        "{{{{7*7}}}}{}",
+    ),
+    *(
+        "<object data='javascript:{}'>",
+        "<embed src='javascript:{}'>",
+        "<meta http-equiv=refresh content='0;javascript:{}'>",
+    ),
+]
+OTHERS = [
+    "\u202eabc",
+    "\u2066abc\u2069",
+    "a\u200bb",
+    "\x1b[31mred\x1b[0m",
+    "\x07bell",
+    "a\x00b",
+    "a\nb",
+    "a\r\nb",
+    "a\tb",
+    *(
+        "../../etc/passwd",
+        "%s%n",
+        "${jndi:ldap://127.0.0.1/a}",
+        "'; DROP TABLE hits; --",
+        "\U0001f480" * 50,
+        "NULL",
+        "\ud7ff",
+    ),
+]
+
+
+def test_sixty_texts_are_shown_and_run_nowhere(
+    spark: SparkSession, archive: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [*FORMULAS, *(payload.format(RUN) for payload in MARKUP), *OTHERS]
+    assert len(set(names)) == len(names) >= 60
+    image = features.open_index(spark, archive).rows.first()
+    assert image is not None
+    # Each text names a query that is answered, is the reason of a bad row, and stands where an identifier should.
+    rows = {
+        "query_id": [*names, *(f"id {n}" for n in range(len(names))), *(f"part {n}" for n in range(len(names))), "big"],
+        "image_id": [*[image[t.IMAGE_ID]] * len(names), *names, *[image[t.IMAGE_ID]] * len(names), "x" * 10_000_000],
+        "body_part": [*[None] * 2 * len(names), *names, None],
+    }
+    queries = tmp_path / "q.parquet"
+    pyarrow.parquet.write_table(pa.table(rows), queries)
+    settings = with_retrieval(archive, queries=str(queries), out=str(tmp_path / "out"), gallery=1000, csv=True)
+    told = retrieval.run(spark, settings)
+    hits, statuses = results(spark, told.out)
+    assert {hit[t.QUERY_ID] for hit in hits} == set(names)
+    found = Counter(row[t.STATUS] for row in statuses.values())
+    assert found == {"answered": len(names), "bad_row": 2 * len(names) + 1}
+    assert max(len(row[t.REASON] or "") for row in statuses.values()) < 1000
+
+    for name in ("hits", "statuses"):
+        text = (tmp_path / "out" / "csv" / f"{name}-00000.csv").read_text("utf-8")
+        for cells in csv.reader(io.StringIO(text, newline="")):
+            for cell in cells:
+                assert not cell.strip().startswith(("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")), cell
+                assert not set(cell) & {chr(code) for code in range(32)}, cell
+    terminal.print_report("Answered", told)
+    assert "\x1b[31m" not in capsys.readouterr().out
+    page = Path(storage.local_path(str(told.gallery))).read_text("utf-8")
+    assert "<script" not in page
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium on this machine to run the page in")
+    dom = dom_in_browser(page, tmp_path)
+    assert "Retrieved images" in dom and "data-ran" not in dom.partition("<body")[0]

@@ -22,6 +22,7 @@ from cbmir_spark.errors import InputError, ModelError
 from cbmir_spark.model import Projection
 from cbmir_spark.queries import Answered, Own, Query
 from cbmir_spark.scan_task import DataFile, Within
+from tests.s3_server import S3Server
 from tests.tiny_lake import pseudonym
 
 Floats = NDArray[np.float32]
@@ -436,3 +437,44 @@ def test_queries_that_cannot_be_searched_are_refused(spark: SparkSession, tmp_pa
         retrieval.search(spark, base, [Query("a", vector[:8])], options(prefilter="none"))
     with pytest.raises(ModelError, match="different shapes"):
         retrieval.search(spark, base, [Query("a", vector), Query("b", vector[:8])], options())
+
+
+@pytest.mark.parametrize("method", ["bounds", "scan"])
+def test_object_storage_sends_what_the_plan_names_and_nothing_else(
+    spark: SparkSession, s3: S3Server, tmp_path: Path, method: str
+) -> None:
+    """In every mode, by the server's own log."""
+    bucket = f"search-{method}"
+    random = np.random.default_rng(8)
+    rows = (random.standard_normal((3000, 3)) @ random.standard_normal((3, 256)) * 9).astype(np.float32)
+    made = make(rows, 8)
+    stored = made.store(s3.bucket(bucket), 2, rows_per_group=50)
+    root = storage.canonical(str(s3.root))
+    far = StorageSettings(endpoint=s3.endpoint, region="us-east-1", path_style=True, attempts=3)
+    files = tuple(replace(file, uri=file.uri.replace(root, "s3a:/")) for file in stored.files)
+    base = replace(stored, files=files, storage=far)
+    vector = rows[5] + np.float32(0.01)
+    query = Query("q", vector, "CT", "CHEST", predicted="CT/HEAD", probability=0.9)
+    seen: dict[str, int] = {}
+    modes: list[tuple[dict[str, Any], set[tuple[str, str]]]] = [
+        ({"prefilter": "tags"}, {("CT", "CHEST")}),
+        ({"prefilter": "tags", "unknown": "include"}, {("CT", "CHEST"), ("CT", "UNKNOWN")}),
+        ({"prefilter": "predicted"}, {("CT", "HEAD")}),
+        ({"prefilter": "modality"}, {("CT", "CHEST"), ("CT", "HEAD")}),
+        ({"prefilter": "none", "unknown": "include"}, set(PLACES)),
+    ]
+    for values, places in modes:
+        chosen = options(method=method, k=3, **values)
+        near = retrieval.search(spark, stored, [query], chosen)
+        answer = retrieval.search(spark, base, [query], chosen)
+        assert answer.hits.equals(near.hits) and answer.scanned == near.scanned
+        now = s3.sent(bucket)
+        sent = {key: size - seen.get(key, 0) for key, size in now.items() if size > seen.get(key, 0)}
+        seen = now
+        named = {file.uri.removeprefix(f"s3a://{bucket}/"): file.bytes for file in files if file.place in places}
+        assert set(sent) == set(named) and answer.scanned.files == len(named)
+        # Beside the columns that it wants, a task reads a file's footer: its last 64 KB, as often as it opens the file.
+        opened = 2 if method == "bounds" else 1
+        assert answer.scanned.bytes <= sum(sent.values()) <= answer.scanned.bytes * 1.05 + 70_000 * opened * len(named)
+        if method == "bounds":
+            assert answer.scanned.bytes < 0.6 * sum(named.values())
