@@ -39,8 +39,8 @@ MODEL_PROPERTY, PREPROCESSING_PROPERTY = "cbmir.model", "cbmir.preprocessing"
 FRAMES_PER_TASK = 2048
 # Up to so many missing frames their keys and tags (some 400 bytes each) are sent to every task; beyond, Spark sorts.
 MOST_BROADCAST = 200_000
-# Directions whose signs lay rows out within a file: 4,096 cells, more than a file has row groups.
-_CELL_DIRECTIONS = 12
+# Directions whose signs lay rows out within a file: many, since within a class the first ones hardly differ.
+_CELL_DIRECTIONS = 30
 
 _KEY = (t.IMAGE_ID, t.FRAME)
 _OF_TAGS = (t.SERIES_ID, t.STUDY_ID, t.PATIENT_ID, t.SEX, t.AGE_YEARS, t.YEAR, t.MODALITY, t.BODY_PART)
@@ -188,7 +188,7 @@ def spread(rows: DataFrame, counts: Mapping[tuple[str, str], int], rows_per_file
 def _cell() -> Column:
     """On which side of each of the first principal directions a row lies, the first one weighing most."""
     sides = [
-        F.when(F.get(t.PROJECTION, F.lit(number)) > 0, 2 ** (_CELL_DIRECTIONS - number)).otherwise(0)
+        F.when(F.get(t.PROJECTION, F.lit(number)) > 0, F.lit(2 ** (_CELL_DIRECTIONS - number))).otherwise(F.lit(0))
         for number in range(_CELL_DIRECTIONS)
     ]
     return reduce(add, sides)

@@ -235,11 +235,11 @@ def _pass(
     """Queries whose hit lists all hold each value of column `group` once."""
     job = _job(queries, plans, options, base, group)
     files = [file for file in base.files if file.place in job.list_of]
-    shares = _shares(files, _tasks(spark, options))
     broadcast = spark.sparkContext.broadcast(job)
     try:
-        first = _bounded(spark, files, shares, broadcast) if job.points is not None and shares else _Bounds()
+        first = _bounded(spark, files, broadcast) if job.points is not None and files else _Bounds()
         if first.wanted is None:
+            shares = _shares(files, _tasks(spark, options))
             found = [each for each in _run(spark, shares, scan_task.scanned, broadcast) if each is not None]
             candidates = sum((each.candidates for each in found), np.zeros(len(queries), dtype=np.int64))
         else:
@@ -261,10 +261,11 @@ class _Bounds:
     bytes: int = 0
 
 
-def _bounded(
-    spark: SparkSession, files: Sequence[DataFile], shares: list[list[Share]], broadcast: Broadcast[Job]
-) -> _Bounds:
+def _bounded(spark: SparkSession, files: Sequence[DataFile], broadcast: Broadcast[Job]) -> _Bounds:
     job = broadcast.value
+    # One task for each core: little is read, starting a task costs a tenth of a second, and a task that sees more of
+    # the pairs rules more of them out.
+    shares = _shares(files, spark.sparkContext.defaultParallelism)
     parts = _run(spark, shares, scan_task.bounds, broadcast)
     read = sum(part.read.bytes for part in parts)
     lefts = []

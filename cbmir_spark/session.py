@@ -73,9 +73,9 @@ def properties(settings: Settings) -> dict[str, str]:
         "spark.sql.execution.arrow.maxRecordsPerBatch": "256",
         "spark.sql.parquet.columnarReaderBatchSize": "256",
         "spark.sql.execution.arrow.pyspark.enabled": "true",
-        # Retrieval fetches vectors by row group, of which it needs few; and vectors hardly repeat a number, so that a
-        # dictionary of them is tried in vain.
-        "spark.hadoop.parquet.block.size": str(4 * 2**20),
+        # Retrieval fetches vectors by row group, of which it needs few, and what is decoded of one should stay in the
+        # processor's cache; and vectors hardly repeat a number, so that a dictionary of them is tried in vain.
+        "spark.hadoop.parquet.block.size": str(2**20),
         "spark.hadoop.parquet.enable.dictionary#vector.list.element": "false",
         "spark.hadoop.parquet.enable.dictionary#projection.list.element": "false",
         # A commit whose reply was lost is recognised when it is tried again, instead of landing twice.

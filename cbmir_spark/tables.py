@@ -152,6 +152,8 @@ class Table:
     schema: StructType
     partitioned_by: tuple[str, ...] = ()
     constraints: Mapping[str, str] = field(default_factory=dict)
+    codec: str = "snappy"
+    """How Parquet pages are compressed; every reader of Parquet knows these names."""
 
 
 _PSEUDONYMS = [
@@ -313,6 +315,8 @@ FEATURES = Table(
         "source_known": _one_of(BODY_PART_SOURCE, (FROM_TAG, FROM_PREDICTION, FROM_NOTHING)),
         "residual_finite": f"{RESIDUAL_NORM} >= 0 AND {RESIDUAL_NORM} < double('infinity')",
     },
+    # Vectors are read thousands of times: half of the bytes, at more than twice the speed of snappy.
+    codec="lz4_raw",
 )
 
 RESULTS_HITS = Table(
@@ -540,7 +544,7 @@ def append(df: DataFrame, table: Table, path: str, message: str = "", rows_per_f
     `rows_per_file` bounds the rows of one file (0: no bound).
     """
     writer = conform(df, table).write.format("delta").mode("append").option("maxRecordsPerFile", rows_per_file)
-    writer.option("userMetadata", message).save(path)
+    writer.option("userMetadata", message).option("compression", table.codec).save(path)
     return version(df.sparkSession, path)
 
 
@@ -573,7 +577,7 @@ def rearrange(df: DataFrame, table: Table, path: str, where: str, message: str =
     """
     writer = conform(df, table).write.format("delta").mode("overwrite").option("replaceWhere", where)
     writer = writer.option("dataChange", "false").option("maxRecordsPerFile", rows_per_file)
-    writer.option("userMetadata", message).save(path)
+    writer.option("userMetadata", message).option("compression", table.codec).save(path)
     return version(df.sparkSession, path)
 
 

@@ -11,12 +11,10 @@ import shutil
 import socket
 import subprocess
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote
 
 import pytest
 
@@ -40,13 +38,9 @@ class S3Server:
     root: Path
     log: Path
 
-    def sent(self, bucket: str) -> dict[str, int]:
-        """Bytes that the server has sent of each object of a bucket so far, by key, as its access log has them."""
-        found: Counter[str] = Counter()
-        line = re.compile(rf'"GET /{bucket}/([^ ?"]+)(?:\?[^"]*)? HTTP/1\.1" 20[06] \S+ (\d+)')
-        for key, size in line.findall(self.log.read_text(errors="replace")):
-            found[unquote(key)] += int(size)
-        return dict(found)
+    def read(self, bucket: str) -> list[str]:
+        """The keys of a bucket that somebody has read, one for each request, as the server's access log has them."""
+        return re.findall(rf" {bucket} \[[^]]*\] \S+ \S+ \S+ s3_GetObject (\S+) ", self.log.read_text(errors="replace"))
 
     @property
     def endpoint(self) -> str:

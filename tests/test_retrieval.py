@@ -408,7 +408,10 @@ def paths_that_lead_out(dcm: Path, forbidden: Path, web: str) -> list[str]:
         ),
         f"{dcm}/to_itself",
         f"{sibling}/{name}",
-        f"{dcm}-other/{name}",
+        f"{dcm}-other/./{name}",
+        f"{dcm}/more1.dcm/../../{name}",
+        f"{dcm}/ /../../{name}",
+        f"file:{dcm}/to_folder/./{name}",
         f"{dcm.parent}/*.dcm",
         f"{dcm}/[a-z]*",
         "/etc/passwd",
@@ -463,7 +466,10 @@ def test_sixty_paths_that_lead_out_are_answered_and_nothing_there_is_opened(
     assert len(statuses) == len(payloads) + 1 and statuses.pop("good")[t.STATUS] == "answered"
     found = Counter(row[t.STATUS] for row in statuses.values())
     # What stays below the archive and is not there has not been found; everything else is refused unopened.
-    assert set(found) <= {"bad_row", "not_found"} and found["bad_row"] >= 45, found
+    opened = {payloads[int(name[1:])]: row for name, row in statuses.items() if row[t.STATUS] == "unreadable"}
+    # A link to itself cannot be followed anywhere.
+    assert set(opened) == {f"{dcm}/to_itself"}
+    assert set(found) <= {"bad_row", "not_found", "unreadable"} and found["bad_row"] >= 45, found
     for name, row in statuses.items():
         if row[t.STATUS] == "not_found":
             assert payloads[int(name[1:])].removeprefix("file:").lstrip("/").startswith(str(dcm).lstrip("/")), name

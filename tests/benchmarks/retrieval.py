@@ -16,6 +16,7 @@ import shutil
 import statistics
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,20 +42,29 @@ from tests.benchmarks.common import REPO, keep, tell
 
 Floats = NDArray[np.float32]
 K = 10
-PLACES = [("CT", "CHEST"), ("CT", "HEAD"), ("CT", "ABDOMEN"), ("MR", "BREAST"), ("MR", "BRAIN"), ("US", "BREAST")]
-# Of rows by partition: one holds nearly half of an archive.
-SHARES = [0.4, 0.2, 0.15, 0.1, 0.1, 0.05]
-
 
 # --- vectors ---
 
 
 def pictures(lake: Path) -> NDArray[np.uint8]:
     """All pictures of the labelled lake, (n, 256, 256)."""
+    return np.stack([np.frombuffer(row, np.uint8).reshape(t.SIDE, t.SIDE) for row in _of(lake, t.PIXELS_COLUMN)])
+
+
+def classes(lake: Path) -> tuple[list[tuple[str, str]], list[str]]:
+    """Of each of the same pictures, the partition that it is in, and the class that the network takes it for."""
+    folder = next(f for f in sorted((lake / "lake" / t.FEATURES.name).glob("alexnet-*")) if "small" not in f.name)
+    columns = [t.IMAGE_ID, t.PREDICTED, t.MODALITY, t.BODY_PART]
+    rows = pyarrow.dataset.dataset(sorted(map(str, folder.rglob("*.parquet"))), partitioning="hive").to_table(columns)
+    found = {row[t.IMAGE_ID]: row for row in rows.to_pylist()}
+    told = [found[image] for image in _of(lake, t.IMAGE_ID)]
+    return [(row[t.MODALITY], row[t.BODY_PART]) for row in told], [row[t.PREDICTED] for row in told]
+
+
+def _of(lake: Path, column: str) -> list[Any]:
     files = sorted((lake / "lake" / t.PIXELS.name).rglob("*.parquet"))
-    tables = [pq.read_table(file, columns=[t.PIXELS_COLUMN]) for file in files]
-    rows = pa.concat_tables(tables).column(t.PIXELS_COLUMN).to_pylist()
-    return np.stack([np.frombuffer(row, dtype=np.uint8).reshape(t.SIDE, t.SIDE) for row in rows])
+    found: list[Any] = pa.concat_tables([pq.read_table(file, columns=[column]) for file in files])[column].to_pylist()
+    return found
 
 
 def embed(lake: Path, count: int) -> tuple[Floats, Floats]:
@@ -106,9 +116,9 @@ def vectors_of(lake: Path, count: int, random: bool) -> tuple[Floats, Floats]:
 # --- the index ---
 
 
-def store(spark: SparkSession, source: Path, count: int, projection: Projection, path: str) -> None:
+def store(spark: SparkSession, lake: Path, source: Path, count: int, projection: Projection, path: str) -> None:
     """FEATURES at `path`, by the product's own layout and writer."""
-    edges = np.cumsum([0, *(round(share * count) for share in SHARES)])
+    places, labels = classes(lake)
 
     def rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         base = np.load(source, mmap_mode="r")
@@ -117,12 +127,11 @@ def store(spark: SparkSession, source: Path, count: int, projection: Projection,
             for numbers in np.array_split(batch.column(0).to_numpy(), max(1, batch.num_rows // 256)):
                 vectors = np.asarray(base[numbers])
                 coordinates, residuals = projection.apply(vectors)
-                # Pictures of a place are drawn from all: what is alike lies in one partition as in another.
-                place = [PLACES[int(np.searchsorted(edges, number % count, side="right")) - 1] for number in numbers]
+                pictured = numbers % len(places)
                 values: dict[str, Any] = {
                     t.IMAGE_ID: [f"{number:032x}" for number in numbers],
                     t.FRAME: [0] * len(numbers),
-                    t.PREDICTED: [f"C{number % 3067 % 22}" for number in numbers],
+                    t.PREDICTED: [labels[picture] for picture in pictured],
                     t.PROBABILITY: [0.9] * len(numbers),
                     t.BODY_PART_SOURCE: [t.FROM_TAG] * len(numbers),
                     t.SERIES_ID: [f"{number // 20:032x}" for number in numbers],
@@ -133,8 +142,8 @@ def store(spark: SparkSession, source: Path, count: int, projection: Projection,
                     t.YEAR: [2020] * len(numbers),
                     t.PIXELS_BATCH: [1] * len(numbers),
                     t.PIXEL_DIGEST: ["0" * 64] * len(numbers),
-                    t.MODALITY: [modality for modality, _ in place],
-                    t.BODY_PART: [part for _, part in place],
+                    t.MODALITY: [places[picture][0] for picture in pictured],
+                    t.BODY_PART: [places[picture][1] for picture in pictured],
                 }
                 made = {name: pa.array(column, schema.field(name).type) for name, column in values.items()}
                 for name, matrix in ((t.VECTOR, vectors), (t.PROJECTION, coordinates)):
@@ -146,8 +155,7 @@ def store(spark: SparkSession, source: Path, count: int, projection: Projection,
     t.ensure(spark, t.FEATURES, path)
     for start in range(0, count, 100_000):
         made = spark.range(start, min(start + 100_000, count), numPartitions=8).mapInArrow(rows, t.FEATURES.schema)
-        size = min(100_000, count - start)
-        counts = {place: round(share * size) for place, share in zip(PLACES, SHARES, strict=True)}
+        counts = Counter(places[number % len(places)] for number in range(start, min(start + 100_000, count)))
         t.append(features.spread(made, counts, 100_000), t.FEATURES, path, rows_per_file=100_000)
 
 
@@ -278,7 +286,7 @@ def main() -> None:
     path = storage.canonical(str(asked_for.lake / f"index-{kind}-{asked_for.count}"))
     if not t.exists(spark, path):
         tell("writing the index")
-        seconds, _ = timed(lambda: store(spark, Path(base.filename), asked_for.count, projection, path))
+        seconds, _ = timed(lambda: store(spark, asked_for.lake, Path(base.filename), asked_for.count, projection, path))
         tell(f"written in {seconds:.0f} s")
     whole = settings.retrieval.model_copy(update={"prefilter": "none", "unique": "none", "exclude_same": "none"})
     files = [storage.local_path(uri) for uri in t.live_files(spark, path)]
