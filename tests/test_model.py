@@ -223,7 +223,7 @@ def test_projection_does_not_depend_on_how_rows_come_in_batches() -> None:
     # Only the six leading directions are determined; signs are not.
     ours, theirs = whole.directions[:6], parts.directions[:6]
     assert np.allclose(np.abs(np.linalg.svd(ours @ theirs.T)[1]), 1.0)
-    assert whole.directions.shape == (32, 60)
+    assert whole.directions.shape == (60, 60)
 
 
 def test_projection_takes_the_directions_of_greatest_variance_and_is_orthonormal() -> None:
@@ -249,4 +249,4 @@ def test_projection_needs_rows_and_makes_do_with_few() -> None:
     with pytest.raises(ModelError, match="train split is empty"):
         Projection.fit([])
     few = Projection.fit([low_rank(2)])
-    assert few.directions.shape == (32, 60) and few.defect < 1e-14
+    assert few.directions.shape == (60, 60) and few.defect < 1e-14
