@@ -23,7 +23,7 @@ from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import StructType
 
-from cbmir_spark import dataset, lease, pseudonyms, storage
+from cbmir_spark import dataset, lease, pseudonyms, sheets, storage
 from cbmir_spark import tables as t
 from cbmir_spark.config import Settings, StorageSettings
 from cbmir_spark.errors import InputError, TableError
@@ -53,6 +53,11 @@ class Gone:
 
     rows: int = 0
     files: int = 0
+
+    def add(self, other: "Gone") -> None:
+        """Count what left elsewhere in."""
+        self.rows += other.rows
+        self.files += other.files
 
 
 @dataclass(frozen=True)
@@ -285,11 +290,25 @@ def _results(lake: t.Lake, of_owners: Mask, newest: float, files: StorageSetting
             if (lost or found or unsure) and page.size != len(NOTE):
                 storage.write_bytes(page.uri, NOTE.encode(), files)
                 pages.files += 1
-        for uri, mask in ((hits, of_either), (statuses, of_query), (queries, of_query)):
-            gone = _drop(uri, mask, files)
-            rows.rows += gone.rows
-            rows.files += gone.files
+        for uri, mask in ((hits, of_either), (statuses, of_query)):
+            rows.add(_drop(uri, mask, files))
+        if lost or found:
+            pages.files += _rewrite_sheets(folder, files)
+        rows.add(_drop(queries, of_query, files))
     return rows, pages
+
+
+def _rewrite_sheets(folder: str, files: StorageSettings) -> int:
+    """Make the CSV files of an answer anew from its Parquet files; how many there are."""
+    uri = storage.join(folder, sheets.FOLDER)
+    if storage.kind(uri, files) != "folder":
+        return 0
+    found = [each.uri for each in storage.list_folder(uri, files)[1] if each.uri.endswith(".csv")]
+    for sheet in found:
+        source = storage.join(folder, sheets.source_of(sheet.rpartition("/")[2]))
+        rows = pq.read_table(pa.BufferReader(storage.read_bytes(source, files)))
+        storage.write_bytes(sheet, sheets.as_csv(rows), files)
+    return len(found)
 
 
 def _tables(uri: str, files: StorageSettings) -> Iterator[pa.Table]:

@@ -551,7 +551,7 @@ def _write_portion(
         storage.write_bytes(target, buffer.getvalue(), settings.storage)
     if settings.retrieval.csv:
         for name in (t.RESULTS_HITS.name, t.RESULTS_STATUSES.name):
-            target = storage.join(out, "csv", f"{name}-{number:05d}.csv")
+            target = storage.join(out, sheets.FOLDER, sheets.name_of(name, number))
             storage.write_bytes(target, sheets.as_csv(results[name]), settings.storage)
 
 

@@ -10,6 +10,20 @@ import pyarrow as pa
 _STARTS = ("=", "+", "-", "@", "|", "%")
 
 
+FOLDER = "csv"
+
+
+def name_of(table: str, number: int) -> str:
+    """The CSV file of one portion of a result."""
+    return f"{table}-{number:05d}.csv"
+
+
+def source_of(name: str) -> str:
+    """The Parquet file that a CSV file was made from."""
+    table, _, number = name.removesuffix(".csv").rpartition("-")
+    return f"{table}/part-{number}.parquet"
+
+
 def as_csv(rows: pa.Table) -> bytes:
     """Rows as UTF-8 CSV with a header: text quoted and made `harmless`, lists joined by blanks, nulls empty."""
     buffer = io.StringIO(newline="")

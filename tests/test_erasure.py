@@ -16,7 +16,19 @@ from pydicom.data import get_testdata_file
 from pydicom.uid import UID
 from pyspark.sql import SparkSession
 
-from cbmir_spark import config, dataset, erasure, features, ingest, parse, pseudonyms, queries, retrieval, storage
+from cbmir_spark import (
+    config,
+    dataset,
+    erasure,
+    features,
+    ingest,
+    parse,
+    pseudonyms,
+    queries,
+    retrieval,
+    sheets,
+    storage,
+)
 from cbmir_spark import tables as t
 from cbmir_spark.config import Settings
 from cbmir_spark.dataset import Snapshot
@@ -405,9 +417,13 @@ def test_a_page_of_answers_that_do_not_say_what_was_asked_goes_if_it_is_older(tm
         ):
             if table is not t.RESULTS_QUERIES or asked is not None:
                 (folder / table.name).mkdir(parents=True)
-                pq.write_table(pa.Table.from_pylist(rows), folder / table.name / "part.parquet")
-                (folder / table.name / ".part.parquet.crc").touch()
+                pq.write_table(pa.Table.from_pylist(rows), folder / table.name / "part-00000.parquet")
+                (folder / table.name / ".part-00000.parquet.crc").touch()
         (folder / "gallery.html").write_text("pictures")
+        for table_name in ("hits", "statuses"):
+            rows_told = pq.read_table(folder / table_name / "part-00000.parquet")
+            (folder / "csv").mkdir(exist_ok=True)
+            (folder / "csv" / f"{table_name}-00000.csv").write_bytes(sheets.as_csv(rows_told))
     (tmp_path / "evaluation" / "run").mkdir(parents=True)
     (tmp_path / "evaluation" / "run" / "report.html").write_text("figures")
 
@@ -419,12 +435,17 @@ def test_a_page_of_answers_that_do_not_say_what_was_asked_goes_if_it_is_older(tm
     rows, gone = erasure._results(lake, erasure.belonging([]), 0.0, files)
     assert (rows.rows, gone.files, pages()) == (0, 0, kept)
     rows, gone = erasure._results(lake, mask, 0.0, files)
-    assert (rows.rows, rows.files, gone.files) == (3, 3, 1)
+    assert (rows.rows, rows.files, gone.files) == (3, 3, 3)
+    for name, left in (("new", ['"q"', '"r"']), ("of the forgotten", ['"r"'])):
+        for sheet in (tmp_path / "results" / name / "csv").iterdir():
+            lines = sheet.read_text().splitlines()
+            place = lines[0].split(",").index('"query_id"')
+            assert [line.split(",")[place] for line in lines[1:]] == left
     assert pages() == kept | {"of the forgotten": erasure.NOTE}
     for table in (t.RESULTS_HITS, t.RESULTS_STATUSES, t.RESULTS_QUERIES):
         folder = tmp_path / "results" / "of the forgotten" / table.name
-        assert pq.read_table(folder / "part.parquet")[t.QUERY_ID].to_pylist() == ["r"]
-        assert not (folder / ".part.parquet.crc").exists()
+        assert pq.read_table(folder / "part-00000.parquet")[t.QUERY_ID].to_pylist() == ["r"]
+        assert not (folder / ".part-00000.parquet.crc").exists()
     # The tombstone is newer than a page that may have shown anything.
     rows, gone = erasure._results(lake, mask, time.time() + 60, files)
     assert (rows.rows, gone.files) == (0, 1)
