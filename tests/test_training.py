@@ -166,7 +166,7 @@ def test_a_model_is_found_by_alias_version_run_and_folder(trained: Trained, tmp_
     assert loaded.manifest.classes == ("CT/CHEST", "CT/HEAD", "MR/HEAD")
     assert loaded.manifest.possible == {"CT": ("CT/CHEST", "CT/HEAD"), "MR": ("MR/HEAD",)}
     assert loaded.manifest.snapshot == report.snapshot
-    assert loaded.projection.directions.shape == (32, loaded.manifest.embedding_dim)
+    assert loaded.projection.directions.shape == (128, loaded.manifest.embedding_dim)
     assert loaded.projection.defect < 1e-12
     (tmp_path / "manifest.json").write_text(manifest)
     (tmp_path / "weights.safetensors").write_bytes(weights)
