@@ -274,6 +274,7 @@ def main() -> None:
     parser.add_argument("--random", action="store_true")
     parser.add_argument("--queries", type=int, nargs="+", default=[1000, 10])
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--alone", action="store_true", help="ours alone, for its cost by size and number of queries")
     parser.add_argument("--others", action="store_true", help="Spark SQL and LSH too, over a share")
     asked_for = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -299,6 +300,8 @@ def main() -> None:
         "directions": len(projection.directions),
     }
 
+    costs: dict[str, Any] = {}
+
     def where() -> retrieval.Base:
         return base_at(spark, path, projection, settings.storage)
 
@@ -309,6 +312,8 @@ def main() -> None:
             "scan": lambda: ours(spark, where, asked, whole.model_copy(update={"method": "scan"})),  # noqa: B023
             "faiss": lambda: faiss_search(files, asked_for.count, asked),  # noqa: B023
         }
+        if asked_for.alone:
+            contestants = {"bounds": contestants["bounds"]}
         seconds: dict[str, list[float]] = {name: [] for name in contestants}
         for turn in range(asked_for.runs + 1):
             answers = {}
@@ -318,11 +323,17 @@ def main() -> None:
                 if turn:
                     seconds[name].append(round(took, 3))
             tell(f"{number} queries: {({name: each[-1] for name, each in seconds.items()}) if turn else 'warm'}")
+        medians = {name: statistics.median(each) for name, each in seconds.items()}
+        if asked_for.alone:
+            of = answers["bounds"][1]
+            costs[str(number)] = {"seconds": medians["bounds"], "vectors": of.vectors, "MB": round(of.bytes / 2**20)}
+            costs[str(number)]["peak memory, MB"] = peaks()
+            tell(str(costs[str(number)]))
+            continue
         told = answers["bounds"][0]
         assert (told == answers["scan"][0]).all()
         # FAISS works in float32, so its squares lose digits where they are small.
         far = np.abs(told - answers["faiss"]) / (np.abs(told) + 1e-3 * np.square(asked).sum(axis=1)[:, None])
-        medians = {name: statistics.median(each) for name, each in seconds.items()}
         result[f"{number} queries"] = {
             "seconds": seconds,
             "faiss / scan": round(medians["faiss"] / medians["scan"], 2),
@@ -336,7 +347,10 @@ def main() -> None:
     if asked_for.others:
         result |= others(spark, t.read(spark, path), np.resize(queries, (100, 4096)), 10 * asked_for.count / 2000)
     spark.stop()
-    keep(f"retrieval, {asked_for.count} {kind} vectors", result)
+    if costs:
+        keep(f"retrieval alone, {asked_for.count} {kind} vectors", result | {"by number of queries": costs})
+    else:
+        keep(f"retrieval, {asked_for.count} {kind} vectors", result)
     shutil.rmtree(asked_for.lake / "bench", ignore_errors=True)
 
 
