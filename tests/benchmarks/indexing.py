@@ -55,7 +55,7 @@ def main() -> None:
             "ratio": round(job / alone, 3),
             "all stages, s": {name: round(seconds, 1) for name, seconds in report.seconds.items()},
         }
-        tell(f"{'warm' if not turn else turn}: {run}")
+        tell(f"{turn or 'warm'}: {run}")
         # The first turn starts workers and compiles plans.
         if turn:
             runs.append(run)
