@@ -9,14 +9,24 @@ from cbmir_spark.errors import TableError
 
 
 def vectors_of(batch: pa.RecordBatch, dimension: int) -> NDArray[np.float32]:
-    """The (n, D) float32 vectors of a batch, without a copy. Raises TableError where one has another dimension."""
-    column = batch.column(t.VECTOR)
-    lengths = np.diff(column.offsets.to_numpy())
-    if not (lengths == dimension).all():
-        wrong = int((lengths != dimension).sum())
-        raise TableError(f"{wrong} of {len(lengths)} vectors do not have {dimension} values: run `cbmir index`")
-    flat: NDArray[np.float32] = column.flatten().to_numpy(zero_copy_only=True)
-    return flat.reshape(-1, dimension)
+    """The (n, D) float32 vectors of a batch; see `matrix`."""
+    return matrix(batch.column(t.VECTOR), dimension)
+
+
+def matrix(lists: pa.ListArray | pa.ChunkedArray, dimension: int | None = None) -> NDArray[np.float32]:
+    """The (n, D) float32 vectors of a column of lists, of one chunk without a copy.
+
+    Raises TableError where one is not of `dimension` (None: any, but all alike).
+    """
+    if isinstance(lists, pa.ChunkedArray):
+        lists = lists.chunk(0) if lists.num_chunks == 1 else lists.combine_chunks()
+    lengths = np.diff(lists.offsets.to_numpy())
+    expected = dimension if dimension is not None else int(lengths[0]) if len(lengths) else 0
+    if not (lengths == expected).all():
+        wrong = int((lengths != expected).sum())
+        raise TableError(f"{wrong} of {len(lengths)} vectors do not have {expected} values: run `cbmir index`")
+    flat: NDArray[np.float32] = lists.flatten().to_numpy(zero_copy_only=True)
+    return flat.reshape(len(lists), expected)
 
 
 def vector_column(vectors: NDArray[np.float32]) -> pa.Array:
@@ -33,16 +43,3 @@ def pixels_of(batch: pa.RecordBatch) -> NDArray[np.uint8]:
         raise TableError(f"frames in PIXELS are not all of {t.FRAME_BYTES} bytes")
     values = np.frombuffer(column.buffers()[2], dtype=np.uint8)
     return values[offsets[0] : offsets[-1]].reshape(-1, t.SIDE, t.SIDE)
-
-
-def matrix(column: pa.ChunkedArray, dimension: int | None = None) -> NDArray[np.float32]:
-    """The (n, D) float32 vectors of a column of lists. Raises TableError where one is not of `dimension` (None: any,
-    but all alike)."""
-    lists = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-    lengths = np.diff(lists.offsets.to_numpy())
-    expected = dimension if dimension is not None else int(lengths[0]) if len(lengths) else 0
-    if not (lengths == expected).all():
-        wrong = int((lengths != expected).sum())
-        raise TableError(f"{wrong} of {len(lengths)} vectors do not have {expected} values: run `cbmir index`")
-    flat: NDArray[np.float32] = lists.flatten().to_numpy(zero_copy_only=True)
-    return flat.reshape(len(lists), expected)

@@ -70,15 +70,16 @@ class Bounds:
     """The pairs of queries and rows that bounds cannot rule out, over all blocks added so far.
 
     `queries` are projected as the rows are. k: (Q,) groups that each query takes. `defect` is δ above, `budget` bounds
-    the bytes of one tile.
+    the bytes of one tile, and `most` the pairs that may be left.
     """
 
-    def __init__(self, queries: Points, k: Numbers, defect: float, budget: int) -> None:
+    def __init__(self, queries: Points, k: Numbers, defect: float, budget: int, most: int) -> None:
         self._queries = queries.values
         self._squares = square_norms(queries.values)
         self._k = k
         self._defect = defect
         self._budget = budget
+        self._most = most
         self._kth = np.full(len(k), np.inf)
         self._left: list[Left] = []
         self._settled = 0
@@ -173,8 +174,10 @@ class Bounds:
         return margin(reach, columns) + (3 * UNIT + 2 * self._defect) * reach
 
     def _too_many(self, further: int) -> bool:
-        kept = further + sum(len(part.query) for part in self._left)
-        return kept * USEFUL > self._pairs + 8 * USEFUL * int(self._k.sum())
+        limit = min(self._most, self._pairs // USEFUL + 8 * int(self._k.sum()))
+        if further + sum(len(part.query) for part in self._left) > limit and self._left:
+            self._settle()
+        return further + sum(len(part.query) for part in self._left) > limit
 
     def _settle(self) -> None:
         merged, kth = settle(join(self._left), self._k)

@@ -244,25 +244,24 @@ def _snapshots(spark: SparkSession, lake: t.Lake, mask: Mask, files: StorageSett
             rows, rewritten = dataset.erase(folder, lambda rows: masked(rows, mask), spark, files)
             gone.rows += rows
             gone.files += rewritten
-            continue
-        written = [found.modified for found in storage.list_objects(folder, files)]
-        old = datetime.now(UTC) - timedelta(hours=RETENTION_HOURS)
-        if now or (purge and all(moment < old for moment in written)):
-            gone.files += len(written)
-            storage.delete_folder(folder, files)
+        else:
+            gone.files += _left_behind(folder, files, now, purge)
     return gone
 
 
 def _checkpoints(lake: t.Lake, files: StorageSettings, *, now: bool, purge: bool) -> Gone:
     """Checkpoints of trainings that were stopped and never went on: all of them, or those of their age."""
-    gone = Gone()
-    for folder in _folders(lake.checkpoints(), files):
-        written = [found.modified for found in storage.list_objects(folder, files)]
-        old = datetime.now(UTC) - timedelta(hours=RETENTION_HOURS)
-        if now or (purge and all(moment < old for moment in written)):
-            gone.files += len(written)
-            storage.delete_folder(folder, files)
-    return gone
+    return Gone(files=sum(_left_behind(folder, files, now, purge) for folder in _folders(lake.checkpoints(), files)))
+
+
+def _left_behind(folder: str, files: StorageSettings, now: bool, purge: bool) -> int:
+    """Delete what a job that was killed has left in a folder, `now` or with its age; how many files it had."""
+    written = [found.modified for found in storage.list_objects(folder, files)]
+    old = datetime.now(UTC) - timedelta(hours=RETENTION_HOURS)
+    if not (now or (purge and all(moment < old for moment in written))):
+        return 0
+    storage.delete_folder(folder, files)
+    return len(written)
 
 
 def _results(lake: t.Lake, of_owners: Mask, newest: float, files: StorageSettings) -> tuple[Gone, Gone]:
@@ -290,25 +289,25 @@ def _results(lake: t.Lake, of_owners: Mask, newest: float, files: StorageSetting
             if (lost or found or unsure) and page.size != len(NOTE):
                 storage.write_bytes(page.uri, NOTE.encode(), files)
                 pages.files += 1
-        for uri, mask in ((hits, of_either), (statuses, of_query)):
-            rows.add(_drop(uri, mask, files))
+        dropped = ((hits, of_either), (statuses, of_query), (queries, of_query))
         if lost or found:
-            pages.files += _rewrite_sheets(folder, files)
-        rows.add(_drop(queries, of_query, files))
+            # As the pages before the rows: a run that is killed in between finds by the rows what is left to do.
+            pages.files += sum(_rewrite_sheets(folder, uri, mask, files) for uri, mask in dropped)
+        for uri, mask in dropped:
+            rows.add(_drop(uri, mask, files))
     return rows, pages
 
 
-def _rewrite_sheets(folder: str, files: StorageSettings) -> int:
-    """Make the CSV files of an answer anew from its Parquet files; how many there are."""
-    uri = storage.join(folder, sheets.FOLDER)
-    if storage.kind(uri, files) != "folder":
-        return 0
-    found = [each.uri for each in storage.list_folder(uri, files)[1] if each.uri.endswith(".csv")]
-    for sheet in found:
-        source = storage.join(folder, sheets.source_of(sheet.rpartition("/")[2]))
-        rows = pq.read_table(pa.BufferReader(storage.read_bytes(source, files)))
-        storage.write_bytes(sheet, sheets.as_csv(rows), files)
-    return len(found)
+def _rewrite_sheets(folder: str, uri: str, mask: Mask, files: StorageSettings) -> int:
+    """Make the CSV files of one of an answer's results anew, from its Parquet files without some rows; how many."""
+    count = 0
+    for found in _parquet(uri, files):
+        sheet = storage.join(folder, sheets.FOLDER, sheets.name_of(found))
+        if storage.kind(sheet, files) == "file":
+            table = pq.read_table(pa.BufferReader(storage.read_bytes(found, files)))
+            storage.write_bytes(sheet, sheets.as_csv(table.filter(pc.invert(mask(table)))), files)
+            count += 1
+    return count
 
 
 def _tables(uri: str, files: StorageSettings) -> Iterator[pa.Table]:

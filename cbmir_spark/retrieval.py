@@ -54,7 +54,7 @@ class Base:
 
     files: tuple[DataFile, ...]
     dimension: int
-    projection: Projection | None
+    projection: Projection
     storage: StorageSettings
 
     @property
@@ -209,10 +209,13 @@ def search(spark: SparkSession, base: Base, queries: Sequence[Query], options: R
 def portions(
     spark: SparkSession, items: Sequence[_Item], k: int, options: RetrievalSettings
 ) -> Iterator[Sequence[_Item]]:
-    """A list of queries in portions that can be searched in bounded memory; `k` is the most hits that one takes."""
-    tasks = _tasks(spark, options)
-    size = max(1, min(QUERIES_AT_ONCE, _HITS_AT_ONCE // k, _PARTIAL_AT_ONCE // (k * tasks)))
-    for start in range(0, len(items), size):
+    """A list of queries in portions that can be searched in bounded memory; `k` is the most hits that one takes.
+
+    Of an empty list there is one portion, which is empty too.
+    """
+    # Tasks may leave some times k pairs of a query before their bounds are given up.
+    size = max(1, min(QUERIES_AT_ONCE, _HITS_AT_ONCE // k, _PARTIAL_AT_ONCE // (4 * k * _tasks(spark, options))))
+    for start in range(0, max(1, len(items)), size):
         yield items[start : start + size]
 
 
@@ -233,7 +236,7 @@ def _pass(
     group: str | None,
 ) -> _Pass:
     """Queries whose hit lists all hold each value of column `group` once."""
-    job = _job(queries, plans, options, base, group)
+    job = replace(_job(queries, plans, options, base, group), most_pairs=_PARTIAL_AT_ONCE // _tasks(spark, options))
     files = [file for file in base.files if file.place in job.list_of]
     broadcast = spark.sparkContext.broadcast(job)
     try:
@@ -374,7 +377,7 @@ def _job(
         block_bytes=options.block_mb * 2**20,
         storage=base.storage,
     )
-    if base.projection is None or options.method == "scan" or job.cosine:
+    if options.method == "scan" or job.cosine or not queries:
         return job
     return replace(job, points=Points.of(*base.projection.apply(vectors)), defect=base.projection.defect)
 
@@ -549,10 +552,9 @@ def _write_portion(
         pq.write_table(rows, buffer)
         target = storage.join(out, name, f"part-{number:05d}.parquet")
         storage.write_bytes(target, buffer.getvalue(), settings.storage)
-    if settings.retrieval.csv:
-        for name in (t.RESULTS_HITS.name, t.RESULTS_STATUSES.name):
-            target = storage.join(out, sheets.FOLDER, sheets.name_of(name, number))
-            storage.write_bytes(target, sheets.as_csv(results[name]), settings.storage)
+        if settings.retrieval.csv and name != t.RESULTS_QUERIES.name:
+            sheet = storage.join(out, sheets.FOLDER, sheets.name_of(target))
+            storage.write_bytes(sheet, sheets.as_csv(rows), settings.storage)
 
 
 def _rows(rows: Sequence[tuple[object, ...]], table: t.Table) -> pa.Table:

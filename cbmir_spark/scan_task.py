@@ -128,6 +128,8 @@ class Job:
     points: Points | None = None
     """The queries' projections, and how far those are from orthonormal, where the bound is to be tried."""
     defect: float = 0.0
+    most_pairs: int = 0
+    """Pairs that bounds may leave of a task's share: all tasks' come to the driver."""
 
     def columns(self) -> tuple[str, ...]:
         """What has to be read of a row to know which queries meet it."""
@@ -182,7 +184,7 @@ class Found:
 def bounds(shares: Sequence[Share], job: Job) -> Bounded:
     """Which pairs of the job's queries and the rows of `shares` may be results, by their projections."""
     assert job.points is not None
-    search = Bounds(job.points, job.k, job.defect, job.block_bytes)
+    search = Bounds(job.points, job.k, job.defect, job.block_bytes, job.most_pairs)
     columns = (t.PROJECTION, t.RESIDUAL_NORM, *job.columns())
     read = Read()
     places: list[NDArray[np.int64]] = [np.empty((3, 0), dtype=np.int64)]
@@ -282,7 +284,7 @@ def scanned(shares: Sequence[Share], job: Job) -> Found | None:
                 vectors, rows = vectors[known], rows.filter(pa.array(known))
             before = search.rows_seen
             asked = job.lists[job.list_of[share.file.place]]
-            search.add(vectors, _keys(rows, job.group), asked, _hidden(rows, job))
+            search.add(vectors, keys_of(rows, job.group), asked, _hidden(rows, job))
             # Rows that can no longer be results are dropped.
             shown = _placed(rows.select(SHOWN), share.file.place)
             numbers = np.concatenate([numbers, np.arange(before, search.rows_seen)])
@@ -327,10 +329,6 @@ def _blocks(share: Share, job: Job) -> Iterator[tuple[NDArray[np.float32], pa.Ta
 
 def keys_of(rows: pa.Table, group: str | None) -> kernel.Keys:
     """What identifies rows and groups them, as the kernel takes it."""
-    return _keys(rows, group)
-
-
-def _keys(rows: pa.Table, group: str | None) -> kernel.Keys:
     images = np.array(rows.column(t.IMAGE_ID).to_pylist(), dtype=np.bytes_)
     return kernel.Keys(images, rows.column(t.FRAME).to_numpy().astype(np.int64), _groups(rows, group))
 

@@ -13,15 +13,10 @@ _STARTS = ("=", "+", "-", "@", "|", "%")
 FOLDER = "csv"
 
 
-def name_of(table: str, number: int) -> str:
-    """The CSV file of one portion of a result."""
-    return f"{table}-{number:05d}.csv"
-
-
-def source_of(name: str) -> str:
-    """The Parquet file that a CSV file was made from."""
-    table, _, number = name.removesuffix(".csv").rpartition("-")
-    return f"{table}/part-{number}.parquet"
+def name_of(uri: str) -> str:
+    """The CSV file that stands for a Parquet file of a result: hits-00000.csv for …/hits/part-00000.parquet."""
+    folder, name = uri.split("/")[-2:]
+    return f"{folder}-{name.removeprefix('part-').removesuffix('.parquet')}.csv"
 
 
 def as_csv(rows: pa.Table) -> bytes:

@@ -46,7 +46,7 @@ KINDS = ("low rank", "random", "near duplicates", "whole numbers", "blank")
 def test_what_may_be_a_result_is_left(
     kind: str, directions: int, blocks: int, grouped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bounds, "USEFUL", 0)
+    monkeypatch.setattr(bounds, "USEFUL", 1)
     random = np.random.default_rng(directions)
     queries, vectors = drawn(kind, directions)
     projection = Projection.fit([vectors[::3]], directions)
@@ -54,7 +54,7 @@ def test_what_may_be_a_result_is_left(
     groups = np.array([f"s{n}" for n in random.integers(0, 90, len(vectors))], dtype=np.bytes_) if grouped else None
     bars = np.stack([np.zeros(len(vectors), dtype=bool), random.random(len(vectors)) < 0.5])
     of = random.integers(0, 2, len(queries))
-    search = Bounds(projected(projection, queries), k, projection.defect, 20_000)
+    search = Bounds(projected(projection, queries), k, projection.defect, 20_000, 10**9)
     everyone = np.arange(len(queries))
     none = np.empty(0, dtype=np.int64)
     for start, stop in itertools.pairwise(np.linspace(0, len(vectors), blocks + 1).astype(int)):
@@ -86,7 +86,7 @@ def test_what_may_be_a_result_is_left(
 def test_little_is_left_of_vectors_of_nearly_low_rank() -> None:
     queries, vectors = drawn("low rank", 1, rows=4000)
     projection = Projection.fit([vectors[::3]], 8)
-    search = Bounds(projected(projection, queries), np.full(30, 10), projection.defect, 2**20)
+    search = Bounds(projected(projection, queries), np.full(30, 10), projection.defect, 2**20, 10**9)
     search.add(projected(projection, vectors), None, np.arange(30), None)
     assert not search.hopeless
     assert 300 <= len(search.left().query) < 0.02 * 30 * 4000
@@ -95,21 +95,31 @@ def test_little_is_left_of_vectors_of_nearly_low_rank() -> None:
 def test_random_vectors_are_given_up_at_once() -> None:
     queries, vectors = drawn("random", 1, rows=4000)
     projection = Projection.fit([vectors[::3]], 8)
-    search = Bounds(projected(projection, queries), np.full(30, 10), projection.defect, 2**20)
+    search = Bounds(projected(projection, queries), np.full(30, 10), projection.defect, 2**20, 10**9)
     for part in np.array_split(vectors, 4):
         search.add(projected(projection, part), None, np.arange(30), None)
     assert search.hopeless and len(search.left().query) == 0
     assert search.candidates.tolist() == [1000] * 30
 
 
+def test_no_more_pairs_are_left_than_the_driver_can_hold() -> None:
+    queries, vectors = drawn("low rank", 1, rows=4000)
+    projection = Projection.fit([vectors[::3]], 8)
+    for most, hopeless in ((300, True), (3000, False)):
+        search = Bounds(projected(projection, queries), np.full(30, 10), projection.defect, 2**20, most)
+        for part in np.array_split(vectors, 8):
+            search.add(projected(projection, part), None, np.arange(30), None)
+        assert search.hopeless == hopeless and len(search.left().query) <= most
+
+
 def test_the_rounding_that_is_allowed_for_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Near duplicates at large norms: without the margin, bounds contradict distances."""
-    monkeypatch.setattr(bounds, "USEFUL", 0)
+    monkeypatch.setattr(bounds, "USEFUL", 1)
     monkeypatch.setattr(Bounds, "_error", lambda self, reach, columns: np.zeros_like(reach))
     queries, vectors = drawn("near duplicates", 3)
     vectors, queries = vectors + 100, queries + 100
     projection = Projection(np.zeros(96), Projection.fit([vectors], 8).directions)
-    search = Bounds(projected(projection, queries), np.full(30, 400), projection.defect, 2**20)
+    search = Bounds(projected(projection, queries), np.full(30, 400), projection.defect, 2**20, 10**9)
     search.add(projected(projection, vectors), None, np.arange(30), None)
     left = search.left()
     exact = ((vectors[left.row].astype(np.float64) - queries[left.query]) ** 2).sum(axis=1)
@@ -117,12 +127,12 @@ def test_the_rounding_that_is_allowed_for_is_seen(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_projection_far_from_orthonormal_is_allowed_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounds, "USEFUL", 0)
+    monkeypatch.setattr(bounds, "USEFUL", 1)
     queries, vectors = drawn("low rank", 4)
     good = Projection.fit([vectors], 6)
     skewed = Projection(good.mean, good.directions + 0.02 * np.roll(good.directions, 1, axis=0))
     assert skewed.defect > 0.03
-    search = Bounds(projected(skewed, queries), np.full(30, 400), skewed.defect, 2**20)
+    search = Bounds(projected(skewed, queries), np.full(30, 400), skewed.defect, 2**20, 10**9)
     search.add(projected(skewed, vectors), None, np.arange(30), None)
     left = search.left()
     assert len(left.query) == 30 * 400
@@ -133,6 +143,6 @@ def test_a_projection_far_from_orthonormal_is_allowed_for(monkeypatch: pytest.Mo
 def test_squares_beyond_float32_are_left_to_the_scan() -> None:
     vectors = (np.random.default_rng(1).random((50, 4)) * 1e30).astype(np.float32)
     projection = Projection(np.zeros(4), np.eye(4)[:2])
-    search = Bounds(projected(projection, vectors[:3]), np.full(3, 2), 0.0, 2**20)
+    search = Bounds(projected(projection, vectors[:3]), np.full(3, 2), 0.0, 2**20, 10**9)
     search.add(projected(projection, vectors), None, np.arange(3), None)
     assert search.hopeless

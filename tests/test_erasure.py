@@ -406,7 +406,15 @@ def test_ingest_keeps_identities_while_there_are_images_and_nothing_of_the_forgo
 # --- answers that older versions wrote ---
 
 
-def test_a_page_of_answers_that_do_not_say_what_was_asked_goes_if_it_is_older(tmp_path: Path) -> None:
+def _killed(uri: str, *given: object) -> erasure.Gone:
+    if "of the forgotten" in uri:
+        raise KeyboardInterrupt
+    return erasure.Gone()
+
+
+def test_a_page_of_answers_that_do_not_say_what_was_asked_goes_if_it_is_older(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without Spark: what answers hold is read and written by the driver."""
     files = config.load(environ={}).storage
     lake = t.Lake(storage.canonical(str(tmp_path)), storage.canonical(str(tmp_path / "vault")))
@@ -437,6 +445,13 @@ def test_a_page_of_answers_that_do_not_say_what_was_asked_goes_if_it_is_older(tm
     kept = {"old": "pictures", "new": "pictures", "of the forgotten": "pictures", "run": "figures"}
     rows, gone = erasure._results(lake, erasure.belonging([]), 0.0, files)
     assert (rows.rows, gone.files, pages()) == (0, 0, kept)
+    # Killed before a single row is dropped, it has made the CSV files anew: by the rows it would be found again.
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(erasure, "_drop", _killed)
+        erasure._results(lake, mask, 0.0, files)
+    sheet = (tmp_path / "results" / "of the forgotten" / "csv" / "hits-00000.csv").read_text()
+    assert '"r"' in sheet and '"q"' not in sheet
+    (tmp_path / "results" / "of the forgotten" / "gallery.html").write_text("pictures")
     rows, gone = erasure._results(lake, mask, 0.0, files)
     assert (rows.rows, rows.files, gone.files) == (3, 3, 3)
     for name, left in (("new", ['"q"', '"r"']), ("of the forgotten", ['"r"'])):

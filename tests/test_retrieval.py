@@ -290,6 +290,14 @@ def test_a_list_of_files_ids_and_mistakes_is_answered_row_by_row(
         retrieval.run(spark, settings)
 
 
+def test_a_list_without_rows_has_an_answer_without_rows(spark: SparkSession, archive: Settings, tmp_path: Path) -> None:
+    listed = tmp_path / "queries.csv"
+    listed.write_text("query_id,image_id\n")
+    report = retrieval.run(spark, with_retrieval(archive, queries=str(listed), out=str(tmp_path / "out")))
+    assert results(spark, report.out) == ([], {})
+    assert (report.queries, report.files_read) == (0, 0)
+
+
 def test_a_file_that_ingest_has_read_may_be_asked_about_without_naming_its_archive(
     spark: SparkSession, archive: Settings, tmp_path: Path
 ) -> None:

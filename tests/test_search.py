@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
+from py4j.protocol import Py4JJavaError
 from pyspark.sql import SparkSession
 from pyspark.sql.pandas.types import to_arrow_schema
 
@@ -413,7 +414,7 @@ def test_only_the_files_of_the_named_partitions_are_opened(spark: SparkSession, 
         assert answer.partitions == named
         assert answer.existing == tuple(sorted(PLACES))
         assert answer.statuses[0].partitions == ("CT/CHEST",)
-    with pytest.raises(Exception, match="No such file"):
+    with pytest.raises(Py4JJavaError, match="No such file"):
         retrieval.search(spark, base, queries, options(prefilter="none"))
 
 
