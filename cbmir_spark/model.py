@@ -253,7 +253,8 @@ def load(weights: bytes, manifest_json: str | bytes) -> Loaded:
             f"the weights are not those of preset {manifest.preset} with {len(manifest.classes)} classes as "
             "this version builds it; train the model again"
         ) from None
-    return Loaded(model.eval(), manifest, projection)
+    # The memory order that convolutions are fastest in, on CPUs too.
+    return Loaded(model.eval().to(memory_format=torch.channels_last), manifest, projection)
 
 
 def projection_of(weights: bytes) -> Projection:
@@ -299,7 +300,8 @@ def embed_batches(loaded: Loaded, pixels: NDArray[np.uint8], modalities: Sequenc
             # gets the same vector alone, as a query, and among others, in the index.
             batch = np.zeros((_ROWS, SIDE, SIDE), dtype=np.uint8)
             batch[: len(rows)] = rows
-            embedded = model.embed(model.to_input(torch.from_numpy(batch).to(device)))
+            inputs = model.to_input(torch.from_numpy(batch).to(device)).contiguous(memory_format=torch.channels_last)
+            embedded = model.embed(inputs)
             vectors[start : start + len(rows)] = embedded[: len(rows)].cpu().numpy()
             logits[start : start + len(rows)] = model.classify(embedded)[: len(rows)].cpu().numpy()
     scores = class_scores(logits, manifest, modalities)
