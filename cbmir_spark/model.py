@@ -254,7 +254,8 @@ def load(weights: bytes, manifest_json: str | bytes) -> Loaded:
             "this version builds it; train the model again"
         ) from None
     # The memory order that convolutions are fastest in, on CPUs too.
-    return Loaded(model.eval().to(memory_format=torch.channels_last), manifest, projection)
+    model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Loaded(model, manifest, projection)
 
 
 def projection_of(weights: bytes) -> Projection:
