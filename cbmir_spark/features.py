@@ -28,7 +28,7 @@ from cbmir_spark.config import Settings, StorageSettings
 from cbmir_spark.errors import ModelError, TableError
 from cbmir_spark.model import Loaded, Manifest, Projection
 from cbmir_spark.record import Record
-from cbmir_spark.scan_task import Place
+from cbmir_spark.vector_files import Place
 from cbmir_spark.vocabulary import UNKNOWN
 
 WEIGHTS, MANIFEST = _FILES = "weights.safetensors", "manifest.json"

@@ -257,23 +257,23 @@ def nearest_groups(
     return order[inside], np.flatnonzero((rank == most - 1)[inside])
 
 
-def contenders(queries: Floats, own: Doubles, vectors: Floats, pairs: Pairs, limit: Doubles) -> Pairs:
-    """Those of some pairs whose squared distance may be within the limit, (Q,), of their query; own: (Q,) squares.
+def contenders(queries: Floats, own: Doubles, vectors: Floats, pairs: Pairs, limit: Doubles) -> NDArray[np.bool_]:
+    """(m,) which pairs may have a squared distance within the limit, (Q,), of their query; own: (Q,) squares.
 
     Where pairs are dense a matrix product costs less than measuring each, and rules most of them out.
     """
     asked, place = np.unique(pairs.query, return_inverse=True)
     if len(pairs.query) * WORTH < len(asked) * len(vectors):
-        return pairs
+        return np.ones(len(pairs.query), dtype=bool)
     norms = square_norms(vectors)
-    reach = (np.sqrt(own[asked]) + np.sqrt(norms.max())) ** 2
+    reach = (np.sqrt(own[asked]) + np.sqrt(norms.max(initial=0))) ** 2
     with np.errstate(over="ignore", invalid="ignore"):
         partial = approximate(queries[asked], vectors, norms)[place, pairs.row]
     error = np.where(reach < GREATEST, margin(reach, vectors.shape[1]), np.inf)
     with np.errstate(invalid="ignore"):
         # Not-a-number, where squares overflowed, is no reason to rule a pair out.
-        near = ~(partial > (limit[asked] + error - own[asked])[place])
-    return Pairs(pairs.query[near], pairs.row[near])
+        near: NDArray[np.bool_] = ~(partial > (limit[asked] + error - own[asked])[place])
+    return near
 
 
 def distances(square: Doubles, cosine: bool) -> Doubles:

@@ -39,7 +39,8 @@ from cbmir_spark.config import MOST_HITS, RetrievalSettings, Settings, StorageSe
 from cbmir_spark.errors import InputError, ModelError, TableError
 from cbmir_spark.features import Index
 from cbmir_spark.pseudonyms import Pseudonyms
-from cbmir_spark.scan_task import ANYTHING, Place, Within
+from cbmir_spark.scan_task import ANYTHING, Within
+from cbmir_spark.vector_files import Place
 from cbmir_spark.vocabulary import UNKNOWN
 
 SOP_INSTANCE_UID = "sop_instance_uid"

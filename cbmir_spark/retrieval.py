@@ -10,7 +10,6 @@ order of rows can change an answer. scan_task.py holds what a task does, bounds.
 
 import heapq
 import io
-import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,7 +32,8 @@ from cbmir_spark.errors import InputError, ModelError, TableError
 from cbmir_spark.model import Projection
 from cbmir_spark.queries import Answered, Query, Resolved, Status, Wanted, read_queries, resolve
 from cbmir_spark.record import Record
-from cbmir_spark.scan_task import ANYTHING, DataFile, Found, Job, Place, Read, Share, Within
+from cbmir_spark.scan_task import ANYTHING, Found, Job, Share, Within
+from cbmir_spark.vector_files import DataFile, Place, Read
 from cbmir_spark.vocabulary import UNKNOWN
 
 # Queries that are answered at a time, so that memory does not grow with the list; and hits and partial results that the
@@ -246,20 +246,20 @@ def _pass(
             found = [each for each in _run(spark, shares, scan_task.scanned, broadcast) if each is not None]
             candidates = sum((each.candidates for each in found), np.zeros(len(queries), dtype=np.int64))
         else:
-            found = [each for each in _run(spark, first.wanted, scan_task.measured, broadcast) if each is not None]
+            found = _run(spark, first.wanted, scan_task.measured, broadcast)
             candidates = first.candidates
     finally:
         broadcast.unpersist()
     query, hits = _ranked(queries, found, job)
     read = sum((each.read for each in found), Read())
-    return _Pass(query, hits, candidates, Scanned(len(files), read.rows, read.bytes + first.bytes))
+    return _Pass(query, hits, candidates, Scanned(len(files), read.vectors, read.bytes + first.bytes))
 
 
 @dataclass(frozen=True)
 class _Bounds:
-    """What bounds came to: the vectors to read, a list for each task; None where all of them had better be."""
+    """What bounds came to: the pairs to measure, by task; None where all vectors had better be read."""
 
-    wanted: list[list[scan_task.Wanted]] | None = None
+    wanted: list[scan_task.Wanted] | None = None
     candidates: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     bytes: int = 0
 
@@ -285,25 +285,34 @@ def _bounded(spark: SparkSession, files: Sequence[DataFile], broadcast: Broadcas
     place = np.stack(
         [np.concatenate([getattr(part, name) for part in parts])[left.row] for name in ("file", "row_group", "row")]
     )
-    return _Bounds(_wanted(files, place, left, limit, len(shares)), candidates, read)
+    return _Bounds(_wanted(files, place, left, limit, spark.sparkContext.defaultParallelism), candidates, read)
 
 
 def _wanted(
     files: Sequence[DataFile], place: NDArray[np.int64], left: bounds.Left, limit: NDArray[np.float64], tasks: int
-) -> list[list[scan_task.Wanted]]:
-    """Pairs as the row groups that they are in, in as many lists as tasks; place: (3, m) file, row group, row."""
-    by_number = {file.number: file for file in files}
-    order = np.lexsort(place[::-1])
+) -> list[scan_task.Wanted]:
+    """Pairs in at most as many parts as tasks, each query's in one of them; place: (3, m) file, row group, row.
+
+    Queries whose nearest rows are neighbours go together, since they share rows.
+    """
+    order = np.lexsort((left.lower, left.query))
     place, left = place[:, order], left.take(order)
-    begins = np.flatnonzero(np.any(np.diff(place[:2], prepend=-1) != 0, axis=0))
+    begins = np.flatnonzero(np.diff(left.query, prepend=-1))
+    counts = np.diff(begins, append=len(order))
+    by_place = np.lexsort(place[::-1, begins])
+    # A query goes where half of its pairs would be, were all pairs dealt out evenly.
+    until = np.cumsum(counts[by_place])
+    task = np.empty(len(begins), dtype=np.int64)
+    task[by_place] = (until - counts[by_place] / 2) * tasks / max(1, len(order))
+    of_pair = np.repeat(task, counts)
     wanted = []
-    for start, end in itertools.pairwise([*begins, len(order)]):
-        file, row_group = by_number[int(place[0, start])], int(place[1, start])
-        here = slice(start, end)
-        wanted.append(scan_task.Wanted(file, row_group, left.query[here], place[2, here], left.lower[here], limit))
-    # Row groups cost more than the pairs in them, and those of a file come one after the other.
-    edges = np.linspace(0, len(wanted), min(tasks, len(wanted)) + 1).astype(int)
-    return [wanted[start:end] for start, end in itertools.pairwise(edges)]
+    for number in np.unique(task):
+        here = np.flatnonzero(of_pair == number)
+        pairs = replace(left.take(here), row=np.arange(len(here)))
+        named = set(place[0, here].tolist())
+        used = {file.number: file for file in files if file.number in named}
+        wanted.append(scan_task.Wanted(pairs, used, place[0, here], place[1, here], place[2, here], limit))
+    return wanted
 
 
 def _ranked(queries: Sequence[Query], found: Sequence[Found], job: Job) -> tuple[NDArray[np.int64], pa.Table]:
@@ -411,11 +420,11 @@ def _shares(files: Sequence[DataFile], tasks: int) -> list[list[Share]]:
 
 def _run(
     spark: SparkSession,
-    items: Sequence[list[_Item]],
-    task: Callable[[Sequence[_Item], Job], _Result],
+    items: Sequence[_Item],
+    task: Callable[[_Item, Job], _Result],
     broadcast: Broadcast[Job],
 ) -> list[_Result]:
-    """One task for each list of items; what they return, in order."""
+    """One task for each item; what they return, in order."""
     if not items:
         return []
     given = spark.sparkContext.parallelize(items, len(items))

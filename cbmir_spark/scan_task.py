@@ -5,25 +5,21 @@ vectors of such rows; `scanned` reads every vector. A task reads its files itsel
 row groups, and takes vectors from Parquet's pages to the matrix product without going through rows.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from cbmir_spark import arrays, kernel, storage
 from cbmir_spark import bounds as bounds_room
+from cbmir_spark import kernel
 from cbmir_spark import tables as t
 from cbmir_spark.bounds import Bounds, Left, Points
 from cbmir_spark.config import StorageSettings
-
-# (modality, body_part)
-Place = tuple[str, str]
+from cbmir_spark.vector_files import DataFile, Place, Read, VectorFile
 
 # Columns of partitions are in no file.
 SHOWN = tuple(
@@ -31,16 +27,8 @@ SHOWN = tuple(
 )
 # Rows whose projections are compared at a time.
 _ROWS_AT_ONCE = 16_384
-
-
-@dataclass(frozen=True)
-class DataFile:
-    """A live Parquet file of FEATURES, by its number among those searched."""
-
-    number: int
-    uri: str
-    place: Place
-    bytes: int
+# The pairs of a query that are measured first, in times k, and how many times more each further turn has.
+_FIRST_TURNS, _MORE_TURNS = 2, 3
 
 
 @dataclass(frozen=True)
@@ -54,16 +42,17 @@ class Share:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Pairs of queries and rows of one row group, with the lower bound of their squared distance.
+    """All pairs that bounds left of some queries, sorted by query and promise, and where their rows are.
 
-    `limit` (Q,) is what the squared distance of a query's last hit does not exceed; all parts of a search share it.
+    `left` has the m pairs, whose rows are their own numbers; file, row_group, row: (m,) of each, a file by its number
+    in `files`. limit: (Q,) what the squared distance of a query's last hit does not exceed.
     """
 
-    file: DataFile
-    row_group: int
-    query: NDArray[np.int64]
+    left: Left
+    files: Mapping[int, DataFile]
+    file: NDArray[np.int64]
+    row_group: NDArray[np.int64]
     row: NDArray[np.int64]
-    lower: NDArray[np.float64]
     limit: NDArray[np.float64]
 
 
@@ -140,17 +129,6 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Read:
-    """What a task read: rows, and bytes of column chunks as they are stored."""
-
-    rows: int = 0
-    bytes: int = 0
-
-    def __add__(self, other: "Read") -> "Read":
-        return Read(self.rows + other.rows, self.bytes + other.bytes)
-
-
-@dataclass(frozen=True)
 class Bounded:
     """What bounds left of a task's share: pairs whose `left.row` indexes `file`, `row_group` and `row`, (m,) each.
 
@@ -185,86 +163,117 @@ def bounds(shares: Sequence[Share], job: Job) -> Bounded:
     """Which pairs of the job's queries and the rows of `shares` may be results, by their projections."""
     assert job.points is not None
     search = Bounds(job.points, job.k, job.defect, job.block_bytes, job.most_pairs)
-    columns = (t.PROJECTION, t.RESIDUAL_NORM, *job.columns())
+    directions = job.points.values.shape[1] - 1
     read = Read()
     places: list[NDArray[np.int64]] = [np.empty((3, 0), dtype=np.int64)]
     for share in shares:
-        with _opened(share.file, job.storage) as file:
-            for row_groups in _portions(file, share, _ROWS_AT_ONCE):
-                rows = file.read_row_groups(row_groups, columns, use_threads=False)
-                read += Read(len(rows), _bytes(file, row_groups, columns))
+        with VectorFile(share.file, job.storage) as file:
+            for row_groups in file.portions(share.part, share.of, _ROWS_AT_ONCE):
+                rows = file.table(row_groups, (t.RESIDUAL_NORM, *job.columns()))
+                coordinates = file.vectors(t.PROJECTION, row_groups, directions)
                 places.append(_places(file, share.file.number, row_groups))
                 if not job.imputed:
                     kept = _not_imputed(rows)
-                    rows, places[-1] = rows.filter(pa.array(kept)), places[-1][:, kept]
+                    rows, coordinates = rows.filter(pa.array(kept)), coordinates[kept]
+                    places[-1] = places[-1][:, kept]
                 search.add(
-                    Points.of(arrays.matrix(rows.column(t.PROJECTION)), rows.column(t.RESIDUAL_NORM).to_numpy()),
+                    Points.of(coordinates, rows.column(t.RESIDUAL_NORM).to_numpy()),
                     _groups(rows, job.group),
                     job.lists[job.list_of[share.file.place]],
                     _hidden(rows, job),
                 )
                 if search.hopeless:
                     nothing = np.empty(0, dtype=np.int64)
+                    read += file.read
                     return Bounded(None, nothing, nothing, nothing, search.candidates, read)
+            read += file.read
     left = search.left()
     file_numbers, groups, rows_of = np.concatenate(places, axis=1)[:, left.row]
     return Bounded(left, file_numbers, groups, rows_of, search.candidates, read)
 
 
-def measured(wanted: Sequence[Wanted], job: Job) -> Found | None:
-    """The pairs of `wanted` that may be results, by whole vectors; None where there are none.
+def measured(wanted: Wanted, job: Job) -> Found:
+    """The hits of the queries of `wanted`, by whole vectors.
 
-    Row groups that hold the most promising pairs come first: what they give lowers the limits that others are held to,
-    so that of many row groups few pairs are measured, and some are not read at all.
+    Of each query the most promising pairs come first: what they give lowers its limit, and few of the others are below
+    it then. All pairs of a query are in one task, so that its limit is as low as it can be.
+
+    Memory: a block of vectors of `block_bytes` at most, and the pairs.
     """
-    columns = (t.VECTOR, *SHOWN)
+    left, limit = wanted.left, wanted.limit.copy()
     squares_of = kernel.square_norms(job.vectors)
-    limit = wanted[0].limit.copy()
-    best: Left | None = None
-    kept: list[pa.Table] = []
-    seen = 0
-    read = Read()
+    height = max(1, job.block_bytes // job.vectors[:1].nbytes)
+    # How many times k pairs of the same query promise more.
+    begins = np.flatnonzero(np.diff(left.query, prepend=-1))
+    turn = np.arange(len(left.query)) - np.repeat(begins, np.diff(begins, append=len(left.query)))
+    turn //= job.k[left.query]
+    best = left.take(np.empty(0, dtype=np.int64))
     with ExitStack() as stack:
-        opened: dict[int, pq.ParquetFile] = {}
-        for part in sorted(wanted, key=_promise):
-            near = part.lower <= limit[part.query]
-            if not near.any():
-                continue
-            if part.file.number not in opened:
-                opened[part.file.number] = stack.enter_context(_opened(part.file, job.storage))
-            file = opened[part.file.number]
-            table = file.read_row_group(part.row_group, columns, use_threads=False)
-            read += Read(len(table), _bytes(file, [part.row_group], columns))
-            rows, row = np.unique(part.row[near], return_inverse=True)
-            vectors = arrays.matrix(table.column(t.VECTOR), job.vectors.shape[1])[rows]
-            shown = table.select(SHOWN).take(rows)
-            pairs = kernel.contenders(job.vectors, squares_of, vectors, kernel.Pairs(part.query[near], row), limit)
-            square = kernel.squares(job.vectors, vectors, pairs.query, pairs.row)
-            group = _groups(shown, job.group)
-            # Different squares may have the same root, and then the image's name decides.
-            found = Left(
-                pairs.query,
-                seen + pairs.row,
-                lower=square,
-                upper=square * (1 + 2.0**-50),
-                group=None if group is None else group[pairs.row],
-            )
-            best, kth = bounds_room.settle(found if best is None else bounds_room.join([best, found]), job.k)
-            limit = np.minimum(limit, kth)
-            kept.append(_placed(shown, part.file.place))
-            seen += len(shown)
-    if best is None:
-        return None
-    used, row = np.unique(best.row, return_inverse=True)
-    nothing = np.zeros(len(job.k), dtype=np.int64)
-    return Found(best.query, best.lower, row, pa.concat_tables(kept).take(used), nothing, read)
+        files = {n: stack.enter_context(VectorFile(wanted.files[n], job.storage)) for n in np.unique(wanted.file)}
+        first, last = 0, _FIRST_TURNS
+        while first <= turn.max(initial=-1):
+            due = (turn >= first) & (turn < last) & (left.lower <= limit[left.query])
+            for pairs in _blocks_of(wanted, np.flatnonzero(due), height):
+                vectors, row = _vectors(wanted, pairs, files, job.vectors.shape[1])
+                of = kernel.Pairs(left.query[pairs], row)
+                near = kernel.contenders(job.vectors, squares_of, vectors, of, limit)
+                square = kernel.squares(job.vectors, vectors, of.query[near], of.row[near])
+                # Different squares may have the same root, and then the image's name decides.
+                found = replace(left.take(pairs[near]), lower=square, upper=square * (1 + 2.0**-50))
+                best, kth = bounds_room.settle(bounds_room.join([best, found]), job.k)
+                limit = np.minimum(limit, kth)
+            first, last = last, last * _MORE_TURNS
+        rows, row = _shown(wanted, best.row, files)
+        read = sum((file.read for file in files.values()), Read())
+    return Found(best.query, best.lower, row, rows, np.zeros(len(job.k), dtype=np.int64), read)
 
 
-def _promise(part: Wanted) -> tuple[float, int, int]:
-    """Sorts parts by how far their best pair lies below what is still possible, in a fixed order."""
-    limit = part.limit[part.query]
-    share = part.lower / np.where(limit > 0, limit, 1.0)
-    return float(share.min()), part.file.number, part.row_group
+def _blocks_of(wanted: Wanted, pairs: NDArray[np.int64], height: int) -> Iterator[NDArray[np.int64]]:
+    """Pairs in the order of their rows, in blocks of at most so many rows; none is in two blocks."""
+    pairs = pairs[np.lexsort((wanted.row[pairs], wanted.row_group[pairs], wanted.file[pairs]))]
+    number = np.cumsum(_is_first(wanted, pairs)) - 1
+    edges = np.searchsorted(number, np.arange(0, number[-1] + 1 if len(number) else 0, height))
+    yield from (pairs[start:end] for start, end in itertools.pairwise([*edges, len(pairs)]))
+
+
+def _is_first(wanted: Wanted, pairs: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Of pairs in the order of their rows, which one is the first of its row."""
+    place = np.stack([wanted.file[pairs], wanted.row_group[pairs], wanted.row[pairs]])
+    is_first: NDArray[np.bool_] = np.any(np.diff(place, axis=1, prepend=-1) != 0, axis=0)
+    return is_first
+
+
+def _vectors(
+    wanted: Wanted, pairs: NDArray[np.int64], files: Mapping[int, VectorFile], dimension: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The vectors of the rows of pairs that are in the order of their rows, and which one is each pair's."""
+    is_first = _is_first(wanted, pairs)
+    rows = pairs[is_first]
+    vectors = np.empty((len(rows), dimension), dtype=np.float32)
+    numbers, begins = np.unique(wanted.file[rows], return_index=True)
+    for number, start, end in zip(numbers, begins, [*begins[1:], len(rows)], strict=True):
+        here = rows[start:end]
+        files[number].some_vectors(t.VECTOR, wanted.row_group[here], wanted.row[here], vectors[start:end])
+    return vectors, np.cumsum(is_first) - 1
+
+
+def _shown(
+    wanted: Wanted, pairs: NDArray[np.int64], files: Mapping[int, VectorFile]
+) -> tuple[pa.Table, NDArray[np.int64]]:
+    """SHOWN columns and partitions of the rows of some pairs, each row once, and which one is each pair's."""
+    tables = []
+    row = np.empty(len(pairs), dtype=np.int64)
+    seen = 0
+    for number in np.unique(wanted.file[pairs]):
+        here = np.flatnonzero(wanted.file[pairs] == number)
+        row_groups, group = np.unique(wanted.row_group[pairs[here]], return_inverse=True)
+        starts = np.cumsum([0, *(files[number].rows_of(int(each)) for each in row_groups[:-1])])
+        taken, place = np.unique(starts[group] + wanted.row[pairs[here]], return_inverse=True)
+        rows = files[number].table([int(each) for each in row_groups], SHOWN).take(taken)
+        tables.append(_placed(rows, wanted.files[number].place))
+        row[here] = seen + place
+        seen += len(taken)
+    return pa.concat_tables(tables), row
 
 
 def scanned(shares: Sequence[Share], job: Job) -> Found | None:
@@ -299,29 +308,21 @@ def scanned(shares: Sequence[Share], job: Job) -> Found | None:
 
 
 def _blocks(share: Share, job: Job) -> Iterator[tuple[NDArray[np.float32], pa.Table, Read]]:
-    """Vectors of a share's rows, (n, D) float32, and the other columns that are needed.
+    """Vectors of a share's rows, (n, D) float32, the other columns that are needed, and what was read for them.
 
-    The vectors of a row group are decoded while they fit the processor's cache and then put side by side: decoding many
-    row groups at once takes twice the time. The array is used again for the next block.
+    The array is used again for the next block.
     """
     columns = tuple(dict.fromkeys((*SHOWN, *job.columns())))
     dimension = job.vectors.shape[1]
-    height = max(1, job.block_bytes // 2 // (4 * dimension))
-    with _opened(share.file, job.storage) as file:
-        buffer = np.empty((0, dimension), dtype=np.float32)
-        for row_groups in _portions(file, share, height):
-            count = sum(file.metadata.row_group(number).num_rows for number in row_groups)
+    buffer = np.empty((0, dimension), dtype=np.float32)
+    with VectorFile(share.file, job.storage) as file:
+        for row_groups in file.portions(share.part, share.of, max(1, job.block_bytes // 2 // (4 * dimension))):
+            before = file.read
+            count = sum(file.rows_of(number) for number in row_groups)
             if len(buffer) < count:
                 buffer = np.empty((count, dimension), dtype=np.float32)
-            parts = []
-            filled = 0
-            for number in row_groups:
-                table = file.read_row_group(number, (t.VECTOR, *columns), use_threads=False)
-                buffer[filled : filled + len(table)] = arrays.matrix(table.column(t.VECTOR), dimension)
-                parts.append(table.select(columns))
-                filled += len(table)
-            took = Read(count, _bytes(file, row_groups, (t.VECTOR, *columns)))
-            yield buffer[:count], pa.concat_tables(parts), took
+            vectors = file.vectors(t.VECTOR, row_groups, dimension, buffer)
+            yield vectors, file.table(row_groups, columns), file.read - before
 
 
 # --- rows ---
@@ -364,64 +365,13 @@ def _placed(rows: pa.Table, place: Place) -> pa.Table:
     return rows
 
 
-# --- files ---
-
-
-@lru_cache(maxsize=4)
-def _file_system(files: StorageSettings) -> pa.fs.FileSystem:
-    """Object storage as Arrow reads it, with the credentials of wherever the task runs."""
-    if files.endpoint and not files.path_style:
-        # Arrow's own client puts the bucket into the path wherever it is told an endpoint.
-        return pa.fs.PyFileSystem(pa.fs.FSSpecHandler(storage.file_system(files)))
-    scheme, _, host = (files.endpoint or "").partition("://")
-    return pa.fs.S3FileSystem(
-        region=files.region,
-        scheme=scheme or "https",
-        endpoint_override=host or None,
-        connect_timeout=storage.CONNECT_SECONDS,
-        request_timeout=storage.READ_SECONDS,
-        retry_strategy=pa.fs.AwsStandardS3RetryStrategy(max_attempts=files.attempts),
-    )
-
-
-def _opened(file: DataFile, files: StorageSettings) -> pq.ParquetFile:
-    if storage.is_local(file.uri):
-        return pq.ParquetFile(storage.local_path(file.uri), memory_map=True)
-    return pq.ParquetFile(file.uri.removeprefix("s3a://"), filesystem=_file_system(files), pre_buffer=True)
-
-
-def _portions(file: pq.ParquetFile, share: Share, rows: int) -> Iterator[list[int]]:
-    """The share's row groups, as many at a time as have about so many rows."""
-    portion: list[int] = []
-    held = 0
-    for number in range(share.part, file.num_row_groups, share.of):
-        count = file.metadata.row_group(number).num_rows
-        if portion and held + count > rows:
-            yield portion
-            portion, held = [], 0
-        portion.append(number)
-        held += count
-    if portion:
-        yield portion
-
-
-def _places(file: pq.ParquetFile, number: int, row_groups: Sequence[int]) -> NDArray[np.int64]:
+def _places(file: VectorFile, number: int, row_groups: Sequence[int]) -> NDArray[np.int64]:
     """(3, n) file, row group and row within it of each row."""
-    counts = [file.metadata.row_group(group).num_rows for group in row_groups]
+    counts = [file.rows_of(group) for group in row_groups]
     return np.stack(
         [
             np.full(sum(counts), number, dtype=np.int64),
             np.repeat(np.asarray(row_groups, dtype=np.int64), counts),
             np.concatenate([np.arange(count, dtype=np.int64) for count in counts]),
         ]
-    )
-
-
-def _bytes(file: pq.ParquetFile, row_groups: Sequence[int], columns: Sequence[str]) -> int:
-    """Stored bytes of some columns of some row groups."""
-    wanted = set(columns)
-    schema = file.metadata.schema
-    chosen = [n for n in range(len(schema)) if schema.column(n).path.partition(".")[0] in wanted]
-    return sum(
-        file.metadata.row_group(group).column(number).total_compressed_size for group in row_groups for number in chosen
     )

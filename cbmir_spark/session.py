@@ -73,9 +73,11 @@ def properties(settings: Settings) -> dict[str, str]:
         "spark.sql.execution.arrow.maxRecordsPerBatch": "256",
         "spark.sql.parquet.columnarReaderBatchSize": "256",
         "spark.sql.execution.arrow.pyspark.enabled": "true",
-        # Retrieval fetches vectors by row group, of which it needs few, and what is decoded of one should stay in the
-        # processor's cache; and vectors hardly repeat a number, so that a dictionary of them is tried in vain.
+        # What other tools decode of a row group should stay in the processor's cache; vectors of a row group are in one
+        # page, so that retrieval finds each by its place; and they hardly repeat a number, so that a dictionary of them
+        # is tried in vain.
         "spark.hadoop.parquet.block.size": str(2**20),
+        "spark.hadoop.parquet.page.size": str(2**26),
         "spark.hadoop.parquet.enable.dictionary#vector.list.element": "false",
         "spark.hadoop.parquet.enable.dictionary#projection.list.element": "false",
         # A commit whose reply was lost is recognised when it is tried again, instead of landing twice.
@@ -86,6 +88,8 @@ def properties(settings: Settings) -> dict[str, str]:
         # pictures in page faults; 32 MiB is the most that it keeps in its heap instead.
         "spark.executorEnv.MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
         "spark.executorEnv.MALLOC_TRIM_THRESHOLD_": str(256 * 2**20),
+        # Tasks of tens of milliseconds would mostly wait for their worker to begin.
+        "spark.python.daemon.module": "cbmir_spark.python_workers",
         # A speculative copy of a task would decode or embed everything twice.
         "spark.speculation": "false",
         # The progress bar draws over log files; the jobs report progress themselves.

@@ -23,7 +23,8 @@ from cbmir_spark.config import RetrievalSettings, StorageSettings
 from cbmir_spark.errors import InputError, ModelError
 from cbmir_spark.model import Projection
 from cbmir_spark.queries import Answered, Own, Query
-from cbmir_spark.scan_task import DataFile, Within
+from cbmir_spark.scan_task import Within
+from cbmir_spark.vector_files import DataFile
 from tests.fault_proxy import FaultProxy
 from tests.s3_server import S3Server
 from tests.tiny_lake import pseudonym
@@ -34,6 +35,13 @@ Hit = tuple[str, int, float, str, int]
 PLACES = [("CT", "CHEST"), ("CT", "HEAD"), ("CT", "UNKNOWN"), ("MR", "BRAIN"), ("MR", "UNKNOWN"), ("US", "LIVER")]
 DIMENSION = 24
 LOCAL = StorageSettings(endpoint=None, region="us-east-1", path_style=True, attempts=8)
+
+# The index's way of writing, what Arrow does by itself, and several pages to a row group.
+WRITERS: list[dict[str, Any]] = [
+    {"compression": "none", "use_dictionary": False, "data_page_size": 2**30},
+    {"compression": "snappy"},
+    {"compression": "none", "use_dictionary": False, "data_page_size": 2**10, "write_batch_size": 4},
+]
 
 
 def options(**values: Any) -> RetrievalSettings:
@@ -55,7 +63,10 @@ class Made:
         return Projection.fit([self.vectors], 4)
 
     def store(self, folder: Path, cut: int = 1, seed: int = 0, rows_per_group: int = 20) -> retrieval.Base:
-        """As the index writes it, but in any order: at most `cut` files in each partition, of small row groups."""
+        """As the index writes it, but in any order: at most `cut` files in each partition, of small row groups.
+
+        Some files are as other tools leave them when they rewrite a table.
+        """
         random = np.random.default_rng(seed)
         projection = self.projection
         coordinates, residuals = projection.apply(self.vectors)
@@ -75,7 +86,7 @@ class Made:
             for number, part in enumerate(np.array_split(rows, min(cut, len(rows)))):
                 file = target / f"{number}.parquet"
                 inside = table.drop_columns([t.MODALITY, t.BODY_PART]).take(part)
-                pq.write_table(inside, file, row_group_size=rows_per_group)
+                pq.write_table(inside, file, row_group_size=rows_per_group, **WRITERS[(number + seed) % len(WRITERS)])
                 files.append((storage.canonical(str(file)), wanted, file.stat().st_size))
         listed = [DataFile(number, *each) for number, each in enumerate(files)]
         return retrieval.Base(tuple(listed), self.vectors.shape[1], projection, LOCAL)
@@ -449,9 +460,9 @@ def test_object_storage_sends_what_the_plan_names_and_nothing_else(
     """In every mode, by the server's own log."""
     bucket = f"search-{method}"
     random = np.random.default_rng(8)
-    rows = (random.standard_normal((3000, 3)) @ random.standard_normal((3, 256)) * 9).astype(np.float32)
+    rows = (random.standard_normal((3000, 3)) @ random.standard_normal((3, 1024)) * 9).astype(np.float32)
     made = make(rows, 8)
-    stored = made.store(s3.bucket(bucket), 2, rows_per_group=50)
+    stored = made.store(s3.bucket(bucket), 3, rows_per_group=50)
     root = storage.canonical(str(s3.root))
     files = tuple(replace(file, uri=file.uri.replace(root, "s3a:/")) for file in stored.files)
     vector = rows[5] + np.float32(0.01)
@@ -470,7 +481,8 @@ def test_object_storage_sends_what_the_plan_names_and_nothing_else(
         with FaultProxy(s3.host, s3.port) as proxy:
             far = StorageSettings(endpoint=proxy.endpoint, region="us-east-1", path_style=True, attempts=3)
             answer = retrieval.search(spark, replace(stored, files=files, storage=far), [query], chosen)
-        assert answer.hits.equals(near.hits) and answer.scanned == near.scanned
+        assert answer.hits.equals(near.hits)
+        assert replace(answer.scanned, bytes=0) == replace(near.scanned, bytes=0)
         named = {file.uri.removeprefix(f"s3a://{bucket}/"): file.bytes for file in files if file.place in places}
         assert set(s3.read(bucket)[before:]) == set(named) and answer.scanned.files == len(named)
         asked = [re.search(rb"(?i)range: bytes=(\d+)-(\d+)", request.head) for request, _ in proxy.seen]

@@ -37,11 +37,13 @@ from cbmir_spark.config import RetrievalSettings
 from cbmir_spark.model import Projection
 from cbmir_spark.networks import Draw
 from cbmir_spark.queries import Query
-from cbmir_spark.scan_task import DataFile
+from cbmir_spark.vector_files import DataFile
 from tests.benchmarks.common import REPO, keep, tell
 
 Floats = NDArray[np.float32]
 K = 10
+# Pictures drawn with one seed, so that a bigger base begins with the smaller one.
+BLOCK = 100_000
 
 # --- vectors ---
 
@@ -75,7 +77,6 @@ def embed(lake: Path, count: int) -> tuple[Floats, Floats]:
         loaded = model.load((folder / features.WEIGHTS).read_bytes(), (folder / features.MANIFEST).read_bytes())
         network = loaded.model.to(memory_format=torch.channels_last)
         pixels = torch.from_numpy(pictures(lake))
-        random = torch.Generator().manual_seed(1)
         unfinished = lake / "unfinished.npy"
         base = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float32, shape=(count, 4096))
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
@@ -87,12 +88,19 @@ def embed(lake: Path, count: int) -> tuple[Floats, Floats]:
 
             if not asked.exists():
                 np.save(asked, np.concatenate([run(network.to_input(part)) for part in pixels.split(64)]))
-            for start in range(0, count, 64):
-                chosen = pixels[torch.arange(start, min(start + 64, count)) % len(pixels)]
-                inputs = fitting.augmented(network.to_input(chosen), Draw(random, 0, len(chosen)))
-                base[start : start + len(chosen)] = run(inputs)
-                if start % 6400 == 0:
-                    tell(f"{start} of {count} embedded")
+            for block, begin in enumerate(range(0, count, BLOCK)):
+                end = min(begin + BLOCK, count)
+                smaller = [file for file in lake.glob("base-*.npy") if int(file.stem.partition("-")[2]) >= end]
+                if smaller:
+                    base[begin:end] = np.load(smaller[0], mmap_mode="r")[begin:end]
+                    continue
+                random = torch.Generator().manual_seed(1 + block)
+                for start in range(begin, end, 64):
+                    chosen = pixels[torch.arange(start, min(start + 64, end)) % len(pixels)]
+                    inputs = fitting.augmented(network.to_input(chosen), Draw(random, 0, len(chosen)))
+                    base[start : start + len(chosen)] = run(inputs)
+                    if (start - begin) % 6400 == 0:
+                        tell(f"{start} of {count} embedded")
         base.flush()
         unfinished.rename(made)
     return np.load(asked), np.load(made, mmap_mode="r")

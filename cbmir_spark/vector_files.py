@@ -1,0 +1,298 @@
+"""Parquet files of FEATURES as tasks read them: single columns, single row groups, and vectors by their place.
+
+FEATURES is written so that the vectors of a row group lie side by side in its file, uncompressed, at the end of one
+page (Parquet format, "Data Pages": levels come first, then values as they are in memory). There a vector is read by its
+offset, and nothing is decoded. Files that others have written or rewritten are decoded by Arrow instead.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from cbmir_spark import arrays, storage
+from cbmir_spark.config import StorageSettings
+
+# (modality, body_part)
+Place = tuple[str, str]
+Floats = NDArray[np.float32]
+Numbers = NDArray[np.int64]
+
+# Ranges of an object this near to each other are one request, and one request is at most so long.
+_HOLE_BYTES = 2**16
+_REQUEST_BYTES = 2**23
+# Requests that one task has under way: object storage answers each in tens of milliseconds.
+_REQUESTS = 16
+# A page's header, as far as the sizes in it: two bytes of type, then two 32-bit numbers of at most six bytes each.
+_HEADER_BYTES = 16
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A live Parquet file of FEATURES, by its number among those searched."""
+
+    number: int
+    uri: str
+    place: Place
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Read:
+    """What was read: vectors, and bytes of the file."""
+
+    vectors: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: "Read") -> "Read":
+        return Read(self.vectors + other.vectors, self.bytes + other.bytes)
+
+    def __sub__(self, other: "Read") -> "Read":
+        return Read(self.vectors - other.vectors, self.bytes - other.bytes)
+
+
+class VectorFile:
+    """An open file. `read` counts the vectors and the bytes that were taken from it."""
+
+    def __init__(self, file: DataFile, files: StorageSettings) -> None:
+        self._source: _Source
+        if storage.is_local(file.uri):
+            path = storage.local_path(file.uri)
+            self._source = _Mapped(path)
+            self._file = pq.ParquetFile(path, memory_map=True)
+        else:
+            path = file.uri.removeprefix("s3a://")
+            self._source = _Remote(path, _file_system(files))
+            self._file = pq.ParquetFile(path, filesystem=_file_system(files), pre_buffer=True)
+        self._values_of: dict[str, Numbers | None] = {}
+        names = [self._file.metadata.schema.column(n).path.partition(".")[0] for n in range(len(self._file.schema))]
+        self._number_of = {name: number for number, name in enumerate(names)}
+        self.read = Read()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._file.close()
+        self._source.close()
+
+    def portions(self, part: int, of: int, rows: int) -> Iterator[list[int]]:
+        """Every `of`-th row group from `part` on, as many at a time as have about so many rows."""
+        portion: list[int] = []
+        held = 0
+        for number in range(part, self._file.num_row_groups, of):
+            count = self.rows_of(number)
+            if portion and held + count > rows:
+                yield portion
+                portion, held = [], 0
+            portion.append(number)
+            held += count
+        if portion:
+            yield portion
+
+    def rows_of(self, row_group: int) -> int:
+        return int(self._file.metadata.row_group(row_group).num_rows)
+
+    def table(self, row_groups: Sequence[int], columns: Sequence[str]) -> pa.Table:
+        """Columns of all rows of some row groups."""
+        numbers = [self._number_of[name] for name in columns]
+        groups = [self._file.metadata.row_group(group) for group in row_groups]
+        self.read += Read(bytes=sum(g.column(number).total_compressed_size for g in groups for number in numbers))
+        return self._file.read_row_groups(row_groups, columns, use_threads=False)
+
+    def vectors(self, column: str, row_groups: Sequence[int], dimension: int, out: Floats | None = None) -> Floats:
+        """(n, D) the vectors of all rows of some row groups, in `out` where one is given that is high enough."""
+        counts = [self.rows_of(number) for number in row_groups]
+        self.read += Read(sum(counts))
+        made = np.empty((sum(counts), dimension), np.float32) if out is None else out[: sum(counts)]
+        starts = [int(start) for start in np.cumsum([0, *counts[:-1]])]
+        values = self._values(column, dimension)
+        if values is not None:
+            size = 4 * dimension
+            ranges = [(int(values[number]), count * size) for number, count in zip(row_groups, counts, strict=True)]
+            self._fill(ranges, made.reshape(-1).view(np.uint8), [start * size for start in starts])
+            return made
+        for number, start, count in zip(row_groups, starts, counts, strict=True):
+            # One at a time, so that what is decoded stays in the processor's cache.
+            decoded = self.table([number], [column]).column(column)
+            made[start : start + count] = arrays.matrix(decoded, dimension)
+        return made
+
+    def some_vectors(self, column: str, row_group: Numbers, row: Numbers, out: Floats) -> None:
+        """Put the vectors of n different rows, each by its row group and its number there, into (n, D) `out`."""
+        self.read += Read(len(row))
+        dimension = out.shape[1]
+        values = self._values(column, dimension)
+        if values is not None:
+            size = 4 * dimension
+            ranges = [(int(offset), size) for offset in values[row_group] + row * size]
+            self._fill(ranges, out.reshape(-1).view(np.uint8), [size * number for number in range(len(row))])
+            return
+        for number in np.unique(row_group):
+            here = np.flatnonzero(row_group == number)
+            decoded = self.table([int(number)], [column]).column(column)
+            out[here] = arrays.matrix(decoded, dimension)[row[here]]
+
+    def _fill(self, ranges: Sequence[tuple[int, int]], out: NDArray[np.uint8], places: Sequence[int]) -> None:
+        before = self._source.sent
+        for (_, size), place, part in zip(ranges, places, self._source.parts(ranges), strict=True):
+            out[place : place + size] = part
+        self.read += Read(bytes=self._source.sent - before)
+
+    def _values(self, column: str, dimension: int) -> Numbers | None:
+        """Where in the file the vectors of each row group begin; None where they do not lie there side by side.
+
+        FEATURES' constraints say that all are of one length. A writer ends a page by its size, so that what holds for
+        the biggest chunk holds for all.
+        """
+        if column not in self._values_of:
+            groups = [self._file.metadata.row_group(number) for number in range(self._file.num_row_groups)]
+            chunks = [group.column(self._number_of[column]) for group in groups]
+            sizes = [4 * dimension * group.num_rows for group in groups]
+            plain = all(_as_in_memory(chunk, size // 4) for chunk, size in zip(chunks, sizes, strict=True))
+            if plain and self._is_one_page(max(chunks, key=lambda each: each.total_compressed_size), 4 * dimension):
+                ends = [chunk.data_page_offset + chunk.total_compressed_size for chunk in chunks]
+                self._values_of[column] = np.array(ends, np.int64) - np.array(sizes, np.int64)
+            else:
+                self._values_of[column] = None
+        return self._values_of[column]
+
+    def _is_one_page(self, chunk: pq.ColumnChunkMetaData, size: int) -> bool:
+        (header,) = self._source.parts([(chunk.data_page_offset, _HEADER_BYTES)])
+        page = page_bytes(header.tobytes())
+        # What is not in the first page is its header, unless there is another page, which has a vector at least.
+        return page is not None and 0 < chunk.total_compressed_size - page < size
+
+
+def _as_in_memory(chunk: pq.ColumnChunkMetaData, values: int) -> bool:
+    """Whether a chunk holds just so many numbers, as they are in memory."""
+    told = chunk.statistics
+    return (
+        chunk.physical_type == "FLOAT"
+        and chunk.compression == "UNCOMPRESSED"
+        and set(chunk.encodings) <= {"PLAIN", "RLE", "BIT_PACKED"}
+        and not chunk.has_dictionary_page
+        and chunk.num_values == values
+        and told is not None
+        and told.has_null_count
+        and told.null_count == 0
+    )
+
+
+def page_bytes(header: bytes) -> int | None:
+    """The size of the data page that a header begins; None where it begins something else.
+
+    A header is a Thrift struct in the compact protocol, whose first fields are type (0: data page, 3: data page v2),
+    uncompressed and compressed size; each is a byte 0x15 and a zigzag number of seven bits a byte.
+    """
+    values = []
+    place = 0
+    for _ in range(3):
+        if header[place] != 0x15:
+            return None
+        value = shift = 0
+        while True:
+            place += 1
+            value |= (header[place] & 0x7F) << shift
+            shift += 7
+            if not header[place] & 0x80:
+                break
+        place += 1
+        values.append(value >> 1)
+    kind, uncompressed, compressed = values
+    return compressed if kind in (0, 3) and compressed == uncompressed else None
+
+
+# --- bytes of a file ---
+
+
+class _Source(Protocol):
+    sent: int
+    """Bytes that were asked for so far."""
+
+    def parts(self, ranges: Sequence[tuple[int, int]]) -> list[NDArray[np.uint8]]:
+        """The bytes of ranges (offset, size), which do not overlap, in their order."""
+
+    def close(self) -> None: ...
+
+
+class _Mapped:
+    """A local file, mapped into memory."""
+
+    def __init__(self, path: str) -> None:
+        self._bytes = np.memmap(path, dtype=np.uint8, mode="r")
+        self.sent = 0
+
+    def parts(self, ranges: Sequence[tuple[int, int]]) -> list[NDArray[np.uint8]]:
+        self.sent += sum(size for _, size in ranges)
+        return [self._bytes[offset : offset + size] for offset, size in ranges]
+
+    def close(self) -> None:
+        del self._bytes
+
+
+class _Remote:
+    """An object, of which several ranges are fetched at a time."""
+
+    def __init__(self, path: str, files: pa.fs.FileSystem) -> None:
+        self._object = files.open_input_file(path)
+        self._pool = ThreadPoolExecutor(_REQUESTS)
+        self.sent = 0
+
+    def parts(self, ranges: Sequence[tuple[int, int]]) -> list[NDArray[np.uint8]]:
+        order = sorted(range(len(ranges)), key=lambda number: ranges[number])
+        requests = merged([ranges[number] for number in order])
+        self.sent += sum(size for _, size in requests)
+        fetched = self._pool.map(lambda each: self._object.read_at(each[1], each[0]), requests)
+        found: dict[int, NDArray[np.uint8]] = {}
+        numbers = iter(order)
+        number = next(numbers, None)
+        for (start, length), content in zip(requests, fetched, strict=True):
+            whole = np.frombuffer(content, np.uint8)
+            while number is not None and ranges[number][0] + ranges[number][1] <= start + length:
+                offset, size = ranges[number]
+                found[number] = whole[offset - start : offset - start + size]
+                number = next(numbers, None)
+        return [found[number] for number in range(len(ranges))]
+
+    def close(self) -> None:
+        self._pool.shutdown()
+        self._object.close()
+
+
+def merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sorted ranges (offset, size) as requests, in which near ones are together."""
+    requests: list[tuple[int, int]] = []
+    for offset, size in ranges:
+        if requests:
+            start, length = requests[-1]
+            if offset - (start + length) <= _HOLE_BYTES and offset + size - start <= _REQUEST_BYTES:
+                requests[-1] = (start, max(length, offset + size - start))
+                continue
+        requests.append((offset, size))
+    return requests
+
+
+@lru_cache(maxsize=4)
+def _file_system(files: StorageSettings) -> pa.fs.FileSystem:
+    """Object storage as Arrow reads it, with the credentials of wherever the task runs."""
+    if files.endpoint and not files.path_style:
+        # Arrow's own client puts the bucket into the path wherever it is told an endpoint.
+        return pa.fs.PyFileSystem(pa.fs.FSSpecHandler(storage.file_system(files)))
+    scheme, _, host = (files.endpoint or "").partition("://")
+    return pa.fs.S3FileSystem(
+        region=files.region,
+        scheme=scheme or "https",
+        endpoint_override=host or None,
+        connect_timeout=storage.CONNECT_SECONDS,
+        request_timeout=storage.READ_SECONDS,
+        retry_strategy=pa.fs.AwsStandardS3RetryStrategy(max_attempts=files.attempts),
+    )

@@ -1,0 +1,133 @@
+"""Vectors by their place in Parquet files, against Arrow's own reading of the same files."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pyspark.sql import SparkSession
+from pyspark.sql.types import ArrayType, FloatType, IntegerType, StructField, StructType
+
+from cbmir_spark import arrays, session, storage
+from cbmir_spark.config import StorageSettings
+from cbmir_spark.errors import TableError
+from cbmir_spark.python_workers import without_archives
+from cbmir_spark.vector_files import DataFile, VectorFile, merged, page_bytes
+
+LOCAL = StorageSettings(endpoint=None, region="us-east-1", path_style=True, attempts=2)
+PLAIN: dict[str, Any] = {"compression": "none", "use_dictionary": False, "data_page_size": 2**30}
+SIDE_BY_SIDE = {
+    "as the index": PLAIN,
+    "pages of version 2": PLAIN | {"data_page_version": "2.0"},
+    "page index": PLAIN | {"write_page_index": True},
+}
+DECODED = {
+    "compressed": PLAIN | {"compression": "lz4"},
+    "compressed pages of version 2": PLAIN | {"compression": "snappy", "data_page_version": "2.0"},
+    "with a dictionary": PLAIN | {"use_dictionary": True},
+    "several pages": PLAIN | {"data_page_size": 512, "write_batch_size": 8},
+    "bytes split": PLAIN | {"column_encoding": {"vector.list.element": "BYTE_STREAM_SPLIT"}},
+    "without statistics": PLAIN | {"write_statistics": False},
+}
+
+
+def opened(path: Path) -> VectorFile:
+    return VectorFile(DataFile(0, storage.canonical(str(path)), ("CT", "CHEST"), path.stat().st_size), LOCAL)
+
+
+def written(path: Path, vectors: np.ndarray[Any, Any], how: dict[str, Any], rows: int = 7) -> None:
+    number = pa.array(np.arange(len(vectors)), pa.int64())
+    pq.write_table(pa.table({"number": number, "vector": arrays.vector_column(vectors)}), path, rows, **how)
+
+
+@pytest.mark.parametrize("how", [*SIDE_BY_SIDE, *DECODED])
+def test_vectors_are_those_that_arrow_reads(tmp_path: Path, how: str) -> None:
+    random = np.random.default_rng(1)
+    vectors = np.round(random.standard_normal((100, 33)), 1).astype(np.float32)
+    vectors[3] = 0
+    written(tmp_path / "a.parquet", vectors, (SIDE_BY_SIDE | DECODED)[how])
+    with opened(tmp_path / "a.parquet") as file:
+        assert (file.vectors("vector", [0, 2, 14], 33) == vectors[[*range(7), *range(14, 21), 98, 99]]).all()
+        out = np.full((9, 33), 7, np.float32)
+        assert file.vectors("vector", [1], 33, out).base is not None
+        assert (out[:7] == vectors[7:14]).all() and (out[7:] == 7).all()
+        found = np.empty((4, 33), np.float32)
+        before = file.read
+        file.some_vectors("vector", np.array([0, 0, 5, 14]), np.array([6, 1, 0, 1]), found)
+        assert (found == vectors[[6, 1, 35, 99]]).all()
+        assert (file.read - before).vectors == 4
+        # Bytes of four vectors, or of all the row groups that they are in.
+        assert ((file.read - before).bytes == 4 * 4 * 33) is (how in SIDE_BY_SIDE)
+        assert file.table([0, 14], ["number"]).column("number").to_pylist() == [*range(7), 98, 99]
+
+
+def test_a_vector_that_is_null_or_of_another_length_is_not_read_by_its_place(tmp_path: Path) -> None:
+    for name, lists in {"null": [[1.0, None], [3.0, 4.0]], "short": [[1.0], [3.0, 4.0]]}.items():
+        column = pa.array(lists, pa.list_(pa.float32()))
+        pq.write_table(pa.table({"vector": column}), tmp_path / name, **PLAIN)
+        with opened(tmp_path / name) as file, pytest.raises((TableError, pa.ArrowInvalid)):
+            file.vectors("vector", [0], 2)
+
+
+def test_what_spark_writes_for_the_index_is_read_by_place(spark: SparkSession, tmp_path: Path) -> None:
+    """The writer's settings and the reader agree: in sessions that `session.build` made."""
+    vectors = np.random.default_rng(2).standard_normal((700, 1024)).astype(np.float32)
+    schema = StructType(
+        [StructField("number", IntegerType(), False), StructField("vector", ArrayType(FloatType(), False), False)]
+    )
+    rows = spark.createDataFrame(list(enumerate(vectors.tolist())), schema).coalesce(1).sortWithinPartitions("number")
+    rows.write.option("compression", "none").parquet(str(tmp_path / "written"))
+    (path,) = (tmp_path / "written").glob("*.parquet")
+    assert pq.ParquetFile(path).num_row_groups > 2
+    with opened(path) as file:
+        found = np.empty((2, 1024), np.float32)
+        file.some_vectors("vector", np.array([0, 1]), np.array([5, 0]), found)
+        assert file.read.bytes == 2 * 4 * 1024
+        assert (found == vectors[[5, file.rows_of(0)]]).all()
+        everything = [number for portion in file.portions(0, 1, 100) for number in portion]
+        assert (file.vectors("vector", everything, 1024) == vectors).all()
+
+
+def test_the_index_is_written_so(spark: SparkSession) -> None:
+    assert spark.conf.get("spark.hadoop.parquet.page.size") == str(2**26)
+
+
+@pytest.mark.parametrize(
+    ("header", "size"),
+    [
+        (bytes([0x15, 0x00, 0x15, 0x80, 0x02, 0x15, 0x80, 0x02, 0x2C]), 128),
+        (bytes([0x15, 0x06, 0x15, 0x08, 0x15, 0x08, 0x5C]), 4),
+        (bytes([0x15, 0x00, 0x15, 0x80, 0x02, 0x15, 0x80, 0x01]), None),  # compressed
+        (bytes([0x15, 0x04, 0x15, 0x08, 0x15, 0x08]), None),  # a dictionary
+        (bytes([0x15, 0x00, 0x16, 0x08, 0x15, 0x08]), None),  # no number of 32 bits
+        (b"PAR1PAR1PAR1", None),
+    ],
+)
+def test_the_size_that_a_page_header_tells(header: bytes, size: int | None) -> None:
+    assert page_bytes(header.ljust(16, b"\0")) == size
+
+
+def test_near_ranges_are_one_request() -> None:
+    near, far = 2**16, 2**20
+    assert merged([(0, 10), (10 + near, 10), (far, 5)]) == [(0, 20 + near), (far, 5)]
+    assert merged([(0, 2**23), (2**23, 1)]) == [(0, 2**23), (2**23, 1)]
+    assert merged([]) == []
+
+
+def test_workers_do_not_look_for_modules_in_archives(spark: SparkSession) -> None:
+    def path(_: int) -> list[str]:
+        import sys
+
+        return sys.path
+
+    (found,) = spark.sparkContext.parallelize([0], 1).map(path).collect()
+    assert found and not [entry for entry in found if entry.endswith((".zip", ".jar"))]
+
+
+def test_archives_stay_where_pyspark_is_nowhere_else() -> None:
+    only = ["/opt/spark/python/lib/pyspark.zip", "/opt/empty"]
+    assert without_archives(only) == only
+    installed = str(Path(session.pyspark.__file__).parent.parent)
+    assert without_archives([*only, installed]) == ["/opt/empty", installed]
