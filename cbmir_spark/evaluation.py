@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
-from cbmir_spark import dataset, features, fitting, registry, report, retrieval, storage
+from cbmir_spark import dataset, features, fitting, registry, report, search, storage
 from cbmir_spark import tables as t
 from cbmir_spark.config import Prefilter, Settings
 from cbmir_spark.errors import InputError, ModelError
@@ -251,7 +251,7 @@ def run(spark: SparkSession, settings: Settings) -> Report:
         relevant = _relevant(spark, index.rows, asked, kind)
         queries = _resolved(spark, settings, index, asked)
         indexed = index.rows.count()
-        base = retrieval.base_of(spark, index, settings.storage)
+        base = search.base_of(spark, index, settings.storage)
     results: dict[str, dict[str, Any]] = {}
     many = [label for label, patients in patients_of.items() if patients >= MANY_PATIENTS]
     for prefilter in settings.evaluation.prefilters:
@@ -389,7 +389,7 @@ def _searched(
     spark: SparkSession,
     settings: Settings,
     index: features.Index,
-    base: retrieval.Base,
+    base: search.Base,
     queries: Sequence[Query],
     asked: pd.DataFrame,
     relevant: Sequence[int],
@@ -406,8 +406,8 @@ def _searched(
     labels = dict(zip(asked[t.QUERY_ID], asked[dataset.LABEL], strict=True))
     found: dict[str, list[int]] = {}
     statuses: list[Status] = []
-    for portion in retrieval.portions(spark, queries, options.k, options):
-        answer = retrieval.search(spark, base, portion, options)
+    for portion in search.portions(spark, queries, options.k, options):
+        answer = search.search(spark, base, portion, options)
         found |= relevant_ranks(answer.hits, labels, index.manifest.label)
         statuses += answer.statuses
     figures = ranking([found.get(query, []) for query in asked[t.QUERY_ID]], relevant, k, depth)

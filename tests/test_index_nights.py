@@ -16,7 +16,7 @@ import pytest
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from cbmir_spark import config, features, retrieval, storage
+from cbmir_spark import config, features, search, storage
 from cbmir_spark import tables as t
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import TableError
@@ -92,19 +92,19 @@ def test_a_search_keeps_to_the_version_that_it_opened(spark: SparkSession, tmp_p
     publish(spark, settings, night(1, images=8), 1)
     features.run(spark, settings)
     index = features.open_index(spark, settings)
-    base = retrieval.base_of(spark, index, settings.storage)
+    base = search.base_of(spark, index, settings.storage)
     vectors = [np.array(row[t.VECTOR], dtype=np.float32) for row in index.rows.limit(3).collect()]
     queries = [Query(f"q{n}", vector) for n, vector in enumerate(vectors)]
     whole = settings.retrieval.model_copy(update={"prefilter": "none", "unique": "none", "k": 50})
-    first = retrieval.search(spark, base, queries, whole)
+    first = search.search(spark, base, queries, whole)
     for batch in (2, 3, 4):
         publish(spark, settings, night(batch), batch)
         features.run(spark, settings)
     publish(spark, settings, night(1, images=8)[:3], 1)
     features.run(spark, settings)
-    assert retrieval.search(spark, base, queries, whole).hits.equals(first.hits)
-    now = retrieval.base_of(spark, features.open_index(spark, settings), settings.storage)
-    assert len(retrieval.search(spark, now, queries, whole).hits) == 3 * 15
+    assert search.search(spark, base, queries, whole).hits.equals(first.hits)
+    now = search.base_of(spark, features.open_index(spark, settings), settings.storage)
+    assert len(search.search(spark, now, queries, whole).hits) == 3 * 15
 
 
 # --- kills ---
@@ -211,9 +211,9 @@ def test_searches_beside_index_jobs_answer_from_one_version_each(spark: SparkSes
         job = start(overrides)
         while job.poll() is None:
             index = features.open_index(spark, settings)
-            base = retrieval.base_of(spark, index, settings.storage)
+            base = search.base_of(spark, index, settings.storage)
             vector = np.zeros(base.dimension, dtype=np.float32)
-            hits = retrieval.search(spark, base, [Query("q", vector)], whole).hits
+            hits = search.search(spark, base, [Query("q", vector)], whole).hits
             found = set(zip(hits.column(t.IMAGE_ID).to_pylist(), hits.column(t.FRAME).to_pylist(), strict=True))
             answers.append((index.version, found))
         job.communicate()

@@ -20,7 +20,7 @@ from pydicom.data import get_testdata_file
 from pydicom.uid import UID
 from pyspark.sql import SparkSession
 
-from cbmir_spark import config, features, ingest, parse, pseudonyms, retrieval, storage, terminal
+from cbmir_spark import config, features, ingest, parse, pseudonyms, retrieval, search, storage, terminal
 from cbmir_spark import tables as t
 from cbmir_spark.config import RetrievalSettings, Settings
 from cbmir_spark.errors import InputError, ModelError
@@ -72,7 +72,7 @@ EXISTING = {*PLACES, ("US", "CHEST")}
 )
 def test_plan(query: dict[str, Any], values: dict[str, Any], expected: set[tuple[str, str]]) -> None:
     made = Query("q", np.zeros(1, dtype=np.float32), **query)
-    assert retrieval.plan(made, options(**values), EXISTING) == expected
+    assert search.plan(made, options(**values), EXISTING) == expected
 
 
 # --- query lists ---

@@ -17,7 +17,7 @@ from py4j.protocol import Py4JJavaError
 from pyspark.sql import SparkSession
 from pyspark.sql.pandas.types import to_arrow_schema
 
-from cbmir_spark import config, retrieval, storage
+from cbmir_spark import config, search, storage
 from cbmir_spark import tables as t
 from cbmir_spark.config import RetrievalSettings, StorageSettings
 from cbmir_spark.errors import InputError, ModelError
@@ -62,7 +62,7 @@ class Made:
     def projection(self) -> Projection:
         return Projection.fit([self.vectors], 4)
 
-    def store(self, folder: Path, cut: int = 1, seed: int = 0, rows_per_group: int = 20) -> retrieval.Base:
+    def store(self, folder: Path, cut: int = 1, seed: int = 0, rows_per_group: int = 20) -> search.Base:
         """As the index writes it, but in any order: at most `cut` files in each partition, of small row groups.
 
         Some files are as other tools leave them when they rewrite a table.
@@ -89,7 +89,7 @@ class Made:
                 pq.write_table(inside, file, row_group_size=rows_per_group, **WRITERS[(number + seed) % len(WRITERS)])
                 files.append((storage.canonical(str(file)), wanted, file.stat().st_size))
         listed = [DataFile(number, *each) for number, each in enumerate(files)]
-        return retrieval.Base(tuple(listed), self.vectors.shape[1], projection, LOCAL)
+        return search.Base(tuple(listed), self.vectors.shape[1], projection, LOCAL)
 
 
 def make(vectors: Floats, seed: int) -> Made:
@@ -253,7 +253,7 @@ def distance(one: NDArray[np.float64], other: NDArray[np.float64], metric: str) 
     return math.fsum((one / (lengths[0] or 1.0) - other / (lengths[1] or 1.0)) ** 2) / 2
 
 
-def collected(answer: retrieval.Answer) -> list[Hit]:
+def collected(answer: search.Answer) -> list[Hit]:
     names = (t.QUERY_ID, t.RANK, t.DISTANCE, t.IMAGE_ID, t.FRAME)
     return list(zip(*(answer.hits.column(name).to_pylist() for name in names), strict=True))
 
@@ -320,7 +320,7 @@ def test_queries_are_byte_for_byte_brute_force_however_the_work_is_cut(
     chosen = options(k=5, tasks_per_core=25, block_mb=1, method=method)
     expected, candidates = oracle(made, queries, chosen)
     for cut in (1, 2, 7, 40):
-        answer = retrieval.search(spark, made.store(tmp_path / str(cut), cut, seed=cut), queries, chosen)
+        answer = search.search(spark, made.store(tmp_path / str(cut), cut, seed=cut), queries, chosen)
         assert [status.candidates for status in answer.statuses] == candidates
         assert collected(answer) == list(itertools.chain(*expected))
     assert [status.query_id for status in answer.statuses] == [query.query_id for query in queries]
@@ -360,7 +360,7 @@ def test_every_mode_and_every_wish_is_brute_force(
 ) -> None:
     made, queries = mixed(3, rows=700, asked=60)
     chosen = options(method=method, **values)
-    answer = retrieval.search(spark, made.store(tmp_path, 3), queries, chosen)
+    answer = search.search(spark, made.store(tmp_path, 3), queries, chosen)
     assert_same(made, queries, chosen, collected(answer))
     assert [status.candidates for status in answer.statuses] == oracle(made, queries, chosen)[1]
 
@@ -373,7 +373,7 @@ def test_ten_thousand_queries_are_brute_force(spark: SparkSession, tmp_path: Pat
         made, queries = mixed(100 + 10 * number, rows=900, asked=1000)
         chosen = options(method=method, tasks_per_core=100 if cut == 200 else 3, **values)
         base = made.store(tmp_path / str(number), cut, seed=cut)
-        assert_same(made, queries, chosen, collected(retrieval.search(spark, base, queries, chosen)))
+        assert_same(made, queries, chosen, collected(search.search(spark, base, queries, chosen)))
 
 
 def test_near_duplicates_are_the_same_bytes_for_any_cut_and_method(spark: SparkSession, tmp_path: Path) -> None:
@@ -386,7 +386,7 @@ def test_near_duplicates_are_the_same_bytes_for_any_cut_and_method(spark: SparkS
     found = []
     for cut, method in ((1, "bounds"), (7, "scan"), (17, "bounds")):
         base = made.store(tmp_path / str(cut), cut, seed=cut)
-        found.append(collected(retrieval.search(spark, base, queries, whole.model_copy(update={"method": method}))))
+        found.append(collected(search.search(spark, base, queries, whole.model_copy(update={"method": method}))))
     assert found[0] == found[1] == found[2]
     assert_same(made, queries, whole, found[0])
 
@@ -401,8 +401,8 @@ def test_a_bound_that_helps_reads_few_vectors_and_one_that_does_not_reads_all(
         made = make(vectors, 1)
         base = made.store(tmp_path / str(useful), 2)
         queries = ask(made, vectors[:4], 1)
-        answer = retrieval.search(spark, base, queries, whole)
-        everything = retrieval.search(spark, base, queries, whole.model_copy(update={"method": "scan"}))
+        answer = search.search(spark, base, queries, whole)
+        everything = search.search(spark, base, queries, whole.model_copy(update={"method": "scan"}))
         assert collected(answer) == collected(everything)
         assert everything.scanned.vectors == 2000
         assert answer.scanned.vectors < 400 if useful else answer.scanned.vectors == 2000
@@ -420,24 +420,24 @@ def test_only_the_files_of_the_named_partitions_are_opened(spark: SparkSession, 
         if file.place not in named:
             Path(storage.local_path(file.uri)).unlink()
     for method in ("bounds", "scan"):
-        answer = retrieval.search(spark, base, queries, options(method=method))
+        answer = search.search(spark, base, queries, options(method=method))
         assert answer.scanned.files == sum(file.place in named for file in base.files) == 6
         assert answer.partitions == named
         assert answer.existing == tuple(sorted(PLACES))
         assert answer.statuses[0].partitions == ("CT/CHEST",)
     with pytest.raises(Py4JJavaError, match="No such file"):
-        retrieval.search(spark, base, queries, options(prefilter="none"))
+        search.search(spark, base, queries, options(prefilter="none"))
 
 
 def test_partitions_that_do_not_exist_are_not_searched(spark: SparkSession, tmp_path: Path) -> None:
     base = make(np.ones((60, DIMENSION), dtype=np.float32), 1).store(tmp_path)
     vector = np.full(DIMENSION, 0.5, dtype=np.float32)
     queries = [Query("knee", vector, "CT", "KNEE"), Query("xa", vector, "XA")]
-    answer = retrieval.search(spark, base, queries, options())
-    assert (len(answer.hits), answer.scanned) == (0, retrieval.Scanned())
+    answer = search.search(spark, base, queries, options())
+    assert (len(answer.hits), answer.scanned) == (0, search.Scanned())
     assert [status.status for status in answer.statuses] == [Answered.NO_CANDIDATES] * 2
     assert "CT/KNEE" in (answer.statuses[0].reason or "")
-    nothing = retrieval.search(spark, base, [], options())
+    nothing = search.search(spark, base, [], options())
     assert (nothing.statuses, len(nothing.hits)) == ((), 0)
     assert nothing.hits.schema.names == t.RESULTS_HITS.schema.names
 
@@ -446,11 +446,11 @@ def test_queries_that_cannot_be_searched_are_refused(spark: SparkSession, tmp_pa
     base = make(np.ones((60, DIMENSION), dtype=np.float32), 1).store(tmp_path)
     vector = np.zeros(DIMENSION, dtype=np.float32)
     with pytest.raises(InputError, match="not unique"):
-        retrieval.search(spark, base, [Query("a", vector), Query("a", vector)], options())
+        search.search(spark, base, [Query("a", vector), Query("a", vector)], options())
     with pytest.raises(ModelError, match="8 values, the index has 24"):
-        retrieval.search(spark, base, [Query("a", vector[:8])], options(prefilter="none"))
+        search.search(spark, base, [Query("a", vector[:8])], options(prefilter="none"))
     with pytest.raises(ModelError, match="different shapes"):
-        retrieval.search(spark, base, [Query("a", vector), Query("b", vector[:8])], options())
+        search.search(spark, base, [Query("a", vector), Query("b", vector[:8])], options())
 
 
 @pytest.mark.parametrize("method", ["bounds", "scan"])
@@ -476,11 +476,11 @@ def test_object_storage_sends_what_the_plan_names_and_nothing_else(
     ]
     for values, places in modes:
         chosen = options(method=method, k=3, **values)
-        near = retrieval.search(spark, stored, [query], chosen)
+        near = search.search(spark, stored, [query], chosen)
         before = len(s3.read(bucket))
         with FaultProxy(s3.host, s3.port) as proxy:
             far = StorageSettings(endpoint=proxy.endpoint, region="us-east-1", path_style=True, attempts=3)
-            answer = retrieval.search(spark, replace(stored, files=files, storage=far), [query], chosen)
+            answer = search.search(spark, replace(stored, files=files, storage=far), [query], chosen)
         assert answer.hits.equals(near.hits)
         assert replace(answer.scanned, bytes=0) == replace(near.scanned, bytes=0)
         named = {file.uri.removeprefix(f"s3a://{bucket}/"): file.bytes for file in files if file.place in places}

@@ -31,7 +31,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_schema
 
-from cbmir_spark import config, features, fitting, model, retrieval, session, storage
+from cbmir_spark import config, features, fitting, model, search, session, storage
 from cbmir_spark import tables as t
 from cbmir_spark.config import RetrievalSettings
 from cbmir_spark.model import Projection
@@ -167,23 +167,23 @@ def store(spark: SparkSession, lake: Path, source: Path, count: int, projection:
         t.append(features.spread(made, counts, 100_000), t.FEATURES, path, rows_per_file=100_000)
 
 
-def base_at(spark: SparkSession, path: str, projection: Projection, files: config.StorageSettings) -> retrieval.Base:
+def base_at(spark: SparkSession, path: str, projection: Projection, files: config.StorageSettings) -> search.Base:
     sizes = {found.uri: found.size for found in storage.list_objects(path, files)}
     named = [DataFile(n, uri, t.place_of(uri), sizes[uri]) for n, uri in enumerate(t.live_files(spark, path))]
-    return retrieval.Base(tuple(named), 4096, projection, files)
+    return search.Base(tuple(named), 4096, projection, files)
 
 
 # --- the contestants: each gives (Q, K) squared distances ---
 
 
 def ours(
-    spark: SparkSession, base: Callable[[], retrieval.Base], asked: Floats, chosen: RetrievalSettings
-) -> tuple[NDArray[np.float64], retrieval.Scanned]:
+    spark: SparkSession, base: Callable[[], search.Base], asked: Floats, chosen: RetrievalSettings
+) -> tuple[NDArray[np.float64], search.Scanned]:
     queries = [Query(f"{number:06d}", vector, "CT", "CHEST") for number, vector in enumerate(asked)]
     squares = []
-    total = retrieval.Scanned()
-    for portion in retrieval.portions(spark, queries, chosen.k, chosen):
-        answer = retrieval.search(spark, base(), portion, chosen)
+    total = search.Scanned()
+    for portion in search.portions(spark, queries, chosen.k, chosen):
+        answer = search.search(spark, base(), portion, chosen)
         squares.append(answer.hits.column(t.DISTANCE).to_numpy() ** 2)
         total += answer.scanned
     return np.concatenate(squares).reshape(len(asked), -1), total
@@ -310,7 +310,7 @@ def main() -> None:
 
     costs: dict[str, Any] = {}
 
-    def where() -> retrieval.Base:
+    def where() -> search.Base:
         return base_at(spark, path, projection, settings.storage)
 
     for number in asked_for.queries:

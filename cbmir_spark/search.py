@@ -1,0 +1,428 @@
+"""A list of query images → the nearest images of the archive, exactly: plan → prune → bound → measure → top-k.
+
+Where each step runs. The driver reads the list and plans which partitions each query may see; only their files are
+named to any task (a join prunes nothing: measured, 8 of 8 files, design decision 1). The queries are broadcast. Tasks
+read the projections of those files and leave the pairs that bounds cannot rule out; the driver merges what they leave,
+and tasks measure those pairs by whole vectors. Where bounds rule out too little, tasks compare every vector instead.
+Either way each task gives what may be among the best, and the driver ranks that. Neither the number of tasks nor the
+order of rows can change an answer. scan_task.py holds what a task does, bounds.py and kernel.py the arithmetic.
+"""
+
+import heapq
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pyspark import Broadcast
+from pyspark.sql import SparkSession
+from pyspark.sql.pandas.types import to_arrow_schema
+
+from cbmir_spark import bounds, features, kernel, model, scan_task, storage
+from cbmir_spark import tables as t
+from cbmir_spark.bounds import Points
+from cbmir_spark.config import RetrievalSettings, StorageSettings
+from cbmir_spark.errors import InputError, ModelError
+from cbmir_spark.model import Projection
+from cbmir_spark.queries import Answered, Query, Status
+from cbmir_spark.scan_task import ANYTHING, Found, Job, Share, Within
+from cbmir_spark.vector_files import DataFile, Place, Read
+from cbmir_spark.vocabulary import UNKNOWN
+
+# Queries that are answered at a time, so that memory does not grow with the list; and hits and partial results that the
+# driver may hold of them.
+QUERIES_AT_ONCE = 8_192
+_HITS_AT_ONCE = 2_000_000
+_PARTIAL_AT_ONCE = 20_000_000
+# Files are cut into shares of at least this size: opening one again costs its footer.
+_SHARE_BYTES = 32 * 2**20
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Base:
+    """What is searched: the live files of one version of FEATURES, and how their vectors were projected."""
+
+    files: tuple[DataFile, ...]
+    dimension: int
+    projection: Projection
+    storage: StorageSettings
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """The partitions that hold rows, sorted."""
+        return tuple(sorted({file.place for file in self.files}))
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """Files that tasks opened, rows whose vectors they read, and stored bytes of all columns they read."""
+
+    files: int = 0
+    vectors: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: "Scanned") -> "Scanned":
+        return Scanned(self.files + other.files, self.vectors + other.vectors, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Hits (RESULTS_HITS, by query in the order given and rank) and one status a query, in the queries' order."""
+
+    hits: pa.Table
+    statuses: tuple[Status, ...]
+    partitions: tuple[Place, ...]
+    existing: tuple[Place, ...]
+    scanned: Scanned
+
+
+# --- plan; on the driver ---
+
+
+def plan(query: Query, options: RetrievalSettings, existing: Iterable[Place]) -> frozenset[Place]:
+    """The partitions that a query meets, of those that exist.
+
+    `tags` goes by the query's body part, or by its predicted class where the tags have none; `predicted` by the
+    predicted class. A prediction below `min_probability`, or none, widens either to the query's modality, which is
+    all that `modality` looks at. Where not even the modality is known, and under `none`, all are searched. In every
+    mode `unknown` says whether the partitions of the UNKNOWN body part are: with `include` they join the query's own.
+    A modality or body part that the query's row in the list names goes before all this.
+    """
+    modality, body_part = _sought(query, options)
+    found = set()
+    for place in existing:
+        if modality not in (None, place[0]):
+            continue
+        if place[1] == UNKNOWN and body_part != UNKNOWN:
+            if options.unknown == "include":
+                found.add(place)
+        elif body_part in (None, place[1]):
+            found.add(place)
+    return frozenset(found)
+
+
+def _sought(query: Query, options: RetrievalSettings) -> tuple[str | None, str | None]:
+    """Modality and body part to search; None for any."""
+    modality, body_part = _by_mode(query, options)
+    return query.own.modality or modality, query.own.body_part or body_part
+
+
+def _by_mode(query: Query, options: RetrievalSettings) -> tuple[str | None, str | None]:
+    if options.prefilter == "none":
+        return None, None
+    sure = query.predicted != UNKNOWN and query.probability >= options.min_probability
+    predicted_modality = query.predicted.rpartition("/")[0] if sure else ""
+    modality = query.modality if query.modality != UNKNOWN else predicted_modality or None
+    if options.prefilter == "modality":
+        return modality, None
+    if options.prefilter == "tags" and query.body_part != UNKNOWN:
+        return modality, query.body_part
+    return modality, model.body_part_of(query.predicted) if sure else None
+
+
+# --- search ---
+
+_COLUMN: Mapping[str, str | None] = {
+    "none": None,
+    "image": t.IMAGE_ID,
+    "series": t.SERIES_ID,
+    "study": t.STUDY_ID,
+    "patient": t.PATIENT_ID,
+}
+
+
+def base_of(spark: SparkSession, index: features.Index, files: StorageSettings) -> Base:
+    """The files that an index consists of, with their sizes: one listing of its folder."""
+    sizes = {found.uri: found.size for found in storage.list_objects(index.path, files)}
+    live = t.live_files(spark, index.path, index.version)
+    named = [DataFile(number, uri, t.place_of(uri), sizes[uri]) for number, uri in enumerate(live)]
+    return Base(tuple(named), index.manifest.embedding_dim, index.projection, files)
+
+
+def search(spark: SparkSession, base: Base, queries: Sequence[Query], options: RetrievalSettings) -> Answer:
+    """The nearest rows of FEATURES for each query, exactly as brute force in float64 has them.
+
+    Ties go by (distance, image_id, frame). Raises InputError where a query_id occurs twice, ModelError where queries
+    and rows have vectors of different dimension. Memory grows with the queries: see `portions` for a long list.
+    """
+    if len({query.query_id for query in queries}) != len(queries):
+        raise InputError("query_ids are not unique: each query needs a name of its own")
+    _check_dimension(queries, base)
+    existing = base.places
+    plans = [plan(query, options, existing) for query in queries]
+    candidates = np.zeros(len(queries), dtype=np.int64)
+    hits = np.zeros(len(queries), dtype=np.int64)
+    tables: list[tuple[NDArray[np.int64], pa.Table]] = []
+    total = Scanned()
+    # Lists that hold other things only once are passes of their own; nearly all queries of a list agree.
+    for unique in sorted({_unique(query, options) for query in queries}):
+        chosen = [number for number, query in enumerate(queries) if _unique(query, options) == unique]
+        answered = _pass(
+            spark, base, [queries[n] for n in chosen], [plans[n] for n in chosen], options, _COLUMN[unique]
+        )
+        numbers = np.asarray(chosen, dtype=np.int64)
+        candidates[numbers] = answered.candidates
+        hits += np.bincount(numbers[answered.query], minlength=len(queries))
+        tables.append((numbers[answered.query], answered.hits))
+        total += answered.scanned
+    statuses = tuple(
+        _answered(query, places, int(hits[number]), int(candidates[number]), options)
+        for number, (query, places) in enumerate(zip(queries, plans, strict=True))
+    )
+    return Answer(_in_order(tables), statuses, tuple(sorted(set().union(*plans))), existing, total)
+
+
+def portions(
+    spark: SparkSession, items: Sequence[_Item], k: int, options: RetrievalSettings
+) -> Iterator[Sequence[_Item]]:
+    """A list of queries in portions that can be searched in bounded memory; `k` is the most hits that one takes.
+
+    Of an empty list there is one portion, which is empty too.
+    """
+    # Tasks may leave some times k pairs of a query before their bounds are given up.
+    size = max(1, min(QUERIES_AT_ONCE, _HITS_AT_ONCE // k, _PARTIAL_AT_ONCE // (4 * k * _tasks(spark, options))))
+    for start in range(0, max(1, len(items)), size):
+        yield items[start : start + size]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    query: NDArray[np.int64]
+    hits: pa.Table
+    candidates: NDArray[np.int64]
+    scanned: Scanned
+
+
+def _pass(
+    spark: SparkSession,
+    base: Base,
+    queries: Sequence[Query],
+    plans: Sequence[frozenset[Place]],
+    options: RetrievalSettings,
+    group: str | None,
+) -> _Pass:
+    """Queries whose hit lists all hold each value of column `group` once."""
+    job = replace(_job(queries, plans, options, base, group), most_pairs=_PARTIAL_AT_ONCE // _tasks(spark, options))
+    files = [file for file in base.files if file.place in job.list_of]
+    broadcast = spark.sparkContext.broadcast(job)
+    try:
+        first = _bounded(spark, files, broadcast) if job.points is not None and files else _Bounds()
+        if first.wanted is None:
+            shares = _shares(files, _tasks(spark, options))
+            found = [each for each in _run(spark, shares, scan_task.scanned, broadcast) if each is not None]
+            candidates = sum((each.candidates for each in found), np.zeros(len(queries), dtype=np.int64))
+        else:
+            found = _run(spark, first.wanted, scan_task.measured, broadcast)
+            candidates = first.candidates
+    finally:
+        broadcast.unpersist()
+    query, hits = _ranked(queries, found, job)
+    read = sum((each.read for each in found), Read())
+    return _Pass(query, hits, candidates, Scanned(len(files), read.vectors, read.bytes + first.bytes))
+
+
+@dataclass(frozen=True)
+class _Bounds:
+    """What bounds came to: the pairs to measure, by task; None where all vectors had better be read."""
+
+    wanted: list[scan_task.Wanted] | None = None
+    candidates: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    bytes: int = 0
+
+
+def _bounded(spark: SparkSession, files: Sequence[DataFile], broadcast: Broadcast[Job]) -> _Bounds:
+    job = broadcast.value
+    # One task for each core: little is read, starting a task costs a tenth of a second, and a task that sees more of
+    # the pairs rules more of them out.
+    shares = _shares(files, spark.sparkContext.defaultParallelism)
+    parts = _run(spark, shares, scan_task.bounds, broadcast)
+    read = sum(part.read.bytes for part in parts)
+    lefts = []
+    seen = 0
+    for part in parts:
+        if part.left is None:
+            return _Bounds(bytes=read)
+        lefts.append(replace(part.left, row=seen + np.arange(len(part.left.row))))
+        seen += len(part.left.row)
+    candidates = sum((part.candidates for part in parts), np.zeros(len(job.k), dtype=np.int64))
+    left, limit = bounds.settle(bounds.join(lefts), job.k)
+    if len(left.query) * bounds.USEFUL > candidates.sum() + 8 * bounds.USEFUL * int(job.k.sum()):
+        return _Bounds(bytes=read)
+    place = np.stack(
+        [np.concatenate([getattr(part, name) for part in parts])[left.row] for name in ("file", "row_group", "row")]
+    )
+    return _Bounds(_wanted(files, place, left, limit, spark.sparkContext.defaultParallelism), candidates, read)
+
+
+def _wanted(
+    files: Sequence[DataFile], place: NDArray[np.int64], left: bounds.Left, limit: NDArray[np.float64], tasks: int
+) -> list[scan_task.Wanted]:
+    """Pairs in at most as many parts as tasks, each query's in one of them; place: (3, m) file, row group, row.
+
+    Queries whose nearest rows are neighbours go together, since they share rows.
+    """
+    order = np.lexsort((left.lower, left.query))
+    place, left = place[:, order], left.take(order)
+    begins = np.flatnonzero(np.diff(left.query, prepend=-1))
+    counts = np.diff(begins, append=len(order))
+    by_place = np.lexsort(place[::-1, begins])
+    # A query goes where half of its pairs would be, were all pairs dealt out evenly.
+    until = np.cumsum(counts[by_place])
+    task = np.empty(len(begins), dtype=np.int64)
+    task[by_place] = (until - counts[by_place] / 2) * tasks / max(1, len(order))
+    of_pair = np.repeat(task, counts)
+    wanted = []
+    for number in np.unique(task):
+        here = np.flatnonzero(of_pair == number)
+        pairs = replace(left.take(here), row=np.arange(len(here)))
+        named = set(place[0, here].tolist())
+        used = {file.number: file for file in files if file.number in named}
+        wanted.append(scan_task.Wanted(pairs, used, place[0, here], place[1, here], place[2, here], limit))
+    return wanted
+
+
+def _ranked(queries: Sequence[Query], found: Sequence[Found], job: Job) -> tuple[NDArray[np.int64], pa.Table]:
+    """The best of what all tasks found: the query of each hit, and RESULTS_HITS in the order of query and rank."""
+    schema = to_arrow_schema(t.RESULTS_HITS.schema)
+    found = [each for each in found if len(each.query)]
+    if not found:
+        return np.empty(0, dtype=np.int64), schema.empty_table()
+    rows = pa.concat_tables([each.rows for each in found])
+    starts = np.cumsum([0, *(len(each.rows) for each in found[:-1])])
+    query = np.concatenate([each.query for each in found])
+    square = np.concatenate([each.square for each in found])
+    row = np.concatenate([start + each.row for start, each in zip(starts, found, strict=True)])
+    order, _ = kernel.nearest_groups(query, square, scan_task.keys_of(rows, job.group).take(row), job.k, job.cosine)
+    query, square = query[order], square[order]
+    begins = np.flatnonzero(np.diff(query, prepend=-1))
+    rank = 1 + np.arange(len(query)) - np.repeat(begins, np.diff(begins, append=len(query)))
+    hits = rows.take(row[order])
+    own = {
+        t.QUERY_ID: pa.array([queries[number].query_id for number in query], pa.string()),
+        t.RANK: pa.array(rank, pa.int32()),
+        t.DISTANCE: pa.array(kernel.distances(square, job.cosine)),
+    }
+    columns = [own[name] if name in own else hits.column(name) for name in schema.names]
+    return query, pa.table(columns, schema.names).cast(schema)
+
+
+def _in_order(tables: Sequence[tuple[NDArray[np.int64], pa.Table]]) -> pa.Table:
+    if len(tables) == 1:
+        return tables[0][1]
+    schema = to_arrow_schema(t.RESULTS_HITS.schema)
+    together = pa.concat_tables([schema.empty_table(), *(hits for _, hits in tables)])
+    numbers = np.concatenate([np.empty(0, dtype=np.int64), *(numbers for numbers, _ in tables)])
+    return together.take(np.argsort(numbers, kind="stable"))
+
+
+def _job(
+    queries: Sequence[Query],
+    plans: Sequence[frozenset[Place]],
+    options: RetrievalSettings,
+    base: Base,
+    group: str | None,
+) -> Job:
+    meets: dict[Place, list[int]] = {}
+    for number, places in enumerate(plans):
+        for place in places:
+            meets.setdefault(place, []).append(number)
+    lists: dict[tuple[int, ...], int] = {}
+    list_of = {place: lists.setdefault(tuple(numbers), len(lists)) for place, numbers in sorted(meets.items())}
+    own: dict[str, dict[str, list[int]]] = {}
+    for number, query in enumerate(queries):
+        column = _COLUMN[query.own.exclude_same or options.exclude_same]
+        value = None if column is None else getattr(query, column)
+        if column is not None and value is not None:
+            own.setdefault(column, {}).setdefault(value, []).append(number)
+    kinds: dict[Within, int] = {}
+    within_of = [kinds.setdefault(query.own.within, len(kinds)) for query in queries]
+    free = set(kinds) <= {ANYTHING}
+    vectors = np.stack([query.vector for query in queries]) if queries else np.zeros((0, base.dimension), np.float32)
+    job = Job(
+        vectors=vectors,
+        k=np.array([query.own.k or options.k for query in queries], dtype=np.int64),
+        list_of=list_of,
+        lists=tuple(np.array(numbers, dtype=np.int64) for numbers in lists),
+        own=own,
+        within=() if free else tuple(kinds),
+        within_of=np.array(within_of, dtype=np.int64),
+        group=group,
+        imputed=options.imputed == "include",
+        cosine=options.metric == "cosine",
+        block_bytes=options.block_mb * 2**20,
+        storage=base.storage,
+    )
+    if options.method == "scan" or job.cosine or not queries:
+        return job
+    return replace(job, points=Points.of(*base.projection.apply(vectors)), defect=base.projection.defect)
+
+
+def _unique(query: Query, options: RetrievalSettings) -> str:
+    return query.own.unique or options.unique
+
+
+def _tasks(spark: SparkSession, options: RetrievalSettings) -> int:
+    return options.tasks_per_core * spark.sparkContext.defaultParallelism
+
+
+def _shares(files: Sequence[DataFile], tasks: int) -> list[list[Share]]:
+    """Files cut into shares, which are spread over at most so many tasks by their bytes, biggest first."""
+    if not files:
+        return []
+    size = max(_SHARE_BYTES, sum(file.bytes for file in files) // tasks)
+    shares = []
+    for file in files:
+        count = math.ceil(file.bytes / size)
+        shares += [(file.bytes / count, Share(file, part, count)) for part in range(count)]
+    loads: list[tuple[float, int]] = [(0.0, number) for number in range(min(tasks, len(shares)))]
+    spread: list[list[Share]] = [[] for _ in loads]
+    for weight, share in sorted(shares, key=lambda each: -each[0]):
+        load, number = heapq.heappop(loads)
+        spread[number].append(share)
+        heapq.heappush(loads, (load + weight, number))
+    # Rows come in the order of files within a task, so that what a file's lists of queries share is used.
+    return [sorted(each, key=lambda share: (share.file.number, share.part)) for each in spread]
+
+
+def _run(
+    spark: SparkSession,
+    items: Sequence[_Item],
+    task: Callable[[_Item, Job], _Result],
+    broadcast: Broadcast[Job],
+) -> list[_Result]:
+    """One task for each item; what they return, in order."""
+    if not items:
+        return []
+    given = spark.sparkContext.parallelize(items, len(items))
+    return given.map(lambda each: task(each, broadcast.value)).collect()
+
+
+def _check_dimension(queries: Sequence[Query], base: Base) -> None:
+    shapes = {query.vector.shape for query in queries}
+    if len(shapes) > 1:
+        raise ModelError(f"the queries have vectors of different shapes {sorted(shapes)}: embed them by one model")
+    if shapes and shapes != {(base.dimension,)}:
+        raise ModelError(
+            f"the queries have vectors of {shapes.pop()[0]} values, the index has {base.dimension}: they are of "
+            "different models; search the index of the queries' model"
+        )
+
+
+def _answered(query: Query, places: frozenset[Place], hits: int, candidates: int, options: RetrievalSettings) -> Status:
+    named = tuple("/".join(place) for place in sorted(places))
+    if hits:
+        return Status(query.query_id, Answered.ANSWERED, None, named, candidates, hits)
+    if places:
+        own = "" if query.own.within == ANYTHING else "; sex, age or year as the row asks"
+        excluded = query.own.exclude_same or options.exclude_same
+        reason = f"nothing is left of the searched partitions (exclude_same {excluded}{own})"
+    else:
+        sought = "/".join(part or "any" for part in _sought(query, options))
+        reason = f"the index has no partition for {sought} (prefilter {options.prefilter}, unknown {options.unknown})"
+    return Status(query.query_id, Answered.NO_CANDIDATES, reason, named, candidates, 0)
