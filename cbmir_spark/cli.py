@@ -175,6 +175,7 @@ def vocabulary(
 @app.command()
 def retrieve(
     queries: Annotated[str | None, typer.Option(help="CSV or Parquet: query_id and uri, image_id or UID.")] = None,
+    level: Annotated[str | None, typer.Option(help="What is compared: image, or series.")] = None,
     k: Annotated[int | None, typer.Option("--k", help="Hits for each query.")] = None,
     prefilter: Annotated[str | None, typer.Option(help="tags, predicted, modality or none.")] = None,
     to: Annotated[str | None, typer.Option("--out", help="Folder for hits, statuses and gallery.")] = None,
@@ -187,8 +188,9 @@ def retrieve(
     lake: LakeUri = None,
     as_json: AsJson = False,
 ) -> None:
-    """Answer a list of query images with the nearest images of the archive."""
-    flags = {"queries": queries, "k": k, "prefilter": prefilter, "out": to, "model": model, "csv": csv or None}
+    """Answer a list of query images, or series, with the nearest ones of the archive."""
+    flags = {"queries": queries, "level": level, "k": k, "prefilter": prefilter, "out": to, "model": model}
+    flags["csv"] = csv or None
     settings = _settings(
         config, overrides, {"lake.uri": lake} | {f"retrieval.{name}": value for name, value in flags.items()}
     )

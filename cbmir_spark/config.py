@@ -173,10 +173,12 @@ class IndexSettings(_Section):
 class RetrievalSettings(_Section):
     model: str | None
     queries: str | None
+    level: Literal["image", "series"]
     roots: list[str]
     k: Annotated[int, Field(ge=1, le=MOST_HITS)]
     metric: Literal["euclidean", "cosine"]
     method: Literal["bounds", "scan"]
+    series_candidates: Positive
     prefilter: Prefilter
     imputed: Choice
     unknown: Choice

@@ -127,7 +127,7 @@ class Search:
         if queries.shape[1] > _MOST_COLUMNS:
             raise ValueError(f"vectors of {queries.shape[1]} columns; the error bound holds up to {_MOST_COLUMNS}")
         self._cosine = cosine
-        self._exact = _of_length_one(queries) if cosine else queries
+        self._exact = of_length_one(queries) if cosine else queries
         self._queries = self._exact.astype(np.float32)
         self._squares = square_norms(self._queries)
         self._k = k
@@ -162,7 +162,7 @@ class Search:
             if order is not None:
                 numbers, vectors, keys = order, vectors[order], keys.take(order)
                 hidden = None if hidden is None else hidden.reordered(order)
-        exact = _of_length_one(vectors) if self._cosine else vectors
+        exact = of_length_one(vectors) if self._cosine else vectors
         vectors = exact.astype(np.float32, copy=False)
         norms = square_norms(vectors)
         found_queries, found_rows = [], []
@@ -300,7 +300,7 @@ def smallest(values: Floats, k: Numbers) -> Doubles:
     return found.astype(np.float64)
 
 
-def _of_length_one(vectors: Floats) -> Doubles:
+def of_length_one(vectors: Floats) -> Doubles:
     """(n, D) float32 → (n, D) float64 of length one, by the same sums whatever rows are beside a row."""
     rows = np.arange(len(vectors))
     lengths = np.sqrt(squares(np.zeros((1, vectors.shape[1]), np.float32), vectors, np.zeros_like(rows), rows))

@@ -6,6 +6,7 @@ went through. What is wrong with a row becomes its status; it never costs the ot
 
 import csv
 import io
+import itertools
 import math
 import re
 from collections import Counter
@@ -44,7 +45,12 @@ from cbmir_spark.vector_files import Place
 from cbmir_spark.vocabulary import UNKNOWN
 
 SOP_INSTANCE_UID = "sop_instance_uid"
-NAMING = (t.URI, t.IMAGE_ID, SOP_INSTANCE_UID)
+SERIES_INSTANCE_UID = "series_instance_uid"
+# What a row may name its query by, at each level.
+NAMING = {
+    "image": (t.URI, t.IMAGE_ID, SOP_INSTANCE_UID),
+    "series": (t.SERIES_ID, SERIES_INSTANCE_UID, t.IMAGE_ID, SOP_INSTANCE_UID),
+}
 K, EXCLUDE_SAME, UNIQUE = "k", "exclude_same", "unique"
 AGE_MIN, AGE_MAX, YEAR_MIN, YEAR_MAX = "age_min", "age_max", "year_min", "year_max"
 # What a row may ask for otherwise than the settings do.
@@ -55,7 +61,7 @@ QUERIES_PER_TASK = 64
 # Longer cells hold no identifier and no path.
 LONGEST_CELL = 4096
 
-_IMAGE_ID = re.compile(r"[0-9a-f]{32}")
+_PSEUDONYM = re.compile(r"[0-9a-f]{32}")
 _UID = re.compile(r"[0-9.]{1,64}")
 _FRAME_NUMBER = re.compile(r"[0-9]{1,9}")
 # Parquet may hold whole numbers as floating ones.
@@ -147,9 +153,9 @@ class QueryList:
     ignored: tuple[str, ...]
 
 
-def read_queries(uri: str, files: StorageSettings) -> QueryList:
-    """A CSV or Parquet query list: `query_id` and one of uri, image_id, sop_instance_uid in each row; `frame` and
-    the columns of OWN if asked.
+def read_queries(uri: str, files: StorageSettings, level: str = "image") -> QueryList:
+    """A CSV or Parquet query list: `query_id` and one of the level's NAMING in each row; `frame`, which counts for
+    images alone, and the columns of OWN if asked.
 
     A row that cannot be used becomes a status and hinders no other. Raises InputError where the list itself cannot be
     used, naming the columns that are missing and those that are there.
@@ -166,13 +172,14 @@ def read_queries(uri: str, files: StorageSettings) -> QueryList:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"query list {uri} cannot be read as CSV (in UTF-8) or Parquet: {reason}") from None
     missing = [] if t.QUERY_ID in columns else [t.QUERY_ID]
-    missing += [] if set(NAMING) & set(columns) else [f"one of {', '.join(NAMING)}"]
+    naming = NAMING[level]
+    missing += [] if set(naming) & set(columns) else [f"one of {', '.join(naming)}"]
     if missing:
         there = ", ".join(name[:64] for name in columns[:20]) or "nothing"
         raise InputError(f"query list {uri} lacks column {' and '.join(missing)}; it has {there}")
     times = Counter(row.get(t.QUERY_ID) for row in rows)
-    asked = [_asked(number, row, times[row.get(t.QUERY_ID)]) for number, row in enumerate(rows, start=1)]
-    known = {t.QUERY_ID, t.FRAME, *NAMING, *OWN}
+    asked = [_asked(number, row, times[row.get(t.QUERY_ID)], naming) for number, row in enumerate(rows, start=1)]
+    known = {t.QUERY_ID, t.FRAME, *naming, *OWN}
     return QueryList(tuple(asked), tuple(name for name in columns if name not in known))
 
 
@@ -201,7 +208,8 @@ def _csv_rows(content: bytes) -> tuple[list[str], list[dict[str, str]]]:
 def _parquet_rows(content: bytes) -> tuple[list[str], list[dict[str, str]]]:
     columns = pa.parquet.read_schema(io.BytesIO(content)).names
     _check_unique(columns)
-    wanted = [name for name in (t.QUERY_ID, t.FRAME, *NAMING, *OWN) if name in columns]
+    known = {t.QUERY_ID, t.FRAME, *itertools.chain(*NAMING.values()), *OWN}
+    wanted = [name for name in columns if name in known]
     table = pa.parquet.read_table(io.BytesIO(content), columns=wanted)
     text = table.cast(pa.schema([(name, pa.string()) for name in table.column_names]))
     return columns, [{name: cell for name, cell in row.items() if cell} for row in text.to_pylist()]
@@ -213,9 +221,9 @@ def _check_unique(columns: Sequence[str]) -> None:
         raise csv.Error(f"column {twice[0]} occurs more than once")
 
 
-def _asked(number: int, row: Mapping[str, str], times: int) -> Wanted | Status:
+def _asked(number: int, row: Mapping[str, str], times: int, names: Sequence[str]) -> Wanted | Status:
     query_id, frame = row.get(t.QUERY_ID, ""), row.get(t.FRAME)
-    given = {name: row[name] for name in NAMING if name in row}
+    given = {name: row[name] for name in names if name in row}
     problem = None
     if _CELLS in row:
         problem = f"row {number} has {row[_CELLS]} cells, the header has another number"
@@ -226,7 +234,7 @@ def _asked(number: int, row: Mapping[str, str], times: int) -> Wanted | Status:
     elif times > 1:
         problem = f"query_id occurs {times} times"
     elif len(given) != 1:
-        problem = f"{' and '.join(given) or 'none'} of {', '.join(NAMING)} given; give one"
+        problem = f"{' and '.join(given) or 'none'} of {', '.join(names)} given; give one"
     elif frame is not None and not _FRAME_NUMBER.fullmatch(frame):
         problem = "frame is not a number from 0"
     if problem is None:
@@ -286,10 +294,10 @@ def _quoted(cell: str) -> str:
 
 def _unfit(naming: str, value: str) -> str | None:
     """Why a cell cannot name an image, None where it can."""
-    if naming == t.IMAGE_ID:
-        return None if _IMAGE_ID.fullmatch(value) else "image_id is not 32 hexadecimal digits"
-    if naming == SOP_INSTANCE_UID:
-        return None if _UID.fullmatch(value) else "sop_instance_uid is not a UID"
+    if naming in (t.IMAGE_ID, t.SERIES_ID):
+        return None if _PSEUDONYM.fullmatch(value) else f"{naming} is not 32 hexadecimal digits"
+    if naming in (SOP_INSTANCE_UID, SERIES_INSTANCE_UID):
+        return None if _UID.fullmatch(value) else f"{naming} is not a UID"
     if len(value) > LONGEST_CELL or not value.isprintable():
         return "uri is too long or holds control characters"
     try:
@@ -334,7 +342,7 @@ def resolve(
 def _look_up(spark: SparkSession, rows: Sequence[Wanted], index: Index, settings: Settings) -> Resolved:
     if not rows:
         return Resolved()
-    names = _pseudonyms(spark, settings) if any(row.naming == SOP_INSTANCE_UID for row in rows) else None
+    names = pseudonyms_of(spark, settings) if any(row.naming == SOP_INSTANCE_UID for row in rows) else None
     image_of = {
         row.query_id: names.image(row.value) if names is not None and row.naming == SOP_INSTANCE_UID else row.value
         for row in rows
@@ -548,7 +556,7 @@ def _reader(spark: SparkSession, index: Index, settings: Settings, pictured: fro
         settings.ingest,
         preprocessing,
         settings.vocabulary.body_parts,
-        _pseudonyms(spark, settings),
+        pseudonyms_of(spark, settings),
         t.tombstones(spark, t.Lake.of(settings)),
     )
     return Reader(index.folder, tuple(storage.canonical(root) for root in roots), parser, pictured)
@@ -563,7 +571,7 @@ def _in_archive(spark: SparkSession, settings: Settings, uris: Sequence[str]) ->
     return {row[t.URI] for row in sources.select(t.URI).join(F.broadcast(asked), on=t.URI, how="left_semi").collect()}
 
 
-def _pseudonyms(spark: SparkSession, settings: Settings) -> Pseudonyms:
+def pseudonyms_of(spark: SparkSession, settings: Settings) -> Pseudonyms:
     lake = t.Lake.of(settings)
     names = pseudonyms.of(settings, storage.local_path(lake.vault) if storage.is_local(lake.vault) else None)
     pinned = t.require_published(spark, lake)

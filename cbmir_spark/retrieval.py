@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pyspark.sql import SparkSession
 from pyspark.sql.pandas.types import to_arrow_schema
 
-from cbmir_spark import features, report, sheets, storage
+from cbmir_spark import features, report, sheets, storage, volumes
 from cbmir_spark import tables as t
 from cbmir_spark.config import Settings, StorageSettings
 from cbmir_spark.errors import InputError, TableError
@@ -61,7 +61,7 @@ def run(spark: SparkSession, settings: Settings) -> Report:
     out = storage.canonical(options.out or storage.join(lake.uri, "results", record.run_id))
     _check_free(out, settings.storage)
     with record.stage("read"):
-        asked = read_queries(options.queries, settings.storage)
+        asked = read_queries(options.queries, settings.storage, options.level)
         index = features.open_index(spark, settings)
         base = base_of(spark, index, settings.storage)
     # By one name for each place of the list, since a bad row may have any.
@@ -72,10 +72,18 @@ def run(spark: SparkSession, settings: Settings) -> Report:
     scanned = Scanned()
     most = max([options.k, *(row.own.k or 0 for row in asked.rows if isinstance(row, Wanted))])
     for number, rows in enumerate(portions(spark, asked.rows, most, options)):
-        with record.stage("resolve"):
-            resolved = resolve(spark, [row for row in rows if isinstance(row, Wanted)], index, settings, pictured)
-        with record.stage("search"):
-            answer = search(spark, base, list(resolved.queries.values()), options)
+        wanted = [row for row in rows if isinstance(row, Wanted)]
+        if options.level == "series":
+            with record.stage("resolve"):
+                series = volumes.resolve(spark, wanted, index, base, settings)
+                resolved = series.resolved
+            with record.stage("search"):
+                answer = volumes.search(spark, base, list(resolved.queries.values()), series.volumes, options)
+        else:
+            with record.stage("resolve"):
+                resolved = resolve(spark, wanted, index, settings, pictured)
+            with record.stage("search"):
+                answer = search(spark, base, list(resolved.queries.values()), options)
         by_id = {**resolved.failed, **{status.query_id: status for status in answer.statuses}}
         statuses += [by_id[row.query_id] if isinstance(row, Wanted) else row for row in rows]
         with record.stage("write"):
@@ -91,6 +99,7 @@ def run(spark: SparkSession, settings: Settings) -> Report:
         with record.stage("gallery"):
             facts = {
                 "model": index.manifest.model_id,
+                "level": options.level,
                 "prefilter": options.prefilter,
                 "k": options.k,
                 "metric": options.metric,

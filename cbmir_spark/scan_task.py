@@ -171,16 +171,16 @@ def bounds(shares: Sequence[Share], job: Job) -> Bounded:
             for row_groups in file.portions(share.part, share.of, _ROWS_AT_ONCE):
                 rows = file.table(row_groups, (t.RESIDUAL_NORM, *job.columns()))
                 coordinates = file.vectors(t.PROJECTION, row_groups, directions)
-                places.append(_places(file, share.file.number, row_groups))
+                places.append(places_of(file, share.file.number, row_groups))
                 if not job.imputed:
-                    kept = _not_imputed(rows)
+                    kept = not_imputed(rows)
                     rows, coordinates = rows.filter(pa.array(kept)), coordinates[kept]
                     places[-1] = places[-1][:, kept]
                 search.add(
                     Points.of(coordinates, rows.column(t.RESIDUAL_NORM).to_numpy()),
                     _groups(rows, job.group),
                     job.lists[job.list_of[share.file.place]],
-                    _hidden(rows, job),
+                    hidden(rows, job),
                 )
                 if search.hopeless:
                     nothing = np.empty(0, dtype=np.int64)
@@ -223,7 +223,7 @@ def measured(wanted: Wanted, job: Job) -> Found:
                 best, kth = bounds_room.settle(bounds_room.join([best, found]), job.k)
                 limit = np.minimum(limit, kth)
             first, last = last, last * _MORE_TURNS
-        rows, row = _shown(wanted, best.row, files)
+        rows, row = shown(files, wanted.file[best.row], wanted.row_group[best.row], wanted.row[best.row])
         read = sum((file.read for file in files.values()), Read())
     return Found(best.query, best.lower, row, rows, np.zeros(len(job.k), dtype=np.int64), read)
 
@@ -257,23 +257,23 @@ def _vectors(
     return vectors, np.cumsum(is_first) - 1
 
 
-def _shown(
-    wanted: Wanted, pairs: NDArray[np.int64], files: Mapping[int, VectorFile]
+def shown(
+    files: Mapping[int, VectorFile], file: NDArray[np.int64], row_group: NDArray[np.int64], row: NDArray[np.int64]
 ) -> tuple[pa.Table, NDArray[np.int64]]:
-    """SHOWN columns and partitions of the rows of some pairs, each row once, and which one is each pair's."""
+    """SHOWN columns and partitions of n rows, each row once, and which one is each of the n; files by their number."""
     tables = []
-    row = np.empty(len(pairs), dtype=np.int64)
+    found = np.empty(len(file), dtype=np.int64)
     seen = 0
-    for number in np.unique(wanted.file[pairs]):
-        here = np.flatnonzero(wanted.file[pairs] == number)
-        row_groups, group = np.unique(wanted.row_group[pairs[here]], return_inverse=True)
+    for number in np.unique(file):
+        here = np.flatnonzero(file == number)
+        row_groups, group = np.unique(row_group[here], return_inverse=True)
         starts = np.cumsum([0, *(files[number].rows_of(int(each)) for each in row_groups[:-1])])
-        taken, place = np.unique(starts[group] + wanted.row[pairs[here]], return_inverse=True)
+        taken, place = np.unique(starts[group] + row[here], return_inverse=True)
         rows = files[number].table([int(each) for each in row_groups], SHOWN).take(taken)
-        tables.append(_placed(rows, wanted.files[number].place))
-        row[here] = seen + place
+        tables.append(placed(rows, files[number].place))
+        found[here] = seen + place
         seen += len(taken)
-    return pa.concat_tables(tables), row
+    return pa.concat_tables(tables), found
 
 
 def scanned(shares: Sequence[Share], job: Job) -> Found | None:
@@ -289,15 +289,15 @@ def scanned(shares: Sequence[Share], job: Job) -> Found | None:
         for vectors, rows, took in _blocks(share, job):
             read += took
             if not job.imputed:
-                known = _not_imputed(rows)
+                known = not_imputed(rows)
                 vectors, rows = vectors[known], rows.filter(pa.array(known))
             before = search.rows_seen
             asked = job.lists[job.list_of[share.file.place]]
-            search.add(vectors, keys_of(rows, job.group), asked, _hidden(rows, job))
+            search.add(vectors, keys_of(rows, job.group), asked, hidden(rows, job))
             # Rows that can no longer be results are dropped.
-            shown = _placed(rows.select(SHOWN), share.file.place)
+            new = placed(rows.select(SHOWN), share.file.place)
             numbers = np.concatenate([numbers, np.arange(before, search.rows_seen)])
-            kept = shown if kept is None else pa.concat_tables([kept, shown])
+            kept = new if kept is None else pa.concat_tables([kept, new])
             places = np.searchsorted(numbers, search.rows)
             numbers, kept = numbers[places], kept.take(places)
     if kept is None:
@@ -338,7 +338,7 @@ def _groups(rows: pa.Table, group: str | None) -> NDArray[np.bytes_] | None:
     return None if group is None else np.array(rows.column(group).to_pylist(), dtype=np.bytes_)
 
 
-def _hidden(rows: pa.Table, job: Job) -> kernel.Hidden | None:
+def hidden(rows: pa.Table, job: Job) -> kernel.Hidden | None:
     """Which of the rows some queries must not meet."""
     pairs = {
         (query, row)
@@ -355,17 +355,17 @@ def _hidden(rows: pa.Table, job: Job) -> kernel.Hidden | None:
     return kernel.Hidden(paired, np.stack([within.bars(rows) for within in job.within]), job.within_of)
 
 
-def _not_imputed(rows: pa.Table) -> NDArray[np.bool_]:
+def not_imputed(rows: pa.Table) -> NDArray[np.bool_]:
     return np.array([source != t.FROM_PREDICTION for source in rows.column(t.BODY_PART_SOURCE).to_pylist()], dtype=bool)
 
 
-def _placed(rows: pa.Table, place: Place) -> pa.Table:
+def placed(rows: pa.Table, place: Place) -> pa.Table:
     for name, value in zip((t.MODALITY, t.BODY_PART), place, strict=True):
         rows = rows.append_column(name, pa.repeat(value, len(rows)))
     return rows
 
 
-def _places(file: VectorFile, number: int, row_groups: Sequence[int]) -> NDArray[np.int64]:
+def places_of(file: VectorFile, number: int, row_groups: Sequence[int]) -> NDArray[np.int64]:
     """(3, n) file, row group and row within it of each row."""
     counts = [file.rows_of(group) for group in row_groups]
     return np.stack(

@@ -35,12 +35,14 @@ from cbmir_spark.vocabulary import UNKNOWN
 # Queries that are answered at a time, so that memory does not grow with the list; and hits and partial results that the
 # driver may hold of them.
 QUERIES_AT_ONCE = 8_192
+SERIES_AT_ONCE = 512
 _HITS_AT_ONCE = 2_000_000
 _PARTIAL_AT_ONCE = 20_000_000
 # Files are cut into shares of at least this size: opening one again costs its footer.
 _SHARE_BYTES = 32 * 2**20
 
 _Item = TypeVar("_Item")
+_Sent = TypeVar("_Sent")
 _Result = TypeVar("_Result")
 
 
@@ -128,7 +130,8 @@ def _by_mode(query: Query, options: RetrievalSettings) -> tuple[str | None, str 
 
 # --- search ---
 
-_COLUMN: Mapping[str, str | None] = {
+# What `unique` and `exclude_same` look at.
+COLUMN_OF: Mapping[str, str | None] = {
     "none": None,
     "image": t.IMAGE_ID,
     "series": t.SERIES_ID,
@@ -161,10 +164,10 @@ def search(spark: SparkSession, base: Base, queries: Sequence[Query], options: R
     tables: list[tuple[NDArray[np.int64], pa.Table]] = []
     total = Scanned()
     # Lists that hold other things only once are passes of their own; nearly all queries of a list agree.
-    for unique in sorted({_unique(query, options) for query in queries}):
-        chosen = [number for number, query in enumerate(queries) if _unique(query, options) == unique]
+    for unique in sorted({unique_of(query, options) for query in queries}):
+        chosen = [number for number, query in enumerate(queries) if unique_of(query, options) == unique]
         answered = _pass(
-            spark, base, [queries[n] for n in chosen], [plans[n] for n in chosen], options, _COLUMN[unique]
+            spark, base, [queries[n] for n in chosen], [plans[n] for n in chosen], options, COLUMN_OF[unique]
         )
         numbers = np.asarray(chosen, dtype=np.int64)
         candidates[numbers] = answered.candidates
@@ -172,10 +175,10 @@ def search(spark: SparkSession, base: Base, queries: Sequence[Query], options: R
         tables.append((numbers[answered.query], answered.hits))
         total += answered.scanned
     statuses = tuple(
-        _answered(query, places, int(hits[number]), int(candidates[number]), options)
+        status_of(query, places, int(hits[number]), int(candidates[number]), options)
         for number, (query, places) in enumerate(zip(queries, plans, strict=True))
     )
-    return Answer(_in_order(tables), statuses, tuple(sorted(set().union(*plans))), existing, total)
+    return Answer(in_order(tables), statuses, tuple(sorted(set().union(*plans))), existing, total)
 
 
 def portions(
@@ -186,7 +189,9 @@ def portions(
     Of an empty list there is one portion, which is empty too.
     """
     # Tasks may leave some times k pairs of a query before their bounds are given up.
-    size = max(1, min(QUERIES_AT_ONCE, _HITS_AT_ONCE // k, _PARTIAL_AT_ONCE // (4 * k * _tasks(spark, options))))
+    size = max(1, min(QUERIES_AT_ONCE, _HITS_AT_ONCE // k, _PARTIAL_AT_ONCE // (4 * k * tasks_of(spark, options))))
+    # Of each query series tasks tell the driver where the frames of its candidates are.
+    size = min(size, SERIES_AT_ONCE) if options.level == "series" else size
     for start in range(0, max(1, len(items)), size):
         yield items[start : start + size]
 
@@ -208,17 +213,17 @@ def _pass(
     group: str | None,
 ) -> _Pass:
     """Queries whose hit lists all hold each value of column `group` once."""
-    job = replace(_job(queries, plans, options, base, group), most_pairs=_PARTIAL_AT_ONCE // _tasks(spark, options))
+    job = replace(job_of(queries, plans, options, base, group), most_pairs=_PARTIAL_AT_ONCE // tasks_of(spark, options))
     files = [file for file in base.files if file.place in job.list_of]
     broadcast = spark.sparkContext.broadcast(job)
     try:
         first = _bounded(spark, files, broadcast) if job.points is not None and files else _Bounds()
         if first.wanted is None:
-            shares = _shares(files, _tasks(spark, options))
-            found = [each for each in _run(spark, shares, scan_task.scanned, broadcast) if each is not None]
+            shares = shares_of(files, tasks_of(spark, options))
+            found = [each for each in run_tasks(spark, shares, scan_task.scanned, broadcast) if each is not None]
             candidates = sum((each.candidates for each in found), np.zeros(len(queries), dtype=np.int64))
         else:
-            found = _run(spark, first.wanted, scan_task.measured, broadcast)
+            found = run_tasks(spark, first.wanted, scan_task.measured, broadcast)
             candidates = first.candidates
     finally:
         broadcast.unpersist()
@@ -240,8 +245,8 @@ def _bounded(spark: SparkSession, files: Sequence[DataFile], broadcast: Broadcas
     job = broadcast.value
     # One task for each core: little is read, starting a task costs a tenth of a second, and a task that sees more of
     # the pairs rules more of them out.
-    shares = _shares(files, spark.sparkContext.defaultParallelism)
-    parts = _run(spark, shares, scan_task.bounds, broadcast)
+    shares = shares_of(files, spark.sparkContext.defaultParallelism)
+    parts = run_tasks(spark, shares, scan_task.bounds, broadcast)
     read = sum(part.read.bytes for part in parts)
     lefts = []
     seen = 0
@@ -289,10 +294,9 @@ def _wanted(
 
 def _ranked(queries: Sequence[Query], found: Sequence[Found], job: Job) -> tuple[NDArray[np.int64], pa.Table]:
     """The best of what all tasks found: the query of each hit, and RESULTS_HITS in the order of query and rank."""
-    schema = to_arrow_schema(t.RESULTS_HITS.schema)
     found = [each for each in found if len(each.query)]
     if not found:
-        return np.empty(0, dtype=np.int64), schema.empty_table()
+        return np.empty(0, dtype=np.int64), to_arrow_schema(t.RESULTS_HITS.schema).empty_table()
     rows = pa.concat_tables([each.rows for each in found])
     starts = np.cumsum([0, *(len(each.rows) for each in found[:-1])])
     query = np.concatenate([each.query for each in found])
@@ -300,19 +304,26 @@ def _ranked(queries: Sequence[Query], found: Sequence[Found], job: Job) -> tuple
     row = np.concatenate([start + each.row for start, each in zip(starts, found, strict=True)])
     order, _ = kernel.nearest_groups(query, square, scan_task.keys_of(rows, job.group).take(row), job.k, job.cosine)
     query, square = query[order], square[order]
+    return query, hits_of(queries, query, kernel.distances(square, job.cosine), rows.take(row[order]))
+
+
+def hits_of(
+    queries: Sequence[Query], query: NDArray[np.int64], distance: NDArray[np.float64], rows: pa.Table
+) -> pa.Table:
+    """RESULTS_HITS of n hits in the order of query and rank; query, distance: (n,); rows: SHOWN and partitions."""
+    schema = to_arrow_schema(t.RESULTS_HITS.schema)
     begins = np.flatnonzero(np.diff(query, prepend=-1))
     rank = 1 + np.arange(len(query)) - np.repeat(begins, np.diff(begins, append=len(query)))
-    hits = rows.take(row[order])
     own = {
         t.QUERY_ID: pa.array([queries[number].query_id for number in query], pa.string()),
         t.RANK: pa.array(rank, pa.int32()),
-        t.DISTANCE: pa.array(kernel.distances(square, job.cosine)),
+        t.DISTANCE: pa.array(distance),
     }
-    columns = [own[name] if name in own else hits.column(name) for name in schema.names]
-    return query, pa.table(columns, schema.names).cast(schema)
+    columns = [own[name] if name in own else rows.column(name) for name in schema.names]
+    return pa.table(columns, schema.names).cast(schema)
 
 
-def _in_order(tables: Sequence[tuple[NDArray[np.int64], pa.Table]]) -> pa.Table:
+def in_order(tables: Sequence[tuple[NDArray[np.int64], pa.Table]]) -> pa.Table:
     if len(tables) == 1:
         return tables[0][1]
     schema = to_arrow_schema(t.RESULTS_HITS.schema)
@@ -321,7 +332,7 @@ def _in_order(tables: Sequence[tuple[NDArray[np.int64], pa.Table]]) -> pa.Table:
     return together.take(np.argsort(numbers, kind="stable"))
 
 
-def _job(
+def job_of(
     queries: Sequence[Query],
     plans: Sequence[frozenset[Place]],
     options: RetrievalSettings,
@@ -336,7 +347,7 @@ def _job(
     list_of = {place: lists.setdefault(tuple(numbers), len(lists)) for place, numbers in sorted(meets.items())}
     own: dict[str, dict[str, list[int]]] = {}
     for number, query in enumerate(queries):
-        column = _COLUMN[query.own.exclude_same or options.exclude_same]
+        column = COLUMN_OF[query.own.exclude_same or options.exclude_same]
         value = None if column is None else getattr(query, column)
         if column is not None and value is not None:
             own.setdefault(column, {}).setdefault(value, []).append(number)
@@ -363,15 +374,15 @@ def _job(
     return replace(job, points=Points.of(*base.projection.apply(vectors)), defect=base.projection.defect)
 
 
-def _unique(query: Query, options: RetrievalSettings) -> str:
+def unique_of(query: Query, options: RetrievalSettings) -> str:
     return query.own.unique or options.unique
 
 
-def _tasks(spark: SparkSession, options: RetrievalSettings) -> int:
+def tasks_of(spark: SparkSession, options: RetrievalSettings) -> int:
     return options.tasks_per_core * spark.sparkContext.defaultParallelism
 
 
-def _shares(files: Sequence[DataFile], tasks: int) -> list[list[Share]]:
+def shares_of(files: Sequence[DataFile], tasks: int) -> list[list[Share]]:
     """Files cut into shares, which are spread over at most so many tasks by their bytes, biggest first."""
     if not files:
         return []
@@ -390,11 +401,11 @@ def _shares(files: Sequence[DataFile], tasks: int) -> list[list[Share]]:
     return [sorted(each, key=lambda share: (share.file.number, share.part)) for each in spread]
 
 
-def _run(
+def run_tasks(
     spark: SparkSession,
     items: Sequence[_Item],
-    task: Callable[[_Item, Job], _Result],
-    broadcast: Broadcast[Job],
+    task: Callable[[_Item, _Sent], _Result],
+    broadcast: Broadcast[_Sent],
 ) -> list[_Result]:
     """One task for each item; what they return, in order."""
     if not items:
@@ -414,7 +425,7 @@ def _check_dimension(queries: Sequence[Query], base: Base) -> None:
         )
 
 
-def _answered(query: Query, places: frozenset[Place], hits: int, candidates: int, options: RetrievalSettings) -> Status:
+def status_of(query: Query, places: frozenset[Place], hits: int, candidates: int, options: RetrievalSettings) -> Status:
     named = tuple("/".join(place) for place in sorted(places))
     if hits:
         return Status(query.query_id, Answered.ANSWERED, None, named, candidates, hits)

@@ -63,6 +63,7 @@ class VectorFile:
     """An open file. `read` counts the vectors and the bytes that were taken from it."""
 
     def __init__(self, file: DataFile, files: StorageSettings) -> None:
+        self.place = file.place
         self._source: _Source
         if storage.is_local(file.uri):
             path = storage.local_path(file.uri)

@@ -107,10 +107,10 @@ def test_a_saved_model_loads_to_the_same_vectors_and_scores() -> None:
     assert loaded.manifest == files.manifest
     assert loaded.manifest.model_id == f"alexnet-small-{hashlib.sha256(files.weights).hexdigest()[:12]}"
     torch.manual_seed(0)
-    original = networks.build("alexnet-small", len(CLASSES)).eval()
+    original = networks.build("alexnet-small", len(CLASSES)).eval().to(memory_format=torch.channels_last)
     embedded = model.embed_batches(loaded, pictures(16))
     with torch.inference_mode():
-        x = original.to_input(torch.from_numpy(pictures(16)))
+        x = original.to_input(torch.from_numpy(pictures(16))).contiguous(memory_format=torch.channels_last)
         assert np.array_equal(embedded.vectors, original.embed(x).numpy())
         assert np.allclose(embedded.scores, torch.softmax(original(x), 1).numpy(), atol=1e-6)
 
