@@ -298,6 +298,59 @@ def test_a_list_without_rows_has_an_answer_without_rows(spark: SparkSession, arc
     assert (report.queries, report.files_read) == (0, 0)
 
 
+def test_a_list_of_series_is_answered_with_series(spark: SparkSession, archive: Settings, tmp_path: Path) -> None:
+    dcm = Path(str(archive.ingest.archive))
+    header = pydicom.dcmread(dcm / "more1.dcm")
+    names = pseudonyms.of(archive, storage.local_path(t.Lake.of(archive).vault))
+    image, uid = names.image(str(header.SOPInstanceUID)), str(header.SeriesInstanceUID)
+    series = names.of_kind("series", uid)
+    lines = [
+        "query_id,series_id,series_instance_uid,image_id,sop_instance_uid,k",
+        f"series,{series},,,,",
+        f"uid,,{uid},,,",
+        f"image,,,{image},,",
+        f"sop,,,,{header.SOPInstanceUID},",
+        f"two,{series},,,,2",
+        f"stranger,{ID},,,,",
+        f"strange image,,,{ID},,",
+        "no pseudonym,CT,,,,",
+        f"both,{series},,{image},,",
+    ]
+    listed = tmp_path / "queries.csv"
+    listed.write_text("\n".join(lines) + "\n")
+    settings = with_retrieval(archive, queries=str(listed), out=str(tmp_path / "out"), level="series")
+    report = retrieval.run(spark, settings)
+    hits, statuses = results(spark, report.out)
+    assert (report.answered, report.empty, report.failed) == (5, 0, 4)
+    reasons = {name: (row[t.STATUS], row[t.REASON]) for name, row in statuses.items() if row[t.STATUS] != "answered"}
+    assert {name: status for name, (status, _) in reasons.items()} == {
+        "stranger": "not_found",
+        "strange image": "not_found",
+        "no pseudonym": "bad_row",
+        "both": "bad_row",
+    }
+    assert "the series is not in the index" in reasons["stranger"][1]
+    assert "the image is not in the index" in reasons["strange image"][1]
+    assert "series_id is not 32 hexadecimal digits" in reasons["no pseudonym"][1]
+    by_query: dict[str, list[tuple[Any, ...]]] = {}
+    for hit in hits:
+        by_query.setdefault(hit[t.QUERY_ID], []).append(tuple(hit)[1:])
+    assert by_query["series"] == by_query["uid"] == by_query["image"] == by_query["sop"]
+    assert by_query["two"] == by_query["series"][:2]
+    found = [hit[t.SERIES_ID] for hit in hits if hit[t.QUERY_ID] == "series"]
+    assert len(set(found)) == len(found) == 3 and series not in found
+    assert report.gallery is not None and report.files_read == report.files
+    (what,) = spark.read.parquet(f"{report.out}/queries").where("query_id = 'uid'").collect()
+    assert (what[t.IMAGE_ID], what[t.SERIES_ID]) == (image, series)
+
+
+def test_a_list_of_series_cannot_name_files(archive: Settings, tmp_path: Path) -> None:
+    listed = tmp_path / "queries.csv"
+    listed.write_text("query_id,uri\nq,a.dcm\n")
+    with pytest.raises(InputError, match="lacks column one of series_id, series_instance_uid, image_id"):
+        read_queries(str(listed), archive.storage, "series")
+
+
 def test_a_file_that_ingest_has_read_may_be_asked_about_without_naming_its_archive(
     spark: SparkSession, archive: Settings, tmp_path: Path
 ) -> None:
