@@ -198,13 +198,15 @@ def measured(wanted: Wanted, job: Job) -> Found:
     Of each query the most promising pairs come first: what they give lowers its limit, and few of the others are below
     it then. All pairs of a query are in one task, so that its limit is as low as it can be.
 
-    Memory: a block of vectors of `block_bytes` at most, and the pairs.
+    Memory: a block of vectors and the distances of the task's queries to them, together at most `block_bytes`, and the
+    pairs.
     """
     left, limit = wanted.left, wanted.limit.copy()
     squares_of = kernel.square_norms(job.vectors)
-    height = max(1, job.block_bytes // job.vectors[:1].nbytes)
-    # How many times k pairs of the same query promise more.
     begins = np.flatnonzero(np.diff(left.query, prepend=-1))
+    # A product of matrices is made in two arrays, one of which is added to the other.
+    height = max(1, job.block_bytes // (job.vectors[:1].nbytes + 8 * len(begins)))
+    # How many times k pairs of the same query promise more.
     turn = np.arange(len(left.query)) - np.repeat(begins, np.diff(begins, append=len(left.query)))
     turn //= job.k[left.query]
     best = left.take(np.empty(0, dtype=np.int64))

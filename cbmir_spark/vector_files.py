@@ -5,6 +5,7 @@ page (Parquet format, "Data Pages": levels come first, then values as they are i
 offset, and nothing is decoded. Files that others have written or rewritten are decoded by Arrow instead.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ Numbers = NDArray[np.int64]
 # Ranges of an object this near to each other are one request, and one request is at most so long.
 _HOLE_BYTES = 2**16
 _REQUEST_BYTES = 2**23
+# So much is fetched before it is copied.
+_PORTION_BYTES = 2**26
 # Requests that one task has under way: object storage answers each in tens of milliseconds.
 _REQUESTS = 16
 # A page's header, as far as the sizes in it: two bytes of type, then two 32-bit numbers of at most six bytes each.
@@ -144,8 +147,13 @@ class VectorFile:
 
     def _fill(self, ranges: Sequence[tuple[int, int]], out: NDArray[np.uint8], places: Sequence[int]) -> None:
         before = self._source.sent
-        for (_, size), place, part in zip(ranges, places, self._source.parts(ranges), strict=True):
-            out[place : place + size] = part
+        # What object storage has sent is beside `out` until it is copied.
+        portion = np.cumsum([size for _, size in ranges]) // _PORTION_BYTES
+        edges = np.flatnonzero(np.diff(portion, prepend=-1)).tolist()
+        for start, end in itertools.pairwise([*edges, len(ranges)]):
+            parts = self._source.parts(ranges[start:end])
+            for (_, size), place, part in zip(ranges[start:end], places[start:end], parts, strict=True):
+                out[place : place + size] = part
         self.read += Read(bytes=self._source.sent - before)
 
     def _values(self, column: str, dimension: int) -> Numbers | None:

@@ -31,6 +31,7 @@ from pyspark.sql import SparkSession
 
 from cbmir_spark import config, synthesis
 from cbmir_spark import tables as t
+from tests.search_job import searched
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -321,3 +322,21 @@ def test_evaluate_gives_the_same_figures(cluster: Cluster, spark: SparkSession, 
     for figure in ("queries", "patients", "accuracy", "by_class", "retrieval"):
         assert submitted[figure] == local[figure], figure
     assert submitted["queries"] > 0
+
+
+@pytest.mark.parametrize(
+    ("seed", "asked"), [(21, 40), pytest.param(22, 1000, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])]
+)
+def test_random_queries_have_the_same_hits(
+    cluster: Cluster, spark: SparkSession, tmp_path: Path, seed: int, asked: int
+) -> None:
+    """Of images in every mode and of series; test_search.py and test_volumes.py hold `local[2]` to brute force."""
+    (tmp_path / "cluster").mkdir()
+    arguments = [cluster.master, str(tmp_path / "cluster"), str(seed), str(asked)]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.search_job", *arguments], env=environment(), cwd=REPO, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    found = json.loads((tmp_path / "cluster" / "found.json").read_text())
+    assert found == searched(spark, tmp_path / "local", seed, asked)
+    assert all(found.values())
