@@ -4,12 +4,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+LAKE   ?= bench
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check-machine demo test soak bench lint notebook clean
+.PHONY: help setup check-machine demo test soak bench bench-retrieval lint notebook clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 setup: $(READY) ## create .venv, install the locked dependencies, resolve Delta's jars
 
@@ -25,6 +26,14 @@ soak: $(READY) ## the tests that take hours: more mutants, cuts, kills and night
 bench: $(READY) ## ingest and training beside their alternatives; results in tests/benchmarks
 	$(BIN)/python -m tests.benchmarks.ingest
 	$(BIN)/python -m tests.benchmarks.training
+
+bench-retrieval: $(READY) ## retrieval and indexing beside their alternatives, over an AlexNet trained first; an hour
+	$(BIN)/pip install --quiet --disable-pip-version-check faiss-cpu
+	test -d $(LAKE) || $(BIN)/python -m tests.benchmarks.labelled --preset alexnet --lake $(LAKE)
+	$(BIN)/python -m tests.benchmarks.retrieval --lake $(LAKE) --others
+	$(BIN)/python -m tests.benchmarks.retrieval --lake $(LAKE) --random
+	$(BIN)/python -m tests.benchmarks.retrieval --lake $(LAKE) --tags
+	$(BIN)/python -m tests.benchmarks.indexing --lake $(LAKE)
 
 lint: $(READY) ## ruff and mypy alone
 	$(BIN)/ruff check .

@@ -177,9 +177,13 @@ def base_at(spark: SparkSession, path: str, projection: Projection, files: confi
 
 
 def ours(
-    spark: SparkSession, base: Callable[[], search.Base], asked: Floats, chosen: RetrievalSettings
+    spark: SparkSession,
+    base: Callable[[], search.Base],
+    asked: Floats,
+    chosen: RetrievalSettings,
+    place: tuple[str, str] = ("CT", "CHEST"),
 ) -> tuple[NDArray[np.float64], search.Scanned]:
-    queries = [Query(f"{number:06d}", vector, "CT", "CHEST") for number, vector in enumerate(asked)]
+    queries = [Query(f"{number:06d}", vector, *place) for number, vector in enumerate(asked)]
     squares = []
     total = search.Scanned()
     for portion in search.portions(spark, queries, chosen.k, chosen):
@@ -248,6 +252,30 @@ def others(spark: SparkSession, rows: DataFrame, asked: Floats, scale: float) ->
     return told | {"recall of lsh": round(len(found & wanted) / max(1, len(wanted)), 3)}
 
 
+def by_tags(
+    spark: SparkSession, base: Callable[[], search.Base], asked: Floats, chosen: RetrievalSettings, runs: int
+) -> dict[str, Any]:
+    """A search of one partition, of a few sizes, beside one of all, by their time and by their share of bytes."""
+    sizes = Counter[tuple[str, str]]()
+    for file in base().files:
+        sizes[file.place] += file.bytes
+    places = [place for place, _ in sizes.most_common(9)[::4]]
+    tags = chosen.model_copy(update={"prefilter": "tags"})
+    seconds: dict[str, list[float]] = {"/".join(place): [] for place in places} | {"all": []}
+    for turn in range(runs + 1):
+        for place in places:
+            took, _ = timed(lambda: ours(spark, base, asked, tags, place))  # noqa: B023
+            seconds["/".join(place)] += [took] if turn else []
+        took, _ = timed(lambda: ours(spark, base, asked, chosen))
+        seconds["all"] += [took] if turn else []
+    medians = {name: statistics.median(each) for name, each in seconds.items()}
+    told: dict[str, Any] = {"seconds": {name: round(each, 3) for name, each in medians.items()}}
+    for place in places:
+        share, cost = sizes[place] / sizes.total(), medians["/".join(place)] / medians["all"]
+        told["/".join(place)] = {"share of bytes": round(share, 4), "share of time": round(cost, 4)}
+    return told
+
+
 # --- measuring ---
 
 
@@ -283,6 +311,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, nargs="+", default=[1000, 10])
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--alone", action="store_true", help="ours alone, for its cost by size and number of queries")
+    parser.add_argument("--tags", action="store_true", help="single partitions beside all of them")
     parser.add_argument("--others", action="store_true", help="Spark SQL and LSH too, over a share")
     asked_for = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -313,6 +342,16 @@ def main() -> None:
     def where() -> search.Base:
         return base_at(spark, path, projection, settings.storage)
 
+    if asked_for.tags:
+        for number in asked_for.queries:
+            for method in ("scan", "bounds"):
+                by_method = whole.model_copy(update={"method": method})
+                told = by_tags(spark, where, np.resize(queries, (number, 4096)), by_method, asked_for.runs)
+                result[f"{method}, {number} queries"] = told
+                tell(str(told))
+        spark.stop()
+        keep(f"retrieval by tags, {asked_for.count} {kind} vectors", result)
+        return
     for number in asked_for.queries:
         asked = np.resize(queries, (number, 4096))
         contestants: dict[str, Callable[[], Any]] = {
