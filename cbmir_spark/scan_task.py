@@ -1,6 +1,6 @@
 """Scans of FEATURES' files, as tasks run them: shares of Parquet files in, the pairs that may be results out.
 
-`bounds` reads projections alone and says which pairs of queries and rows cannot be ruled out; `measured` reads the
+`bounded` reads projections alone and says which pairs of queries and rows cannot be ruled out; `measured` reads the
 vectors of such rows; `scanned` reads every vector. A task reads its files itself: it needs single columns and single
 row groups, and takes vectors from Parquet's pages to the matrix product without going through rows.
 """
@@ -25,8 +25,9 @@ from cbmir_spark.vector_files import DataFile, Place, Read, VectorFile
 SHOWN = tuple(
     f.name for f in t.RESULTS_HITS.schema if f.name not in (t.QUERY_ID, t.RANK, t.DISTANCE, t.MODALITY, t.BODY_PART)
 )
-# Rows whose projections are compared at a time.
+# Rows whose projections are compared at a time; with the first ones a task sees whether bounds are of any use.
 _ROWS_AT_ONCE = 16_384
+_ROWS_AT_FIRST = 2_048
 # The pairs of a query that are measured first, in times k, and how many times more each further turn has.
 _FIRST_TURNS, _MORE_TURNS = 2, 3
 
@@ -130,12 +131,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Bounded:
-    """What bounds left of a task's share: pairs whose `left.row` indexes `file`, `row_group` and `row`, (m,) each.
+    """What bounds left of a task's share: pairs whose `left.row` indexes `file`, `row_group` and `row`, (m,) each."""
 
-    `left` is None where the bound is of no use.
-    """
-
-    left: Left | None
+    left: Left
     file: NDArray[np.int64]
     row_group: NDArray[np.int64]
     row: NDArray[np.int64]
@@ -159,16 +157,19 @@ class Found:
 # --- tasks ---
 
 
-def bounds(shares: Sequence[Share], job: Job) -> Bounded:
-    """Which pairs of the job's queries and the rows of `shares` may be results, by their projections."""
+def bounded(shares: Sequence[Share], job: Job) -> Bounded | Found:
+    """Which pairs of the job's queries and the rows of `shares` may be results, by their projections.
+
+    Where bounds rule out too little the vectors are compared instead; the first rows mostly tell.
+    """
     assert job.points is not None
     search = Bounds(job.points, job.k, job.defect, job.block_bytes, job.most_pairs)
     directions = job.points.values.shape[1] - 1
-    read = Read()
+    taken = 0
     places: list[NDArray[np.int64]] = [np.empty((3, 0), dtype=np.int64)]
     for share in shares:
         with VectorFile(share.file, job.storage) as file:
-            for row_groups in file.portions(share.part, share.of, _ROWS_AT_ONCE):
+            for row_groups in file.portions(share.part, share.of, _ROWS_AT_ONCE, 0 if taken else _ROWS_AT_FIRST):
                 rows = file.table(row_groups, (t.RESIDUAL_NORM, *job.columns()))
                 coordinates = file.vectors(t.PROJECTION, row_groups, directions)
                 places.append(places_of(file, share.file.number, row_groups))
@@ -183,13 +184,12 @@ def bounds(shares: Sequence[Share], job: Job) -> Bounded:
                     hidden(rows, job),
                 )
                 if search.hopeless:
-                    nothing = np.empty(0, dtype=np.int64)
-                    read += file.read
-                    return Bounded(None, nothing, nothing, nothing, search.candidates, read)
-            read += file.read
+                    found = scanned(shares, job)
+                    return replace(found, read=found.read + Read(bytes=taken + file.read.bytes))
+            taken += file.read.bytes
     left = search.left()
     file_numbers, groups, rows_of = np.concatenate(places, axis=1)[:, left.row]
-    return Bounded(left, file_numbers, groups, rows_of, search.candidates, read)
+    return Bounded(left, file_numbers, groups, rows_of, search.candidates, Read(bytes=taken))
 
 
 def measured(wanted: Wanted, job: Job) -> Found:
@@ -278,8 +278,8 @@ def shown(
     return pa.concat_tables(tables), found
 
 
-def scanned(shares: Sequence[Share], job: Job) -> Found | None:
-    """The nearest groups of each of the job's queries among the rows of `shares`; None where those are none.
+def scanned(shares: Sequence[Share], job: Job) -> Found:
+    """The nearest groups of each of the job's queries among the rows of `shares`.
 
     Memory: a block of vectors and a matrix of distances, together at most `block_bytes`, and Σk rows without vectors.
     """
@@ -302,11 +302,10 @@ def scanned(shares: Sequence[Share], job: Job) -> Found | None:
             kept = new if kept is None else pa.concat_tables([kept, new])
             places = np.searchsorted(numbers, search.rows)
             numbers, kept = numbers[places], kept.take(places)
-    if kept is None:
-        return None
     nearest = search.results()
     row = np.searchsorted(numbers, nearest.row)
-    return Found(nearest.query, nearest.square, row, kept.combine_chunks(), search.candidates, read)
+    rows = pa.table({}) if kept is None else kept.combine_chunks()
+    return Found(nearest.query, nearest.square, row, rows, search.candidates, read)
 
 
 def _blocks(share: Share, job: Job) -> Iterator[tuple[NDArray[np.float32], pa.Table, Read]]:

@@ -3,7 +3,7 @@
 Where each step runs. The driver reads the list and plans which partitions each query may see; only their files are
 named to any task (a join prunes nothing: measured, 8 of 8 files, design decision 1). The queries are broadcast. Tasks
 read the projections of those files and leave the pairs that bounds cannot rule out; the driver merges what they leave,
-and tasks measure those pairs by whole vectors. Where bounds rule out too little, tasks compare every vector instead.
+and tasks measure those pairs by whole vectors. Where bounds rule out too little, a task compares every vector instead.
 Either way each task gives what may be among the best, and the driver ranks that. Neither the number of tasks nor the
 order of rows can change an answer. scan_task.py holds what a task does, bounds.py and kernel.py the arithmetic.
 """
@@ -11,7 +11,7 @@ order of rows can change an answer. scan_task.py holds what a task does, bounds.
 import heapq
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -28,7 +28,7 @@ from cbmir_spark.config import RetrievalSettings, StorageSettings
 from cbmir_spark.errors import InputError, ModelError
 from cbmir_spark.model import Projection
 from cbmir_spark.queries import Answered, Query, Status
-from cbmir_spark.scan_task import ANYTHING, Found, Job, Share, Within
+from cbmir_spark.scan_task import ANYTHING, Bounded, Found, Job, Share, Within
 from cbmir_spark.vector_files import DataFile, Place, Read
 from cbmir_spark.vocabulary import UNKNOWN
 
@@ -215,54 +215,48 @@ def _pass(
     """Queries whose hit lists all hold each value of column `group` once."""
     job = replace(job_of(queries, plans, options, base, group), most_pairs=_PARTIAL_AT_ONCE // tasks_of(spark, options))
     files = [file for file in base.files if file.place in job.list_of]
+    parts: list[Bounded] = []
     broadcast = spark.sparkContext.broadcast(job)
     try:
-        first = _bounded(spark, files, broadcast) if job.points is not None and files else _Bounds()
-        if first.wanted is None:
-            shares = shares_of(files, tasks_of(spark, options))
-            found = [each for each in run_tasks(spark, shares, scan_task.scanned, broadcast) if each is not None]
-            candidates = sum((each.candidates for each in found), np.zeros(len(queries), dtype=np.int64))
+        if job.points is None:
+            found = run_tasks(spark, shares_of(files, tasks_of(spark, options)), scan_task.scanned, broadcast)
         else:
-            found = run_tasks(spark, first.wanted, scan_task.measured, broadcast)
-            candidates = first.candidates
+            found, parts = _bounded(spark, files, broadcast)
     finally:
         broadcast.unpersist()
     query, hits = _ranked(queries, found, job)
-    read = sum((each.read for each in found), Read())
-    return _Pass(query, hits, candidates, Scanned(len(files), read.vectors, read.bytes + first.bytes))
+    told: list[Found | Bounded] = [*found, *parts]
+    candidates = sum((each.candidates for each in told), np.zeros(len(queries), dtype=np.int64))
+    read = sum((each.read for each in told), Read())
+    return _Pass(query, hits, candidates, Scanned(len(files), read.vectors, read.bytes))
 
 
-@dataclass(frozen=True)
-class _Bounds:
-    """What bounds came to: the pairs to measure, by task; None where all vectors had better be read."""
-
-    wanted: list[scan_task.Wanted] | None = None
-    candidates: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    bytes: int = 0
-
-
-def _bounded(spark: SparkSession, files: Sequence[DataFile], broadcast: Broadcast[Job]) -> _Bounds:
+def _bounded(
+    spark: SparkSession, files: Sequence[DataFile], broadcast: Broadcast[Job]
+) -> tuple[list[Found], list[Bounded]]:
+    """What all tasks found, and what bounds came to where tasks could go by them."""
     job = broadcast.value
-    # One task for each core: little is read, starting a task costs a tenth of a second, and a task that sees more of
-    # the pairs rules more of them out.
-    shares = shares_of(files, spark.sparkContext.defaultParallelism)
-    parts = run_tasks(spark, shares, scan_task.bounds, broadcast)
-    read = sum(part.read.bytes for part in parts)
-    lefts = []
-    seen = 0
-    for part in parts:
-        if part.left is None:
-            return _Bounds(bytes=read)
-        lefts.append(replace(part.left, row=seen + np.arange(len(part.left.row))))
-        seen += len(part.left.row)
-    candidates = sum((part.candidates for part in parts), np.zeros(len(job.k), dtype=np.int64))
+    # One task for each core: little is read, starting a task costs a twentieth of a second, and a task that sees more
+    # of the pairs rules more of them out.
+    tasks = spark.sparkContext.defaultParallelism
+    shares = shares_of(files, tasks)
+    first = run_tasks(spark, shares, scan_task.bounded, broadcast)
+    found = [each for each in first if isinstance(each, Found)]
+    parts = [each for each in first if isinstance(each, Bounded)]
+    if not parts:
+        return found, []
+    starts = np.cumsum([0, *(len(part.left.row) for part in parts[:-1])])
+    lefts = [replace(p.left, row=s + np.arange(len(p.left.row))) for p, s in zip(parts, starts, strict=True)]
     left, limit = bounds.settle(bounds.join(lefts), job.k)
-    if len(left.query) * bounds.USEFUL > candidates.sum() + 8 * bounds.USEFUL * int(job.k.sum()):
-        return _Bounds(bytes=read)
+    candidates = sum(int(part.candidates.sum()) for part in parts)
+    if len(left.query) * bounds.USEFUL > candidates + 8 * bounds.USEFUL * int(job.k.sum()):
+        again = [share for share, each in zip(shares, first, strict=True) if isinstance(each, Bounded)]
+        nothing = [replace(part, candidates=np.zeros_like(part.candidates)) for part in parts]
+        return found + run_tasks(spark, again, scan_task.scanned, broadcast), nothing
     place = np.stack(
         [np.concatenate([getattr(part, name) for part in parts])[left.row] for name in ("file", "row_group", "row")]
     )
-    return _Bounds(_wanted(files, place, left, limit, spark.sparkContext.defaultParallelism), candidates, read)
+    return found + run_tasks(spark, _wanted(files, place, left, limit, tasks), scan_task.measured, broadcast), parts
 
 
 def _wanted(

@@ -88,15 +88,18 @@ class VectorFile:
         self._file.close()
         self._source.close()
 
-    def portions(self, part: int, of: int, rows: int) -> Iterator[list[int]]:
-        """Every `of`-th row group from `part` on, as many at a time as have about so many rows."""
+    def portions(self, part: int, of: int, rows: int, first: int = 0) -> Iterator[list[int]]:
+        """Every `of`-th row group from `part` on, as many at a time as have so many rows.
+
+        At most: a row group of more comes alone. The first portion has at most `first` rows, where that is given.
+        """
         portion: list[int] = []
-        held = 0
+        held, most = 0, first or rows
         for number in range(part, self._file.num_row_groups, of):
             count = self.rows_of(number)
-            if portion and held + count > rows:
+            if portion and held + count > most:
                 yield portion
-                portion, held = [], 0
+                portion, held, most = [], 0, rows
             portion.append(number)
             held += count
         if portion:

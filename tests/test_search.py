@@ -409,6 +409,24 @@ def test_a_bound_that_helps_reads_few_vectors_and_one_that_does_not_reads_all(
         assert everything.scanned.bytes < sum(file.bytes for file in base.files)
 
 
+def test_tasks_judge_for_themselves_whether_bounds_help(spark: SparkSession, tmp_path: Path) -> None:
+    """One partition of which three directions tell nearly everything, and one of noise; two tasks."""
+    random = np.random.default_rng(13)
+    vectors = random.standard_normal((3000, DIMENSION)).astype(np.float32) * 40
+    made = make(vectors, 1)
+    low = np.array([place == "BRAIN" for place in made.columns[t.BODY_PART]])
+    vectors[low] = (random.standard_normal((low.sum(), 3)) @ random.standard_normal((3, DIMENSION)) * 400).astype("f4")
+    made.columns[t.MODALITY] = ["MR" if each else "CT" for each in low]
+    made.columns[t.BODY_PART] = ["BRAIN" if each else "CHEST" for each in low]
+    base = made.store(tmp_path)
+    queries = ask(made, np.concatenate([vectors[low][:2], vectors[~low][:2]]), 1)
+    whole = options(k=3, prefilter="none", unique="none", exclude_same="none")
+    answer = search.search(spark, base, queries, whole)
+    assert_same(made, queries, whole, collected(answer))
+    assert {status.candidates for status in answer.statuses} == {3000}
+    assert (~low).sum() < answer.scanned.vectors < (~low).sum() + 0.5 * low.sum()
+
+
 def test_only_the_files_of_the_named_partitions_are_opened(spark: SparkSession, tmp_path: Path) -> None:
     made = make(np.random.default_rng(1).random((240, DIMENSION), dtype=np.float32), 1)
     base = made.store(tmp_path, 3)
