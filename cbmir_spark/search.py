@@ -131,7 +131,7 @@ def _by_mode(query: Query, options: RetrievalSettings) -> tuple[str | None, str 
 # --- search ---
 
 # What `unique` and `exclude_same` look at.
-COLUMN_OF: Mapping[str, str | None] = {
+_COLUMN: Mapping[str, str | None] = {
     "none": None,
     "image": t.IMAGE_ID,
     "series": t.SERIES_ID,
@@ -154,6 +154,34 @@ def search(spark: SparkSession, base: Base, queries: Sequence[Query], options: R
     Ties go by (distance, image_id, frame). Raises InputError where a query_id occurs twice, ModelError where queries
     and rows have vectors of different dimension. Memory grows with the queries: see `portions` for a long list.
     """
+
+    def one_pass(chosen: Sequence[Query], plans: Sequence[frozenset[Place]], group: str | None) -> Pass:
+        return _pass(spark, base, chosen, plans, options, group)
+
+    return by_passes(base, queries, options, one_pass)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What came of some queries: the number of each hit's query, RESULTS_HITS in the order of query and rank, and (Q,)
+    how many candidates each query had.
+    """
+
+    query: NDArray[np.int64]
+    hits: pa.Table
+    candidates: NDArray[np.int64]
+    scanned: Scanned
+
+
+def by_passes(
+    base: Base,
+    queries: Sequence[Query],
+    options: RetrievalSettings,
+    one_pass: Callable[[Sequence[Query], Sequence[frozenset[Place]], str | None], Pass],
+) -> Answer:
+    """All queries, answered in passes whose hit lists hold the same thing once: `one_pass` gets queries, the partitions
+    that each meets, and the column of that thing. Nearly all queries of a list agree on it.
+    """
     if len({query.query_id for query in queries}) != len(queries):
         raise InputError("query_ids are not unique: each query needs a name of its own")
     _check_dimension(queries, base)
@@ -163,22 +191,19 @@ def search(spark: SparkSession, base: Base, queries: Sequence[Query], options: R
     hits = np.zeros(len(queries), dtype=np.int64)
     tables: list[tuple[NDArray[np.int64], pa.Table]] = []
     total = Scanned()
-    # Lists that hold other things only once are passes of their own; nearly all queries of a list agree.
-    for unique in sorted({unique_of(query, options) for query in queries}):
-        chosen = [number for number, query in enumerate(queries) if unique_of(query, options) == unique]
-        answered = _pass(
-            spark, base, [queries[n] for n in chosen], [plans[n] for n in chosen], options, COLUMN_OF[unique]
-        )
+    for unique in sorted({_unique(query, options) for query in queries}):
+        chosen = [number for number, query in enumerate(queries) if _unique(query, options) == unique]
+        answered = one_pass([queries[n] for n in chosen], [plans[n] for n in chosen], _COLUMN[unique])
         numbers = np.asarray(chosen, dtype=np.int64)
         candidates[numbers] = answered.candidates
         hits += np.bincount(numbers[answered.query], minlength=len(queries))
         tables.append((numbers[answered.query], answered.hits))
         total += answered.scanned
     statuses = tuple(
-        status_of(query, places, int(hits[number]), int(candidates[number]), options)
+        _status(query, places, int(hits[number]), int(candidates[number]), options)
         for number, (query, places) in enumerate(zip(queries, plans, strict=True))
     )
-    return Answer(in_order(tables), statuses, tuple(sorted(set().union(*plans))), existing, total)
+    return Answer(_in_order(tables), statuses, tuple(sorted(set().union(*plans))), existing, total)
 
 
 def portions(
@@ -196,14 +221,6 @@ def portions(
         yield items[start : start + size]
 
 
-@dataclass(frozen=True)
-class _Pass:
-    query: NDArray[np.int64]
-    hits: pa.Table
-    candidates: NDArray[np.int64]
-    scanned: Scanned
-
-
 def _pass(
     spark: SparkSession,
     base: Base,
@@ -211,7 +228,7 @@ def _pass(
     plans: Sequence[frozenset[Place]],
     options: RetrievalSettings,
     group: str | None,
-) -> _Pass:
+) -> Pass:
     """Queries whose hit lists all hold each value of column `group` once."""
     job = replace(job_of(queries, plans, options, base, group), most_pairs=_PARTIAL_AT_ONCE // tasks_of(spark, options))
     files = [file for file in base.files if file.place in job.list_of]
@@ -228,7 +245,7 @@ def _pass(
     told: list[Found | Bounded] = [*found, *parts]
     candidates = sum((each.candidates for each in told), np.zeros(len(queries), dtype=np.int64))
     read = sum((each.read for each in told), Read())
-    return _Pass(query, hits, candidates, Scanned(len(files), read.vectors, read.bytes))
+    return Pass(query, hits, candidates, Scanned(len(files), read.vectors, read.bytes))
 
 
 def _bounded(
@@ -317,7 +334,7 @@ def hits_of(
     return pa.table(columns, schema.names).cast(schema)
 
 
-def in_order(tables: Sequence[tuple[NDArray[np.int64], pa.Table]]) -> pa.Table:
+def _in_order(tables: Sequence[tuple[NDArray[np.int64], pa.Table]]) -> pa.Table:
     if len(tables) == 1:
         return tables[0][1]
     schema = to_arrow_schema(t.RESULTS_HITS.schema)
@@ -341,7 +358,7 @@ def job_of(
     list_of = {place: lists.setdefault(tuple(numbers), len(lists)) for place, numbers in sorted(meets.items())}
     own: dict[str, dict[str, list[int]]] = {}
     for number, query in enumerate(queries):
-        column = COLUMN_OF[query.own.exclude_same or options.exclude_same]
+        column = _COLUMN[query.own.exclude_same or options.exclude_same]
         value = None if column is None else getattr(query, column)
         if column is not None and value is not None:
             own.setdefault(column, {}).setdefault(value, []).append(number)
@@ -368,7 +385,7 @@ def job_of(
     return replace(job, points=Points.of(*base.projection.apply(vectors)), defect=base.projection.defect)
 
 
-def unique_of(query: Query, options: RetrievalSettings) -> str:
+def _unique(query: Query, options: RetrievalSettings) -> str:
     return query.own.unique or options.unique
 
 
@@ -419,7 +436,7 @@ def _check_dimension(queries: Sequence[Query], base: Base) -> None:
         )
 
 
-def status_of(query: Query, places: frozenset[Place], hits: int, candidates: int, options: RetrievalSettings) -> Status:
+def _status(query: Query, places: frozenset[Place], hits: int, candidates: int, options: RetrievalSettings) -> Status:
     named = tuple("/".join(place) for place in sorted(places))
     if hits:
         return Status(query.query_id, Answered.ANSWERED, None, named, candidates, hits)

@@ -27,21 +27,18 @@ from cbmir_spark.features import Index
 from cbmir_spark.queries import SERIES_INSTANCE_UID, SOP_INSTANCE_UID, Answered, Query, Resolved, Status, Wanted
 from cbmir_spark.queries import pseudonyms_of as names_of
 from cbmir_spark.search import (
-    COLUMN_OF,
     Answer,
     Base,
+    Pass,
     Scanned,
+    by_passes,
     hits_of,
-    in_order,
     job_of,
-    plan,
     run_tasks,
     shares_of,
-    status_of,
     tasks_of,
-    unique_of,
 )
-from cbmir_spark.vector_files import DataFile, Read
+from cbmir_spark.vector_files import DataFile, Place, Read
 from cbmir_spark.vocabulary import UNKNOWN
 from cbmir_spark.volume_task import NOTHING, Compared, Comparison, Key, Near, Volume
 
@@ -172,38 +169,25 @@ def search(
     A hit is a series, shown by the frame that matches best; ties go by series. `unique: none` lets a series occur once
     for each partition that it has frames in; a query's own series is left out wherever its own image would be.
     """
-    existing = base.places
-    plans = [plan(query, options, existing) for query in queries]
-    candidates = np.zeros(len(queries), dtype=np.int64)
-    hits = np.zeros(len(queries), dtype=np.int64)
-    tables: list[tuple[NDArray[np.int64], pa.Table]] = []
-    total = Scanned()
-    for unique in sorted({unique_of(query, options) for query in queries}):
-        numbers = np.array([n for n, query in enumerate(queries) if unique_of(query, options) == unique], np.int64)
-        chosen = [queries[number] for number in numbers]
-        near, scanned = _nearest(spark, base, chosen, [plans[n] for n in numbers], options, COLUMN_OF[unique])
+
+    def one_pass(chosen: Sequence[Query], plans: Sequence[frozenset[Place]], group: str | None) -> Pass:
+        near, scanned = _nearest(spark, base, chosen, plans, options, group)
         compared = [
             Compared(number, query.own.k or options.k, own[query.query_id], others)
             for number, (query, others) in enumerate(zip(chosen, near.by_query(len(chosen)), strict=True))
             if others
         ]
-        query, found, read = _ranked(spark, base, chosen, compared, options)
-        candidates[numbers] = near.candidates
-        hits += np.bincount(numbers[query], minlength=len(queries))
-        tables.append((numbers[query], found))
-        total += scanned + Scanned(vectors=read.vectors, bytes=read.bytes)
-    statuses = tuple(
-        status_of(query, places, int(hits[number]), int(candidates[number]), options)
-        for number, (query, places) in enumerate(zip(queries, plans, strict=True))
-    )
-    return Answer(in_order(tables), statuses, tuple(sorted(set().union(*plans))), existing, total)
+        query, hits, read = _ranked(spark, base, chosen, compared, options)
+        return Pass(query, hits, near.candidates, scanned + Scanned(vectors=read.vectors, bytes=read.bytes))
+
+    return by_passes(base, queries, options, one_pass)
 
 
 def _nearest(
     spark: SparkSession,
     base: Base,
     queries: Sequence[Query],
-    plans: Sequence[frozenset[tuple[str, str]]],
+    plans: Sequence[frozenset[Place]],
     options: RetrievalSettings,
     group: str | None,
 ) -> tuple[Near, Scanned]:
@@ -289,7 +273,7 @@ def _comparison(base: Base, files: Iterable[DataFile], options: RetrievalSetting
     return Comparison(by_number, base.dimension, options.metric == "cosine", options.block_mb * 2**20, base.storage)
 
 
-def _best(found: Sequence[Near], k: NDArray[np.int64], places: Sequence[tuple[str, str]], group: str | None) -> Near:
+def _best(found: Sequence[Near], k: NDArray[np.int64], places: Sequence[Place], group: str | None) -> Near:
     """The nearest of what all tasks found, by query and distance."""
     volumes = [volume for near in found for volume in near.volumes]
     starts = np.cumsum([0, *(len(near.volumes) for near in found[:-1])])
