@@ -149,7 +149,8 @@ class Bounds:
         limit = self._kth[tile] + error - own
         near = not_above(lower, limit)
         groups = len(points) if starts is None else len(starts)
-        crowded = np.flatnonzero((np.count_nonzero(near, axis=1) > 2 * k) & (k <= groups))
+        # Finding a k-th smallest costs more than it spares where few rows are near.
+        crowded = np.flatnonzero((np.count_nonzero(near, axis=1) > 2 * k + len(points) // 32) & (k <= groups))
         if len(crowded):
             ranked = lower[crowded] + spread[crowded, None].astype(np.float32) * points[:, -1]
             if starts is not None:
@@ -159,7 +160,7 @@ class Bounds:
             near &= not_above(lower, limit)
         if hidden is not None:
             hidden.clear(near)
-        query, row = np.nonzero(near)
+        query, row = np.divmod(np.flatnonzero(near), len(points))
         low = lower[query, row].astype(np.float64) + own[query]
         high = low + spread[query] * points[row, -1]
         return Left(tile[query], row, low - error[query], high + error[query], None if group is None else group[row])

@@ -26,7 +26,7 @@ SHOWN = tuple(
     f.name for f in t.RESULTS_HITS.schema if f.name not in (t.QUERY_ID, t.RANK, t.DISTANCE, t.MODALITY, t.BODY_PART)
 )
 # Rows whose projections are compared at a time; with the first ones a task sees whether bounds are of any use.
-_ROWS_AT_ONCE = 16_384
+_ROWS_AT_ONCE = 8_192
 _ROWS_AT_FIRST = 2_048
 # The pairs of a query that are measured first, in times k, and how many times more each further turn has.
 _FIRST_TURNS, _MORE_TURNS = 2, 3
