@@ -7,7 +7,6 @@ row groups, and takes vectors from Parquet's pages to the matrix product without
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,7 +18,7 @@ from cbmir_spark import kernel
 from cbmir_spark import tables as t
 from cbmir_spark.bounds import Bounds, Left, Points
 from cbmir_spark.config import StorageSettings
-from cbmir_spark.vector_files import DataFile, Place, Read, VectorFile
+from cbmir_spark.vector_files import DataFile, OpenFiles, Place, Read, VectorFile
 
 # Columns of partitions are in no file.
 SHOWN = tuple(
@@ -131,7 +130,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Bounded:
-    """What bounds left of a task's share: pairs whose `left.row` indexes `file`, `row_group` and `row`, (m,) each."""
+    """What bounds left of a task's share: m pairs, which number their own rows, and where the row of each is."""
 
     left: Left
     file: NDArray[np.int64]
@@ -189,6 +188,7 @@ def bounded(shares: Sequence[Share], job: Job) -> Bounded | Found:
             taken += file.read.bytes
     left = search.left()
     file_numbers, groups, rows_of = np.concatenate(places, axis=1)[:, left.row]
+    left = replace(left, row=np.arange(len(left.row)))
     return Bounded(left, file_numbers, groups, rows_of, search.candidates, Read(bytes=taken))
 
 
@@ -210,8 +210,7 @@ def measured(wanted: Wanted, job: Job) -> Found:
     turn = np.arange(len(left.query)) - np.repeat(begins, np.diff(begins, append=len(left.query)))
     turn //= job.k[left.query]
     best = left.take(np.empty(0, dtype=np.int64))
-    with ExitStack() as stack:
-        files = {n: stack.enter_context(VectorFile(wanted.files[n], job.storage)) for n in np.unique(wanted.file)}
+    with OpenFiles(wanted.files, job.storage) as files:
         first, last = 0, _FIRST_TURNS
         while first <= turn.max(initial=-1):
             due = (turn >= first) & (turn < last) & (left.lower <= limit[left.query])
@@ -226,7 +225,7 @@ def measured(wanted: Wanted, job: Job) -> Found:
                 limit = np.minimum(limit, kth)
             first, last = last, last * _MORE_TURNS
         rows, row = shown(files, wanted.file[best.row], wanted.row_group[best.row], wanted.row[best.row])
-        read = sum((file.read for file in files.values()), Read())
+        read = files.read
     return Found(best.query, best.lower, row, rows, np.zeros(len(job.k), dtype=np.int64), read)
 
 
@@ -246,7 +245,7 @@ def _is_first(wanted: Wanted, pairs: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 
 def _vectors(
-    wanted: Wanted, pairs: NDArray[np.int64], files: Mapping[int, VectorFile], dimension: int
+    wanted: Wanted, pairs: NDArray[np.int64], files: OpenFiles, dimension: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """The vectors of the rows of pairs that are in the order of their rows, and which one is each pair's."""
     is_first = _is_first(wanted, pairs)
@@ -260,9 +259,9 @@ def _vectors(
 
 
 def shown(
-    files: Mapping[int, VectorFile], file: NDArray[np.int64], row_group: NDArray[np.int64], row: NDArray[np.int64]
+    files: OpenFiles, file: NDArray[np.int64], row_group: NDArray[np.int64], row: NDArray[np.int64]
 ) -> tuple[pa.Table, NDArray[np.int64]]:
-    """SHOWN columns and partitions of n rows, each row once, and which one is each of the n; files by their number."""
+    """SHOWN columns and partitions of n rows, each row once, and which one is each of the n."""
     tables = []
     found = np.empty(len(file), dtype=np.int64)
     seen = 0
@@ -281,7 +280,8 @@ def shown(
 def scanned(shares: Sequence[Share], job: Job) -> Found:
     """The nearest groups of each of the job's queries among the rows of `shares`.
 
-    Memory: a block of vectors and a matrix of distances, together at most `block_bytes`, and Σk rows without vectors.
+    Memory: a block of vectors, or one row group, and a matrix of distances, together at most `block_bytes`, and Σk rows
+    without vectors.
     """
     search = kernel.Search(job.vectors, job.k, job.block_bytes // 2, job.cosine)
     numbers = np.empty(0, dtype=np.int64)
@@ -316,8 +316,10 @@ def _blocks(share: Share, job: Job) -> Iterator[tuple[NDArray[np.float32], pa.Ta
     columns = tuple(dict.fromkeys((*SHOWN, *job.columns())))
     dimension = job.vectors.shape[1]
     buffer = np.empty((0, dimension), dtype=np.float32)
+    # The kernel puts groups side by side in a copy, and makes vectors one long in float64.
+    height = max(1, job.block_bytes // 2 // ((24 if job.cosine else 8) * dimension))
     with VectorFile(share.file, job.storage) as file:
-        for row_groups in file.portions(share.part, share.of, max(1, job.block_bytes // 2 // (4 * dimension))):
+        for row_groups in file.portions(share.part, share.of, height):
             before = file.read
             count = sum(file.rows_of(number) for number in row_groups)
             if len(buffer) < count:

@@ -33,11 +33,11 @@ from cbmir_spark.vector_files import DataFile, Place, Read
 from cbmir_spark.vocabulary import UNKNOWN
 
 # Queries that are answered at a time, so that memory does not grow with the list; and hits and partial results that the
-# driver may hold of them.
+# driver may hold of them. A partial result is 90 bytes, and Spark ends a job that sends its driver a gigabyte.
 QUERIES_AT_ONCE = 8_192
 SERIES_AT_ONCE = 512
 _HITS_AT_ONCE = 2_000_000
-_PARTIAL_AT_ONCE = 20_000_000
+_PARTIAL_AT_ONCE = 8_000_000
 # Files are cut into shares of at least this size: opening one again costs its footer.
 _SHARE_BYTES = 32 * 2**20
 
@@ -181,6 +181,9 @@ def by_passes(
 ) -> Answer:
     """All queries, answered in passes whose hit lists hold the same thing once: `one_pass` gets queries, the partitions
     that each meets, and the column of that thing. Nearly all queries of a list agree on it.
+
+    Raises InputError where a query_id occurs twice, ModelError where queries and rows have vectors of different
+    dimension.
     """
     if len({query.query_id for query in queries}) != len(queries):
         raise InputError("query_ids are not unique: each query needs a name of its own")
@@ -213,9 +216,10 @@ def portions(
 
     Of an empty list there is one portion, which is empty too.
     """
+    # Of each query series tasks name their nearest candidates, and where the frames of those are.
+    k = max(k, options.series_candidates) if options.level == "series" else k
     # Tasks may leave some times k pairs of a query before their bounds are given up.
     size = max(1, min(QUERIES_AT_ONCE, _HITS_AT_ONCE // k, _PARTIAL_AT_ONCE // (4 * k * tasks_of(spark, options))))
-    # Of each query series tasks tell the driver where the frames of its candidates are.
     size = min(size, SERIES_AT_ONCE) if options.level == "series" else size
     for start in range(0, max(1, len(items)), size):
         yield items[start : start + size]

@@ -308,14 +308,15 @@ def replace_if_match(uri: str, content: bytes, etag: str, storage: StorageSettin
     return _put_if(uri, content, storage, {"IfMatch": f'"{etag}"'})
 
 
-def file_system(storage: StorageSettings) -> Any:
-    """Object storage as s3fs has it, for libraries that read through fsspec."""
+def file_system(storage: StorageSettings, *, ahead: bool = True) -> Any:
+    """Object storage as s3fs has it, for libraries that read through fsspec; `ahead` reads more than is asked for."""
     import s3fs
 
     return s3fs.S3FileSystem(
         endpoint_url=storage.endpoint,
         client_kwargs={"region_name": storage.region},
         config_kwargs={"s3": {"addressing_style": "path" if storage.path_style else "auto"}},
+        default_cache_type="readahead" if ahead else "none",
     )
 
 

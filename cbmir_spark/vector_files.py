@@ -5,11 +5,11 @@ page (Parquet format, "Data Pages": levels come first, then values as they are i
 offset, and nothing is decoded. Files that others have written or rewritten are decoded by Arrow instead.
 """
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -29,13 +29,15 @@ Numbers = NDArray[np.int64]
 
 # Ranges of an object this near to each other are one request, and one request is at most so long.
 _HOLE_BYTES = 2**16
-_REQUEST_BYTES = 2**23
-# So much is fetched before it is copied.
-_PORTION_BYTES = 2**26
+_REQUEST_BYTES = 2**22
+# Files that a task holds open; each takes two descriptors.
+_OPEN_FILES = 128
 # Requests that one task has under way: object storage answers each in tens of milliseconds.
 _REQUESTS = 16
-# A page's header, as far as the sizes in it: two bytes of type, then two 32-bit numbers of at most six bytes each.
-_HEADER_BYTES = 16
+# A page's header, as far as the number of its values: five 32-bit numbers of at most six bytes each, and a byte.
+_HEADER_BYTES = 64
+# Thrift's types in the compact protocol.
+_INT, _STRUCT = 5, 12
 
 
 @dataclass(frozen=True)
@@ -150,13 +152,7 @@ class VectorFile:
 
     def _fill(self, ranges: Sequence[tuple[int, int]], out: NDArray[np.uint8], places: Sequence[int]) -> None:
         before = self._source.sent
-        # What object storage has sent is beside `out` until it is copied.
-        portion = np.cumsum([size for _, size in ranges]) // _PORTION_BYTES
-        edges = np.flatnonzero(np.diff(portion, prepend=-1)).tolist()
-        for start, end in itertools.pairwise([*edges, len(ranges)]):
-            parts = self._source.parts(ranges[start:end])
-            for (_, size), place, part in zip(ranges[start:end], places[start:end], parts, strict=True):
-                out[place : place + size] = part
+        self._source.copy(ranges, out, places)
         self.read += Read(bytes=self._source.sent - before)
 
     def _values(self, column: str, dimension: int) -> Numbers | None:
@@ -170,18 +166,52 @@ class VectorFile:
             chunks = [group.column(self._number_of[column]) for group in groups]
             sizes = [4 * dimension * group.num_rows for group in groups]
             plain = all(_as_in_memory(chunk, size // 4) for chunk, size in zip(chunks, sizes, strict=True))
-            if plain and self._is_one_page(max(chunks, key=lambda each: each.total_compressed_size), 4 * dimension):
+            if plain and chunks and self._is_one_page(max(chunks, key=lambda each: each.total_compressed_size)):
                 ends = [chunk.data_page_offset + chunk.total_compressed_size for chunk in chunks]
                 self._values_of[column] = np.array(ends, np.int64) - np.array(sizes, np.int64)
             else:
                 self._values_of[column] = None
         return self._values_of[column]
 
-    def _is_one_page(self, chunk: pq.ColumnChunkMetaData, size: int) -> bool:
-        (header,) = self._source.parts([(chunk.data_page_offset, _HEADER_BYTES)])
-        page = page_bytes(header.tobytes())
-        # What is not in the first page is its header, unless there is another page, which has a vector at least.
-        return page is not None and 0 < chunk.total_compressed_size - page < size
+    def _is_one_page(self, chunk: pq.ColumnChunkMetaData) -> bool:
+        header = np.empty(min(_HEADER_BYTES, chunk.total_compressed_size), np.uint8)
+        self._source.copy([(chunk.data_page_offset, len(header))], header, [0])
+        return page_values(header.tobytes()) == int(chunk.num_values)
+
+
+class OpenFiles:
+    """Files by their number, opened when they are wanted; a few at a time. `read` counts what was taken from all."""
+
+    def __init__(self, files: Mapping[int, DataFile], storage_settings: StorageSettings) -> None:
+        self._files = files
+        self._storage = storage_settings
+        self._open: OrderedDict[int, VectorFile] = OrderedDict()
+        self._read = Read()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        while self._open:
+            self._close_oldest()
+
+    def __getitem__(self, number: int) -> VectorFile:
+        """The open file; it may be closed when others have been asked for."""
+        if number not in self._open:
+            if len(self._open) == _OPEN_FILES:
+                self._close_oldest()
+            self._open[number] = VectorFile(self._files[number], self._storage)
+        self._open.move_to_end(number)
+        return self._open[number]
+
+    @property
+    def read(self) -> Read:
+        return sum((file.read for file in self._open.values()), self._read)
+
+    def _close_oldest(self) -> None:
+        _, file = self._open.popitem(last=False)
+        self._read += file.read
+        file.__exit__(None, None, None)
 
 
 def _as_in_memory(chunk: pq.ColumnChunkMetaData, values: int) -> bool:
@@ -199,28 +229,43 @@ def _as_in_memory(chunk: pq.ColumnChunkMetaData, values: int) -> bool:
     )
 
 
-def page_bytes(header: bytes) -> int | None:
-    """The size of the data page that a header begins; None where it begins something else.
+def page_values(header: bytes) -> int | None:
+    """How many values the uncompressed data page has that a header begins; None where it begins something else.
 
-    A header is a Thrift struct in the compact protocol, whose first fields are type (0: data page, 3: data page v2),
-    uncompressed and compressed size; each is a byte 0x15 and a zigzag number of seven bits a byte.
+    A header is a Thrift struct in the compact protocol (Parquet format, "Metadata", PageHeader): type, uncompressed and
+    compressed size, perhaps a checksum, and the header of a data page, field 5, or of one of version 2, field 8, which
+    itself begins with the number of values.
     """
-    values = []
     place = 0
-    for _ in range(3):
-        if header[place] != 0x15:
-            return None
+
+    def number() -> int:
+        """A zigzag number, seven bits a byte."""
+        nonlocal place
         value = shift = 0
         while True:
+            byte = header[place]
             place += 1
-            value |= (header[place] & 0x7F) << shift
+            value |= (byte & 0x7F) << shift
             shift += 7
-            if not header[place] & 0x80:
-                break
-        place += 1
-        values.append(value >> 1)
-    kind, uncompressed, compressed = values
-    return compressed if kind in (0, 3) and compressed == uncompressed else None
+            if not byte & 0x80:
+                return (value >> 1) ^ -(value & 1)
+
+    found: dict[int, int] = {}
+    field = 0
+    try:
+        while True:
+            step, kind = header[place] >> 4, header[place] & 0x0F
+            place += 1
+            field += step
+            if kind == _STRUCT and field in (5, 8) and header[place] == 0x10 | _INT:
+                place += 1
+                same = found.get(2) == found.get(3)
+                return number() if same and found.get(1) == {5: 0, 8: 3}[field] else None
+            if kind != _INT or not step:
+                return None
+            found[field] = number()
+    except IndexError:
+        return None
 
 
 # --- bytes of a file ---
@@ -230,8 +275,8 @@ class _Source(Protocol):
     sent: int
     """Bytes that were asked for so far."""
 
-    def parts(self, ranges: Sequence[tuple[int, int]]) -> list[NDArray[np.uint8]]:
-        """The bytes of ranges (offset, size), which do not overlap, in their order."""
+    def copy(self, ranges: Sequence[tuple[int, int]], out: NDArray[np.uint8], places: Sequence[int]) -> None:
+        """Put the bytes of ranges (offset, size), which do not overlap, at their places in `out`."""
 
     def close(self) -> None: ...
 
@@ -243,9 +288,10 @@ class _Mapped:
         self._bytes = np.memmap(path, dtype=np.uint8, mode="r")
         self.sent = 0
 
-    def parts(self, ranges: Sequence[tuple[int, int]]) -> list[NDArray[np.uint8]]:
-        self.sent += sum(size for _, size in ranges)
-        return [self._bytes[offset : offset + size] for offset, size in ranges]
+    def copy(self, ranges: Sequence[tuple[int, int]], out: NDArray[np.uint8], places: Sequence[int]) -> None:
+        for (offset, size), place in zip(ranges, places, strict=True):
+            out[place : place + size] = self._bytes[offset : offset + size]
+            self.sent += size
 
     def close(self) -> None:
         del self._bytes
@@ -256,28 +302,37 @@ class _Remote:
 
     def __init__(self, path: str, files: pa.fs.FileSystem) -> None:
         self._object = files.open_input_file(path)
-        self._pool = ThreadPoolExecutor(_REQUESTS)
         self.sent = 0
 
-    def parts(self, ranges: Sequence[tuple[int, int]]) -> list[NDArray[np.uint8]]:
+    def copy(self, ranges: Sequence[tuple[int, int]], out: NDArray[np.uint8], places: Sequence[int]) -> None:
         order = sorted(range(len(ranges)), key=lambda number: ranges[number])
         requests = merged([ranges[number] for number in order])
-        self.sent += sum(size for _, size in requests)
-        fetched = self._pool.map(lambda each: self._object.read_at(each[1], each[0]), requests)
-        found: dict[int, NDArray[np.uint8]] = {}
         numbers = iter(order)
         number = next(numbers, None)
-        for (start, length), content in zip(requests, fetched, strict=True):
-            whole = np.frombuffer(content, np.uint8)
-            while number is not None and ranges[number][0] + ranges[number][1] <= start + length:
-                offset, size = ranges[number]
-                found[number] = whole[offset - start : offset - start + size]
-                number = next(numbers, None)
-        return [found[number] for number in range(len(ranges))]
+        # What is under way is beside `out`, holes included.
+        for start in range(0, len(requests), _REQUESTS):
+            some = requests[start : start + _REQUESTS]
+            for (begin, length), content in zip(some, _pool().map(self._fetched, some), strict=True):
+                self.sent += length
+                whole = np.frombuffer(content, np.uint8)
+                while number is not None and sum(ranges[number]) <= begin + length:
+                    offset, size = ranges[number]
+                    out[places[number] : places[number] + size] = whole[offset - begin : offset - begin + size]
+                    number = next(numbers, None)
+
+    def _fetched(self, request: tuple[int, int]) -> bytes:
+        begin, length = request
+        content: bytes = self._object.read_at(length, begin)
+        return content
 
     def close(self) -> None:
-        self._pool.shutdown()
         self._object.close()
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    """A process's own threads for requests; a process runs one task at a time."""
+    return ThreadPoolExecutor(_REQUESTS)
 
 
 def merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -298,7 +353,7 @@ def _file_system(files: StorageSettings) -> pa.fs.FileSystem:
     """Object storage as Arrow reads it, with the credentials of wherever the task runs."""
     if files.endpoint and not files.path_style:
         # Arrow's own client puts the bucket into the path wherever it is told an endpoint.
-        return pa.fs.PyFileSystem(pa.fs.FSSpecHandler(storage.file_system(files)))
+        return pa.fs.PyFileSystem(pa.fs.FSSpecHandler(storage.file_system(files, ahead=False)))
     scheme, _, host = (files.endpoint or "").partition("://")
     return pa.fs.S3FileSystem(
         region=files.region,

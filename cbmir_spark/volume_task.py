@@ -9,7 +9,6 @@ of the distance to the volume's frame that matches best.
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +19,10 @@ from numpy.typing import NDArray
 from cbmir_spark import kernel, scan_task
 from cbmir_spark import tables as t
 from cbmir_spark.config import StorageSettings
-from cbmir_spark.scan_task import Found, Job, Share
-from cbmir_spark.vector_files import DataFile, Place, Read, VectorFile
+from cbmir_spark.scan_task import Job, Share
+from cbmir_spark.vector_files import DataFile, OpenFiles, Place, Read, VectorFile
 
-# A component of a vector of length one is at most 1, so sums of 2¹⁹ frames fit into 64 bits.
+# A component of a vector of length one is at most 1, so sums of fewer than 2¹⁹ frames fit into 64 bits.
 _STEP = 2.0**-44
 # Volumes of which a task holds sums (32 KB each for AlexNet), and whose descriptors are compared at a time.
 _VOLUMES_AT_ONCE = 2_048
@@ -166,7 +165,7 @@ def parts(
 ) -> Iterator[tuple[Key, Part | Read]]:
     """What a task's files hold of each volume, of those `wanted` (None: of all), and last what was read for it.
 
-    Memory: a block of vectors of `block_bytes` at most, and the sums of _VOLUMES_AT_ONCE volumes.
+    Memory: a block of vectors of `block_bytes` at most, or one row group, and the sums of _VOLUMES_AT_ONCE volumes.
     """
     # A vector is read as float32; its length, its steps and their sums take eight bytes a number.
     height = max(1, job.block_bytes // (36 * dimension))
@@ -250,8 +249,9 @@ def nearest(volumes: Iterable[tuple[Volume, NDArray[np.float32]]], job: Job) -> 
 
     for volume, vector in volumes:
         waiting.setdefault(volume.place, []).append((volume, vector))
-        if len(waiting[volume.place]) == _VOLUMES_AT_ONCE:
-            compare(volume.place)
+        if sum(map(len, waiting.values())) == _VOLUMES_AT_ONCE:
+            for place in sorted(waiting):
+                compare(place)
     for place in sorted(waiting):
         compare(place)
     results = search.results()
@@ -271,14 +271,27 @@ _OF_VOLUME = pa.schema(
 )
 
 
-def ranked(queries: Sequence[Compared], job: Comparison) -> Found:
-    """The nearest volumes of some queries, by their frames; a hit's row is the frame that matches best.
+@dataclass(frozen=True)
+class Ranked:
+    """Hits of some queries, each query's in the order of distance, and as row of `rows` (SHOWN columns and partitions)
+    the frame that matches best.
+    """
+
+    query: NDArray[np.int64]
+    distance: NDArray[np.float64]
+    row: NDArray[np.int64]
+    rows: pa.Table
+    read: Read
+
+
+def ranked(queries: Sequence[Compared], job: Comparison) -> Ranked:
+    """The nearest volumes of some queries, by their frames.
 
     Memory: the frames of a query and of one other volume, and up to `block_bytes` of volumes that were read before.
     """
     hits: list[tuple[int, float, NDArray[np.int32]]] = []
-    with ExitStack() as stack:
-        volumes = _Volumes(job, stack)
+    with OpenFiles(job.files, job.storage) as files:
+        volumes = _Volumes(job, files)
         for each in queries:
             own = volumes.vectors(each.own)
             found = []
@@ -288,20 +301,18 @@ def ranked(queries: Sequence[Compared], job: Comparison) -> Found:
             found.sort(key=lambda hit: hit[:3])
             hits += [(each.query, far, where) for far, _, _, where in found[: each.k]]
         where = np.array([hit[2] for hit in hits], dtype=np.int64).reshape(-1, 3)
-        read = volumes.read()
-        rows, row = scan_task.shown(volumes.files, *where.T) if hits else (pa.table({}), np.empty(0, dtype=np.int64))
+        rows, row = scan_task.shown(files, *where.T) if hits else (pa.table({}), np.empty(0, dtype=np.int64))
+        read = files.read
     query = np.array([hit[0] for hit in hits], dtype=np.int64)
-    far_of = np.array([hit[1] for hit in hits], dtype=np.float64)
-    return Found(query, far_of, row, rows, np.empty(0, dtype=np.int64), read)
+    return Ranked(query, np.array([hit[1] for hit in hits], dtype=np.float64), row, rows, read)
 
 
 class _Volumes:
     """Frames' vectors of volumes, read by their place; those that were read last are kept."""
 
-    def __init__(self, job: Comparison, stack: ExitStack) -> None:
-        self.files: dict[int, VectorFile] = {}
+    def __init__(self, job: Comparison, files: OpenFiles) -> None:
         self._job = job
-        self._stack = stack
+        self._files = files
         self._kept: OrderedDict[Key, NDArray[np.float32]] = OrderedDict()
         self._bytes = 0
 
@@ -313,11 +324,9 @@ class _Volumes:
         made = np.empty((volume.where.shape[1], self._job.dimension), dtype=np.float32)
         file, row_group, row = volume.where.astype(np.int64)
         for number in np.unique(file).tolist():
-            if number not in self.files:
-                self.files[number] = self._stack.enter_context(VectorFile(self._job.files[number], self._job.storage))
             here = np.flatnonzero(file == number)
             part = np.empty((len(here), self._job.dimension), dtype=np.float32)
-            self.files[number].some_vectors(t.VECTOR, row_group[here], row[here], part)
+            self._files[number].some_vectors(t.VECTOR, row_group[here], row[here], part)
             made[here] = part
         self._kept[volume.key] = made
         self._bytes += made.nbytes
@@ -325,6 +334,3 @@ class _Volumes:
             _, dropped = self._kept.popitem(last=False)
             self._bytes -= dropped.nbytes
         return made
-
-    def read(self) -> Read:
-        return sum((file.read for file in self.files.values()), Read())

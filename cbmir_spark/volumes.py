@@ -60,7 +60,8 @@ def resolve(
     """The query series of a list's rows, which may name a series or any image of one.
 
     A query is the volume that the image is in, or the largest of a named series. Its vector is the descriptor; image,
-    frame and predicted class are those of its middle frame.
+    frame and predicted class are those of its middle frame. Raises TableError where UIDs are named and the lake was
+    made with another key.
     """
     if not rows:
         return ResolvedSeries(Resolved(), {})
@@ -167,7 +168,8 @@ def search(
     """The nearest series of each query; `own` has the queries' volumes by query_id.
 
     A hit is a series, shown by the frame that matches best; ties go by series. `unique: none` lets a series occur once
-    for each partition that it has frames in; a query's own series is left out wherever its own image would be.
+    for each partition that it has frames in; a query's own series is left out wherever its own image would be. Raises
+    InputError and ModelError as `search.search` does.
     """
 
     def one_pass(chosen: Sequence[Query], plans: Sequence[frozenset[Place]], group: str | None) -> Pass:
@@ -309,7 +311,7 @@ def _ranked(
     if not found:
         return np.empty(0, dtype=np.int64), to_arrow_schema(t.RESULTS_HITS.schema).empty_table(), Read()
     query = np.concatenate([each.query for each in found])
-    distance = np.concatenate([each.square for each in found])
+    distance = np.concatenate([each.distance for each in found])
     rows = pa.concat_tables([each.rows.take(each.row) for each in found])
     order = np.argsort(query, kind="stable")
     hits = hits_of(queries, query[order], distance[order], rows.take(order))

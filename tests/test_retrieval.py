@@ -25,6 +25,7 @@ from cbmir_spark import tables as t
 from cbmir_spark.config import RetrievalSettings, Settings
 from cbmir_spark.errors import InputError, ModelError
 from cbmir_spark.queries import Answered, Query, QueryList, Status, Wanted, read_queries
+from cbmir_spark.vector_files import VectorFile
 from tests.conftest import MakeSettings
 from tests.test_features import save_model
 from tests.test_report import CHROMIUM, RUN, dom_in_browser
@@ -296,6 +297,21 @@ def test_a_list_without_rows_has_an_answer_without_rows(spark: SparkSession, arc
     report = retrieval.run(spark, with_retrieval(archive, queries=str(listed), out=str(tmp_path / "out")))
     assert results(spark, report.out) == ([], {})
     assert (report.queries, report.files_read) == (0, 0)
+
+
+def test_the_index_lies_so_that_vectors_are_read_by_their_place(spark: SparkSession, archive: Settings) -> None:
+    index = features.open_index(spark, archive)
+    dimensions = {t.VECTOR: index.manifest.embedding_dim, t.PROJECTION: index.manifest.projection_dim}
+    base = search.base_of(spark, index, archive.storage)
+    assert len(base.files) > 1
+    for file in base.files:
+        for column, dimension in dimensions.items():
+            with VectorFile(file, archive.storage) as opened:
+                one = np.empty((1, dimension), np.float32)
+                opened.some_vectors(column, np.array([0]), np.array([0]), one)
+                # The vector, and a page's header to see that it lies there.
+                assert 4 * dimension < opened.read.bytes <= 4 * dimension + 64
+                assert (one == opened.vectors(column, [0], dimension)[0]).all()
 
 
 def test_a_list_of_series_is_answered_with_series(spark: SparkSession, archive: Settings, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Vectors by their place in Parquet files, against Arrow's own reading of the same files."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ import pytest
 from pyspark.sql import SparkSession
 from pyspark.sql.types import ArrayType, FloatType, IntegerType, StructField, StructType
 
-from cbmir_spark import arrays, session, storage
+from cbmir_spark import arrays, session, storage, vector_files
 from cbmir_spark.config import StorageSettings
 from cbmir_spark.errors import TableError
 from cbmir_spark.python_workers import without_archives
-from cbmir_spark.vector_files import DataFile, VectorFile, merged, page_bytes
+from cbmir_spark.vector_files import DataFile, OpenFiles, VectorFile, merged, page_values
 
 LOCAL = StorageSettings(endpoint=None, region="us-east-1", path_style=True, attempts=2)
 PLAIN: dict[str, Any] = {"compression": "none", "use_dictionary": False, "data_page_size": 2**30}
@@ -28,6 +29,7 @@ DECODED = {
     "compressed pages of version 2": PLAIN | {"compression": "snappy", "data_page_version": "2.0"},
     "with a dictionary": PLAIN | {"use_dictionary": True},
     "several pages": PLAIN | {"data_page_size": 512, "write_batch_size": 8},
+    "a last page of less than a vector": PLAIN | {"data_page_size": 900, "write_batch_size": 1},
     "bytes split": PLAIN | {"column_encoding": {"vector.list.element": "BYTE_STREAM_SPLIT"}},
     "without statistics": PLAIN | {"write_statistics": False},
 }
@@ -90,29 +92,58 @@ def test_what_spark_writes_for_the_index_is_read_by_place(spark: SparkSession, t
         assert (file.vectors("vector", everything, 1024) == vectors).all()
 
 
-def test_the_index_is_written_so(spark: SparkSession) -> None:
-    assert spark.conf.get("spark.hadoop.parquet.page.size") == str(2**26)
+def test_a_page_that_ends_within_a_vector_is_not_taken_for_the_only_one(tmp_path: Path) -> None:
+    """What follows the first page is then shorter than a vector, as a header is."""
+    vectors = np.random.default_rng(3).standard_normal((263, 1000)).astype(np.float32)
+    written(tmp_path / "a.parquet", vectors, {"compression": "none", "use_dictionary": False}, 1000)
+    with opened(tmp_path / "a.parquet") as file:
+        assert (file.vectors("vector", [0], 1000) == vectors).all()
+        assert file.read.bytes > vectors.nbytes
+
+
+def test_a_few_files_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vector_files, "_OPEN_FILES", 2)
+    vectors = np.random.default_rng(4).standard_normal((5, 3, 8)).astype(np.float32)
+    files = {}
+    for number, part in enumerate(vectors):
+        path = tmp_path / f"{number}.parquet"
+        written(path, part, PLAIN)
+        files[number] = DataFile(number, storage.canonical(str(path)), ("CT", "CHEST"), path.stat().st_size)
+    found = np.empty((1, 8), np.float32)
+    before = len(os.listdir("/proc/self/fd"))
+    with OpenFiles(files, LOCAL) as several:
+        for number in (0, 1, 0, 2, 3, 4, 0):
+            several[number].some_vectors("vector", np.array([0]), np.array([2]), found)
+            assert (found == vectors[number, 2]).all()
+        assert len(os.listdir("/proc/self/fd")) <= before + 4
+        assert several.read.vectors == 7
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize(
-    ("header", "size"),
+    ("header", "values"),
     [
-        (bytes([0x15, 0x00, 0x15, 0x80, 0x02, 0x15, 0x80, 0x02, 0x2C]), 128),
-        (bytes([0x15, 0x06, 0x15, 0x08, 0x15, 0x08, 0x5C]), 4),
-        (bytes([0x15, 0x00, 0x15, 0x80, 0x02, 0x15, 0x80, 0x01]), None),  # compressed
-        (bytes([0x15, 0x04, 0x15, 0x08, 0x15, 0x08]), None),  # a dictionary
+        (bytes([0x15, 0x00, 0x15, 0x80, 0x02, 0x15, 0x80, 0x02, 0x2C, 0x15, 0x40, 0x15, 0x00]), 32),
+        # With a checksum, and of version 2.
+        (bytes([0x15, 0x00, 0x15, 0x08, 0x15, 0x08, 0x15, 0xFF, 0xFF, 0x03, 0x1C, 0x15, 0x02]), 1),
+        (bytes([0x15, 0x06, 0x15, 0x08, 0x15, 0x08, 0x5C, 0x15, 0x02, 0x15, 0x00]), 1),
+        (bytes([0x15, 0x00, 0x15, 0x80, 0x02, 0x15, 0x80, 0x01, 0x2C, 0x15, 0x40]), None),  # compressed
+        (bytes([0x15, 0x04, 0x15, 0x08, 0x15, 0x08, 0x4C, 0x15, 0x40]), None),  # a dictionary
+        (bytes([0x15, 0x06, 0x15, 0x08, 0x15, 0x08, 0x2C, 0x15, 0x40]), None),  # a type with another's header
         (bytes([0x15, 0x00, 0x16, 0x08, 0x15, 0x08]), None),  # no number of 32 bits
+        (bytes([0x15, 0x80]), None),  # cut
         (b"PAR1PAR1PAR1", None),
+        (b"", None),
     ],
 )
-def test_the_size_that_a_page_header_tells(header: bytes, size: int | None) -> None:
-    assert page_bytes(header.ljust(16, b"\0")) == size
+def test_how_many_values_a_page_header_tells(header: bytes, values: int | None) -> None:
+    assert page_values(header) == values
 
 
 def test_near_ranges_are_one_request() -> None:
     near, far = 2**16, 2**20
     assert merged([(0, 10), (10 + near, 10), (far, 5)]) == [(0, 20 + near), (far, 5)]
-    assert merged([(0, 2**23), (2**23, 1)]) == [(0, 2**23), (2**23, 1)]
+    assert merged([(0, 2**22), (2**22, 1)]) == [(0, 2**22), (2**22, 1)]
     assert merged([]) == []
 
 

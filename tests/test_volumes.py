@@ -12,13 +12,13 @@ import pytest
 from numpy.typing import NDArray
 from pyspark.sql import SparkSession
 
-from cbmir_spark import search, volumes
+from cbmir_spark import search, volume_task, volumes
 from cbmir_spark import tables as t
 from cbmir_spark.config import RetrievalSettings
 from cbmir_spark.queries import Answered, Query
-from cbmir_spark.scan_task import Within
-from cbmir_spark.volume_task import Part, described, distance, together, whole_steps
-from tests.test_search import DIMENSION, PLACES, Made, make, options, outside, sought, with_wishes
+from cbmir_spark.scan_task import Job, Share, Within
+from cbmir_spark.volume_task import NOTHING, Compared, Comparison, Part, described, distance, together, whole_steps
+from tests.test_search import DIMENSION, LOCAL, PLACES, Made, make, options, outside, sought, with_wishes
 
 Floats = NDArray[np.float32]
 # query, rank, distance, series, partition, image and frame that match best
@@ -197,6 +197,57 @@ def test_a_volume_is_as_far_as_its_best_matching_frames() -> None:
     # What matches a frame of the query need not match one of the other.
     assert distance(own[:1], other, False, 2**20)[0] == 0.0
     assert distance(other, own[:1], False, 2**20)[0] > 0.5
+
+
+def test_work_in_small_pieces_is_the_same_as_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums that are given away early, descriptors compared a few at a time, frames that are read again."""
+    made = make(np.random.default_rng(6).standard_normal((300, DIMENSION)).astype(np.float32), 6)
+    base = made.store(tmp_path, 2, rows_per_group=20)
+    queries, _ = ask(made, 6, 6)
+    places = dict.fromkeys(sorted(PLACES), 0)
+    found = []
+    for at_once, block_bytes in ((2048, 2**26), (3, 2**11)):
+        monkeypatch.setattr(volume_task, "_VOLUMES_AT_ONCE", at_once)
+        files = {file.number: file for file in base.files}
+        comparison = Comparison(files, DIMENSION, False, block_bytes, LOCAL)
+        merged: dict[Key, Any] = {}
+        shares = [Share(file) for file in base.files]
+        given = 0
+        for key, part in volume_task.parts(shares, None, DIMENSION, True, comparison):
+            merged[key] = volume_task.merged(merged[key], part) if key in merged else part
+            given += 1
+        read = merged.pop(NOTHING)
+        assert read.vectors == 300
+        assert (given > len(merged) + 1) == (at_once == 3)
+        volumes_there = [described(key, part) for key, part in merged.items()]
+        vectors = np.stack([query.vector for query in queries])
+        everyone = (np.arange(len(queries)),)
+        job = Job(
+            vectors,
+            np.full(len(queries), 7),
+            places,
+            everyone,
+            {},
+            (),
+            np.zeros(6, int),
+            None,
+            True,
+            False,
+            2**20,
+            LOCAL,
+        )
+        near = volume_task.nearest(volumes_there, job)
+        by_key = {volume.key: volume for volume, _ in volumes_there}
+        own = [key for query in queries for key in volumes_of(made) if _is_of(made, query, key)]
+        compared = [
+            Compared(number, 4, by_key[own[number]], others)
+            for number, others in enumerate(near.by_query(len(queries)))
+        ]
+        hits = volume_task.ranked(compared, comparison)
+        shown = hits.rows.take(hits.row).select([t.SERIES_ID, t.IMAGE_ID, t.FRAME]).to_pylist()
+        found.append((hits.query.tolist(), hits.distance.tolist(), shown, near.square.tolist()))
+    assert found[0] == found[1]
+    assert len(found[0][0]) == 24
 
 
 # --- searches ---
