@@ -30,6 +30,8 @@ def main() -> None:
         axes.set(xscale="log", yscale="log", xlabel=label)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small", frameon=False)
+    by_size.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    by_size.set_xticks([], minor=True)
     by_size.set_ylabel("seconds")
     # The same measurements give the same file.
     with mpl.rc_context({"svg.hashsalt": "cost"}):
