@@ -5,6 +5,7 @@ page (Parquet format, "Data Pages": levels come first, then values as they are i
 offset, and nothing is decoded. Files that others have written or rewritten are decoded by Arrow instead.
 """
 
+import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from cbmir_spark import arrays, storage
 from cbmir_spark.config import StorageSettings
+from cbmir_spark.errors import TableError
 
 # (modality, body_part)
 Place = tuple[str, str]
@@ -72,7 +74,7 @@ class VectorFile:
         self._source: _Source
         if storage.is_local(file.uri):
             path = storage.local_path(file.uri)
-            self._source = _Mapped(path)
+            self._source = _Local(path)
             self._file = pq.ParquetFile(path, memory_map=True)
         else:
             path = file.uri.removeprefix("s3a://")
@@ -281,20 +283,26 @@ class _Source(Protocol):
     def close(self) -> None: ...
 
 
-class _Mapped:
-    """A local file, mapped into memory."""
+class _Local:
+    """A local file. It is read and not mapped: a page that is missing from a map brings 128 KB with it."""
 
     def __init__(self, path: str) -> None:
-        self._bytes = np.memmap(path, dtype=np.uint8, mode="r")
+        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self.sent = 0
 
     def copy(self, ranges: Sequence[tuple[int, int]], out: NDArray[np.uint8], places: Sequence[int]) -> None:
+        target = out.data
         for (offset, size), place in zip(ranges, places, strict=True):
-            out[place : place + size] = self._bytes[offset : offset + size]
+            filled = 0
+            while filled < size:
+                got = os.preadv(self._file, [target[place + filled : place + size]], offset + filled)
+                if not got:
+                    raise TableError(f"a file of the index ends at {offset + filled}, before its last row")
+                filled += got
             self.sent += size
 
     def close(self) -> None:
-        del self._bytes
+        os.close(self._file)
 
 
 class _Remote:
