@@ -302,7 +302,7 @@ def victims(kind: str) -> list[int]:
         return []
     if kind == "executor":
         return executors
-    return [pid for executor in executors for pid in below(executor, "pyspark.daemon")]
+    return [pid for executor in executors for pid in below(executor, "cbmir_spark.python_workers")]
 
 
 def run_while_killing(cluster: Cluster, site: Site, lake: Path, kills: Sequence[str]) -> list[str]:
