@@ -284,7 +284,7 @@ class _Source(Protocol):
 
 
 class _Local:
-    """A local file. It is read and not mapped: a page that is missing from a map brings 128 KB with it."""
+    """A local file. It is read and not mapped: what was seen of a map counts as the task's memory."""
 
     def __init__(self, path: str) -> None:
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
