@@ -2,16 +2,18 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from pyspark.sql import SparkSession
 
-from cbmir_spark import cli, config, terminal
+from cbmir_spark import cli, config, doctor, terminal
 from tests.conftest import REPO, Cbmir
 
 
@@ -93,7 +95,12 @@ def test_config_prints_the_effective_settings_with_secrets_masked(
     assert "never-to-be-printed" not in out + cbmir("config")[1]
 
 
-def test_doctor_looks_at_everything_and_changes_nothing(cbmir: Cbmir, tmp_path: Path) -> None:
+def test_doctor_looks_at_everything_and_changes_nothing(
+    cbmir: Cbmir, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # However full this machine is.
+    gib = doctor.FREE_GIB * 2**30
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=gib))
     ended, out, _ = cbmir("doctor", "--lake", str(tmp_path / "lake"), "--json")
     checks = {check["name"]: check for check in json.loads(out)["checks"]}
     assert ended == 0, checks
@@ -103,6 +110,15 @@ def test_doctor_looks_at_everything_and_changes_nothing(cbmir: Cbmir, tmp_path: 
     ended, out, _ = cbmir("doctor", "--lake", str(tmp_path / "file"), "--json")
     assert ended == 1
     assert "is a file" in out
+
+
+def test_doctor_says_that_a_disk_is_nearly_full(cbmir: Cbmir, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2.5 * 2**30))
+    ended, out, _ = cbmir("doctor", "--lake", str(tmp_path / "lake"), "--json")
+    wrong = [check for check in json.loads(out)["checks"] if not check["ok"]]
+    assert ended == 1
+    assert [check["name"] for check in wrong] == ["Lake"]
+    assert f"only 2.5 GiB are free at {tmp_path}: {doctor.FREE_GIB} GiB are the least" in wrong[0]["found"]
 
 
 def test_ingest_prints_one_json_object(cbmir: Cbmir, on_the_tests_session: None, tmp_path: Path) -> None:
