@@ -12,13 +12,10 @@ from cbmir_spark import __version__
 from cbmir_spark import tables as t
 
 
-class Record:
-    """One run of a job: its name, its id (32 hexadecimal digits) and what its stages took."""
+class Stages:
+    """What stages took: `seconds` of wall-clock time by their names, in the order in which they first began."""
 
-    def __init__(self, job: str) -> None:
-        self.job = job
-        self.run_id = uuid.uuid4().hex
-        self.started = datetime.now(UTC)
+    def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
@@ -29,6 +26,16 @@ class Record:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+
+
+class Record(Stages):
+    """One run of a job: its name, its id (32 hexadecimal digits) and what its stages took."""
+
+    def __init__(self, job: str) -> None:
+        super().__init__()
+        self.job = job
+        self.run_id = uuid.uuid4().hex
+        self.started = datetime.now(UTC)
 
     def write(
         self,

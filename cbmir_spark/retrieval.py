@@ -77,13 +77,11 @@ def run(spark: SparkSession, settings: Settings) -> Report:
             with record.stage("resolve"):
                 series = volumes.resolve(spark, wanted, index, base, settings)
                 resolved = series.resolved
-            with record.stage("search"):
-                answer = volumes.search(spark, base, list(resolved.queries.values()), series.volumes, options)
+            answer = volumes.search(spark, base, list(resolved.queries.values()), series.volumes, options, record)
         else:
             with record.stage("resolve"):
                 resolved = resolve(spark, wanted, index, settings, pictured)
-            with record.stage("search"):
-                answer = search(spark, base, list(resolved.queries.values()), options)
+            answer = search(spark, base, list(resolved.queries.values()), options, record)
         by_id = {**resolved.failed, **{status.query_id: status for status in answer.statuses}}
         statuses += [by_id[row.query_id] if isinstance(row, Wanted) else row for row in rows]
         with record.stage("write"):

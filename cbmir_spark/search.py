@@ -28,6 +28,7 @@ from cbmir_spark.config import RetrievalSettings, StorageSettings
 from cbmir_spark.errors import InputError, ModelError
 from cbmir_spark.model import Projection
 from cbmir_spark.queries import Answered, Query, Status
+from cbmir_spark.record import Stages
 from cbmir_spark.scan_task import ANYTHING, Bounded, Found, Job, Share, Within
 from cbmir_spark.vector_files import DataFile, Place, Read
 from cbmir_spark.vocabulary import UNKNOWN
@@ -148,15 +149,23 @@ def base_of(spark: SparkSession, index: features.Index, files: StorageSettings) 
     return Base(tuple(named), index.manifest.embedding_dim, index.projection, files)
 
 
-def search(spark: SparkSession, base: Base, queries: Sequence[Query], options: RetrievalSettings) -> Answer:
+def search(
+    spark: SparkSession,
+    base: Base,
+    queries: Sequence[Query],
+    options: RetrievalSettings,
+    stages: Stages | None = None,
+) -> Answer:
     """The nearest rows of FEATURES for each query, exactly as brute force in float64 has them.
 
     Ties go by (distance, image_id, frame). Raises InputError where a query_id occurs twice, ModelError where queries
-    and rows have vectors of different dimension. Memory grows with the queries: see `portions` for a long list.
+    and rows have vectors of different dimension. Memory grows with the queries: see `portions` for a long list. What
+    it took is added to `stages`: plan, bound, measure, scan, rank.
     """
+    clock = stages or Stages()
 
     def one_pass(chosen: Sequence[Query], plans: Sequence[frozenset[Place]], group: str | None) -> Pass:
-        return _pass(spark, base, chosen, plans, options, group)
+        return _pass(spark, base, chosen, plans, options, group, clock)
 
     return by_passes(base, queries, options, one_pass)
 
@@ -232,20 +241,25 @@ def _pass(
     plans: Sequence[frozenset[Place]],
     options: RetrievalSettings,
     group: str | None,
+    clock: Stages,
 ) -> Pass:
     """Queries whose hit lists all hold each value of column `group` once."""
-    job = replace(job_of(queries, plans, options, base, group), most_pairs=_PARTIAL_AT_ONCE // tasks_of(spark, options))
-    files = [file for file in base.files if file.place in job.list_of]
+    with clock.stage("plan"):
+        job = job_of(queries, plans, options, base, group)
+        job = replace(job, most_pairs=_PARTIAL_AT_ONCE // tasks_of(spark, options))
+        files = [file for file in base.files if file.place in job.list_of]
+        broadcast = spark.sparkContext.broadcast(job)
     parts: list[Bounded] = []
-    broadcast = spark.sparkContext.broadcast(job)
     try:
         if job.points is None:
-            found = run_tasks(spark, shares_of(files, tasks_of(spark, options)), scan_task.scanned, broadcast)
+            with clock.stage("scan"):
+                found = run_tasks(spark, shares_of(files, tasks_of(spark, options)), scan_task.scanned, broadcast)
         else:
-            found, parts = _bounded(spark, files, broadcast)
+            found, parts = _bounded(spark, files, broadcast, clock)
     finally:
         broadcast.unpersist()
-    query, hits = _ranked(queries, found, job)
+    with clock.stage("rank"):
+        query, hits = _ranked(queries, found, job)
     told: list[Found | Bounded] = [*found, *parts]
     candidates = sum((each.candidates for each in told), np.zeros(len(queries), dtype=np.int64))
     read = sum((each.read for each in told), Read())
@@ -253,7 +267,7 @@ def _pass(
 
 
 def _bounded(
-    spark: SparkSession, files: Sequence[DataFile], broadcast: Broadcast[Job]
+    spark: SparkSession, files: Sequence[DataFile], broadcast: Broadcast[Job], clock: Stages
 ) -> tuple[list[Found], list[Bounded]]:
     """What all tasks found, and what bounds came to where tasks could go by them."""
     job = broadcast.value
@@ -261,23 +275,28 @@ def _bounded(
     # of the pairs rules more of them out.
     tasks = spark.sparkContext.defaultParallelism
     shares = shares_of(files, tasks)
-    first = run_tasks(spark, shares, scan_task.bounded, broadcast)
+    with clock.stage("bound"):
+        first = run_tasks(spark, shares, scan_task.bounded, broadcast)
     found = [each for each in first if isinstance(each, Found)]
     parts = [each for each in first if isinstance(each, Bounded)]
     if not parts:
         return found, []
-    starts = np.cumsum([0, *(len(part.left.row) for part in parts[:-1])])
-    lefts = [replace(p.left, row=s + np.arange(len(p.left.row))) for p, s in zip(parts, starts, strict=True)]
-    left, limit = bounds.settle(bounds.join(lefts), job.k)
+    with clock.stage("rank"):
+        starts = np.cumsum([0, *(len(part.left.row) for part in parts[:-1])])
+        lefts = [replace(p.left, row=s + np.arange(len(p.left.row))) for p, s in zip(parts, starts, strict=True)]
+        left, limit = bounds.settle(bounds.join(lefts), job.k)
     candidates = sum(int(part.candidates.sum()) for part in parts)
     if len(left.query) * bounds.USEFUL > candidates + 8 * bounds.USEFUL * int(job.k.sum()):
         again = [share for share, each in zip(shares, first, strict=True) if isinstance(each, Bounded)]
         nothing = [replace(part, candidates=np.zeros_like(part.candidates)) for part in parts]
-        return found + run_tasks(spark, again, scan_task.scanned, broadcast), nothing
-    place = np.stack(
-        [np.concatenate([getattr(part, name) for part in parts])[left.row] for name in ("file", "row_group", "row")]
-    )
-    return found + run_tasks(spark, _wanted(files, place, left, limit, tasks), scan_task.measured, broadcast), parts
+        with clock.stage("scan"):
+            return found + run_tasks(spark, again, scan_task.scanned, broadcast), nothing
+    with clock.stage("rank"):
+        names = ("file", "row_group", "row")
+        place = np.stack([np.concatenate([getattr(part, name) for part in parts])[left.row] for name in names])
+        wanted = _wanted(files, place, left, limit, tasks)
+    with clock.stage("measure"):
+        return found + run_tasks(spark, wanted, scan_task.measured, broadcast), parts
 
 
 def _wanted(

@@ -6,6 +6,7 @@ offset, and nothing is decoded. Files that others have written or rewritten are 
 """
 
 import os
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -116,7 +117,10 @@ class VectorFile:
         """Columns of all rows of some row groups."""
         numbers = [self._number_of[name] for name in columns]
         groups = [self._file.metadata.row_group(group) for group in row_groups]
-        self.read += Read(bytes=sum(g.column(number).total_compressed_size for g in groups for number in numbers))
+        chunks = [group.column(number) for group in groups for number in numbers]
+        sizes = [int(chunk.total_compressed_size) for chunk in chunks]
+        self.read += Read(bytes=sum(sizes))
+        self._source.announce(sorted(zip(map(_begin, chunks), sizes, strict=True)))
         return self._file.read_row_groups(row_groups, columns, use_threads=False)
 
     def vectors(self, column: str, row_groups: Sequence[int], dimension: int, out: Floats | None = None) -> Floats:
@@ -216,6 +220,11 @@ class OpenFiles:
         file.__exit__(None, None, None)
 
 
+def _begin(chunk: pq.ColumnChunkMetaData) -> int:
+    """Where in its file a chunk begins: with its dictionary, where it has one."""
+    return int(chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset)
+
+
 def _as_in_memory(chunk: pq.ColumnChunkMetaData, values: int) -> bool:
     """Whether a chunk holds just so many numbers, as they are in memory."""
     told = chunk.statistics
@@ -277,6 +286,9 @@ class _Source(Protocol):
     sent: int
     """Bytes that were asked for so far."""
 
+    def announce(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Say that sorted ranges (offset, size) will be read soon."""
+
     def copy(self, ranges: Sequence[tuple[int, int]], out: NDArray[np.uint8], places: Sequence[int]) -> None:
         """Put the bytes of ranges (offset, size), which do not overlap, at their places in `out`."""
 
@@ -284,14 +296,25 @@ class _Source(Protocol):
 
 
 class _Local:
-    """A local file. It is read and not mapped: what was seen of a map counts as the task's memory."""
+    """A local file. It is read and not mapped: what was seen of a map counts as the task's memory.
+
+    The kernel is told beforehand what will be read: it then fetches all of it at once from the disk, and nothing else.
+    Left to itself it waits for each vector, and reads megabytes ahead that nobody asks for.
+    """
 
     def __init__(self, path: str) -> None:
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self.sent = 0
 
+    def announce(self, ranges: Sequence[tuple[int, int]]) -> None:
+        # Not every system has this call.
+        if sys.platform == "linux":
+            for offset, size in merged(ranges):
+                os.posix_fadvise(self._file, offset, size, os.POSIX_FADV_WILLNEED)
+
     def copy(self, ranges: Sequence[tuple[int, int]], out: NDArray[np.uint8], places: Sequence[int]) -> None:
         target = out.data
+        self.announce(sorted(ranges))
         for (offset, size), place in zip(ranges, places, strict=True):
             filled = 0
             while filled < size:
@@ -311,6 +334,9 @@ class _Remote:
     def __init__(self, path: str, files: pa.fs.FileSystem) -> None:
         self._object = files.open_input_file(path)
         self.sent = 0
+
+    def announce(self, ranges: Sequence[tuple[int, int]]) -> None:
+        pass
 
     def copy(self, ranges: Sequence[tuple[int, int]], out: NDArray[np.uint8], places: Sequence[int]) -> None:
         order = sorted(range(len(ranges)), key=lambda number: ranges[number])

@@ -26,6 +26,7 @@ from cbmir_spark.config import RetrievalSettings, Settings
 from cbmir_spark.features import Index
 from cbmir_spark.queries import SERIES_INSTANCE_UID, SOP_INSTANCE_UID, Answered, Query, Resolved, Status, Wanted
 from cbmir_spark.queries import pseudonyms_of as names_of
+from cbmir_spark.record import Stages
 from cbmir_spark.search import (
     Answer,
     Base,
@@ -164,22 +165,26 @@ def search(
     queries: Sequence[Query],
     own: Mapping[str, Volume],
     options: RetrievalSettings,
+    stages: Stages | None = None,
 ) -> Answer:
     """The nearest series of each query; `own` has the queries' volumes by query_id.
 
     A hit is a series, shown by the frame that matches best; ties go by series. `unique: none` lets a series occur once
     for each partition that it has frames in; a query's own series is left out wherever its own image would be. Raises
-    InputError and ModelError as `search.search` does.
+    InputError and ModelError as `search.search` does. What it took is added to `stages`: describe, compare.
     """
+    clock = stages or Stages()
 
     def one_pass(chosen: Sequence[Query], plans: Sequence[frozenset[Place]], group: str | None) -> Pass:
-        near, scanned = _nearest(spark, base, chosen, plans, options, group)
+        with clock.stage("describe"):
+            near, scanned = _nearest(spark, base, chosen, plans, options, group)
         compared = [
             Compared(number, query.own.k or options.k, own[query.query_id], others)
             for number, (query, others) in enumerate(zip(chosen, near.by_query(len(chosen)), strict=True))
             if others
         ]
-        query, hits, read = _ranked(spark, base, chosen, compared, options)
+        with clock.stage("compare"):
+            query, hits, read = _ranked(spark, base, chosen, compared, options)
         return Pass(query, hits, near.candidates, scanned + Scanned(vectors=read.vectors, bytes=read.bytes))
 
     return by_passes(base, queries, options, one_pass)

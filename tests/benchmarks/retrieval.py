@@ -7,17 +7,19 @@ The base is FC2 features of that AlexNet on the labelled pictures, augmented as 
 random vectors of the same shape; the queries are the pictures themselves. Both are kept in FOLDER for the next time.
 The index is written as the product writes it. Alternatives read the same Parquet files: FAISS's exact search after
 loading them by pyarrow (it needs `pip install faiss-cpu`), a Spark SQL cross join, and MLlib's LSH. Runs take turns in
-one process.
+one process. Before each, all files are read, or, with `--disk`, dropped from the system's cache, so that all meet the
+same.
 """
 
 import argparse
 import importlib
+import os
 import shutil
 import statistics
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from cbmir_spark.config import RetrievalSettings
 from cbmir_spark.model import Projection
 from cbmir_spark.networks import Draw
 from cbmir_spark.queries import Query
+from cbmir_spark.record import Stages
 from cbmir_spark.vector_files import DataFile
 from tests.benchmarks.common import REPO, keep, tell
 
@@ -173,7 +176,7 @@ def base_at(spark: SparkSession, path: str, projection: Projection, files: confi
     return search.Base(tuple(named), 4096, projection, files)
 
 
-# --- the contestants: each gives (Q, K) squared distances ---
+# --- the contestants: each gives (Q, K) squared distances, and its seconds by stage ---
 
 
 def ours(
@@ -182,29 +185,36 @@ def ours(
     asked: Floats,
     chosen: RetrievalSettings,
     place: tuple[str, str] = ("CT", "CHEST"),
-) -> tuple[NDArray[np.float64], search.Scanned]:
-    queries = [Query(f"{number:06d}", vector, *place) for number, vector in enumerate(asked)]
+) -> tuple[NDArray[np.float64], Stages, search.Scanned]:
+    stages = Stages()
     squares = []
     total = search.Scanned()
+    with stages.stage("plan"):
+        queries = [Query(f"{number:06d}", vector, *place) for number, vector in enumerate(asked)]
     for portion in search.portions(spark, queries, chosen.k, chosen):
-        answer = search.search(spark, base(), portion, chosen)
+        with stages.stage("plan"):
+            files = base()
+        answer = search.search(spark, files, portion, chosen, stages)
         squares.append(answer.hits.column(t.DISTANCE).to_numpy() ** 2)
         total += answer.scanned
-    return np.concatenate(squares).reshape(len(asked), -1), total
+    return np.concatenate(squares).reshape(len(asked), -1), stages, total
 
 
-def faiss_search(files: list[str], count: int, asked: Floats) -> NDArray[np.float64]:
+def faiss_search(files: list[str], count: int, asked: Floats) -> tuple[NDArray[np.float64], Stages]:
     faiss = importlib.import_module("faiss")
     faiss.omp_set_num_threads(2)
     pa.set_cpu_count(2)
+    stages = Stages()
     vectors = np.empty((count, 4096), dtype=np.float32)
-    filled = 0
-    for batch in pyarrow.dataset.dataset(files, format="parquet").to_batches(columns=[t.VECTOR], batch_size=4096):
-        rows = batch.column(0).flatten().to_numpy().reshape(-1, 4096)
-        vectors[filled : filled + len(rows)] = rows
-        filled += len(rows)
-    found, _ = faiss.knn(asked, vectors[:filled], K)
-    return np.asarray(found, dtype=np.float64)
+    with stages.stage("load"):
+        filled = 0
+        for batch in pyarrow.dataset.dataset(files, format="parquet").to_batches(columns=[t.VECTOR], batch_size=4096):
+            rows = batch.column(0).flatten().to_numpy().reshape(-1, 4096)
+            vectors[filled : filled + len(rows)] = rows
+            filled += len(rows)
+    with stages.stage("search"):
+        found, _ = faiss.knn(asked, vectors[:filled], K)
+    return np.asarray(found, dtype=np.float64), stages
 
 
 def cross_join(spark: SparkSession, rows: DataFrame, asked: Floats) -> None:
@@ -253,7 +263,12 @@ def others(spark: SparkSession, rows: DataFrame, asked: Floats, scale: float) ->
 
 
 def by_tags(
-    spark: SparkSession, base: Callable[[], search.Base], asked: Floats, chosen: RetrievalSettings, runs: int
+    spark: SparkSession,
+    base: Callable[[], search.Base],
+    files: list[str],
+    asked: Floats,
+    chosen: RetrievalSettings,
+    runs: int,
 ) -> dict[str, Any]:
     """A search of one partition, of a few sizes, beside one of all, by their time and by their share of bytes."""
     sizes = Counter[tuple[str, str]]()
@@ -261,13 +276,10 @@ def by_tags(
         sizes[file.place] += file.bytes
     places = [place for place, _ in sizes.most_common(9)[::4]]
     tags = chosen.model_copy(update={"prefilter": "tags"})
-    seconds: dict[str, list[float]] = {"/".join(place): [] for place in places} | {"all": []}
-    for turn in range(runs + 1):
-        for place in places:
-            took, _ = timed(lambda: ours(spark, base, asked, tags, place))  # noqa: B023
-            seconds["/".join(place)] += [took] if turn else []
-        took, _ = timed(lambda: ours(spark, base, asked, chosen))
-        seconds["all"] += [took] if turn else []
+    contestants: dict[str, Callable[[], Any]] = {
+        "/".join(place): lambda place=place: ours(spark, base, asked, tags, place) for place in places
+    }
+    seconds, _ = in_turn(contestants | {"all": lambda: ours(spark, base, asked, chosen)}, files, read, runs)
     medians = {name: statistics.median(each) for name, each in seconds.items()}
     told: dict[str, Any] = {"seconds": {name: round(each, 3) for name, each in medians.items()}}
     for place in places:
@@ -277,6 +289,42 @@ def by_tags(
 
 
 # --- measuring ---
+
+
+def read(files: list[str]) -> None:
+    """Bring all files into the system's cache, which some systems empty of what half a minute did not touch."""
+    buffer = bytearray(2**22)
+    for file in files:
+        with open(file, "rb", buffering=0) as opened:
+            while opened.readinto(buffer):
+                pass
+
+
+def drop(files: list[str]) -> None:
+    """Take all files out of the system's cache, so that they come from the disk."""
+    for file in files:
+        with open(file, "rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def in_turn(
+    contestants: Mapping[str, Callable[[], Any]], files: list[str], prepare: Callable[[list[str]], None], runs: int
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """The seconds of each contestant's runs, which take turns and begin with the files prepared; what each last gave.
+
+    A first turn, which starts workers, does not count.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    answers: dict[str, Any] = {}
+    for turn in range(runs + 1):
+        for name, run in contestants.items():
+            prepare(files)
+            start = time.perf_counter()
+            answers[name] = run()
+            took = round(time.perf_counter() - start, 3)
+            tell(f"{name}: {took} s" + ("" if turn else ", not counted"))
+            seconds[name] += [took] if turn else []
+    return seconds, answers
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
@@ -312,6 +360,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--alone", action="store_true", help="ours alone, for its cost by size and number of queries")
     parser.add_argument("--tags", action="store_true", help="single partitions beside all of them")
+    parser.add_argument("--disk", action="store_true", help="with no file in the system's cache; else all are")
     parser.add_argument("--others", action="store_true", help="Spark SQL and LSH too, over a share")
     asked_for = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -337,67 +386,51 @@ def main() -> None:
         "directions": len(projection.directions),
     }
 
-    costs: dict[str, Any] = {}
-
     def where() -> search.Base:
         return base_at(spark, path, projection, settings.storage)
 
-    if asked_for.tags:
-        for number in asked_for.queries:
-            for method in ("scan", "bounds"):
-                by_method = whole.model_copy(update={"method": method})
-                told = by_tags(spark, where, np.resize(queries, (number, 4096)), by_method, asked_for.runs)
-                result[f"{method}, {number} queries"] = told
-                tell(str(told))
-        spark.stop()
-        keep(f"retrieval by tags, {asked_for.count} {kind} vectors", result)
-        return
+    prepare = drop if asked_for.disk else read
     for number in asked_for.queries:
         asked = np.resize(queries, (number, 4096))
-        contestants: dict[str, Callable[[], Any]] = {
-            "bounds": lambda: ours(spark, where, asked, whole),  # noqa: B023
-            "scan": lambda: ours(spark, where, asked, whole.model_copy(update={"method": "scan"})),  # noqa: B023
-            "faiss": lambda: faiss_search(files, asked_for.count, asked),  # noqa: B023
-        }
-        if asked_for.alone:
-            contestants = {"bounds": contestants["bounds"]}
-        seconds: dict[str, list[float]] = {name: [] for name in contestants}
-        for turn in range(asked_for.runs + 1):
-            answers = {}
-            for name, run in contestants.items():
-                took, answers[name] = timed(run)
-                # The first turn starts workers and fills caches.
-                if turn:
-                    seconds[name].append(round(took, 3))
-            tell(f"{number} queries: {({name: each[-1] for name, each in seconds.items()}) if turn else 'warm'}")
-        medians = {name: statistics.median(each) for name, each in seconds.items()}
-        if asked_for.alone:
-            of = answers["bounds"][1]
-            costs[str(number)] = {"seconds": medians["bounds"], "vectors": of.vectors, "MB": round(of.bytes / 2**20)}
-            costs[str(number)]["peak memory, MB"] = peaks()
-            tell(str(costs[str(number)]))
+        if asked_for.tags:
+            for method in ("scan", "bounds"):
+                by_method = whole.model_copy(update={"method": method})
+                told = by_tags(spark, where, files, asked, by_method, asked_for.runs)
+                result[f"{method}, {number} queries"] = told
+                tell(str(told))
             continue
-        told = answers["bounds"][0]
-        assert (told == answers["scan"][0]).all()
-        # FAISS works in float32, so its squares lose digits where they are small.
-        far = np.abs(told - answers["faiss"]) / (np.abs(told) + 1e-3 * np.square(asked).sum(axis=1)[:, None])
-        result[f"{number} queries"] = {
+        contestants: dict[str, Callable[[], Any]] = {"bounds": lambda: ours(spark, where, asked, whole)}  # noqa: B023
+        if not asked_for.alone:
+            by_scan = whole.model_copy(update={"method": "scan"})
+            contestants["scan"] = lambda: ours(spark, where, asked, by_scan)  # noqa: B023
+            contestants["faiss"] = lambda: faiss_search(files, asked_for.count, asked)  # noqa: B023
+        seconds, answers = in_turn(contestants, files, prepare, asked_for.runs)
+        squares, _, scanned = answers["bounds"]
+        medians = {name: statistics.median(each) for name, each in seconds.items()}
+        told = {
             "seconds": seconds,
-            "faiss / scan": round(medians["faiss"] / medians["scan"], 2),
-            "faiss / bounds": round(medians["faiss"] / medians["bounds"], 2),
-            "vectors measured": answers["bounds"][1].vectors,
-            "megabytes read": round(answers["bounds"][1].bytes / 2**20),
-            "greatest difference to faiss": float(far.max()),
+            "median": {name: round(each, 3) for name, each in medians.items()},
+            "stages": {name: {s: round(n, 3) for s, n in each[1].seconds.items()} for name, each in answers.items()},
+            "vectors measured": scanned.vectors,
+            "megabytes read": round(scanned.bytes / 2**20),
             "peak memory, MB": peaks(),
         }
-        tell(str(result[f"{number} queries"]))
+        if not asked_for.alone:
+            assert (squares == answers["scan"][0]).all()
+            # FAISS works in float32, so its squares lose digits where they are small.
+            far = np.abs(squares - answers["faiss"][0]) / (squares + 1e-3 * np.square(asked).sum(axis=1)[:, None])
+            told |= {
+                "faiss / scan": round(medians["faiss"] / medians["scan"], 2),
+                "faiss / bounds": round(medians["faiss"] / medians["bounds"], 2),
+                "greatest difference to faiss": float(far.max()),
+            }
+        result[f"{number} queries"] = told
+        tell(str(told))
     if asked_for.others:
         result |= others(spark, t.read(spark, path), np.resize(queries, (100, 4096)), 10 * asked_for.count / 2000)
     spark.stop()
-    if costs:
-        keep(f"retrieval alone, {asked_for.count} {kind} vectors", result | {"by number of queries": costs})
-    else:
-        keep(f"retrieval, {asked_for.count} {kind} vectors", result)
+    what = "retrieval by tags" if asked_for.tags else "retrieval alone" if asked_for.alone else "retrieval"
+    keep(f"{what}, {asked_for.count} {kind} vectors" + (", from disk" if asked_for.disk else ""), result)
     shutil.rmtree(asked_for.lake / "bench", ignore_errors=True)
 
 
