@@ -13,6 +13,7 @@ Letters as in kernel.py: Q, n, t numbers of queries, rows, queries of one tile.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,9 +35,15 @@ from cbmir_spark.kernel import (
     tiles,
 )
 
+# A number of 64 bits for each of some groups, as `codes` makes them.
+Codes = NDArray[np.uint64]
+
 # Where more than one pair in so many is left, reading all vectors costs hardly more than measuring those pairs, and
 # the pairs are more than the driver should hold.
 USEFUL = 40
+# How far, of itself, a value may be out of its place in the order of `by_query`.
+_ORDER = 2.0**-31
+_ODD = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True)
@@ -53,17 +60,24 @@ class Points:
 
 @dataclass(frozen=True)
 class Left:
-    """Pairs that may be results: m queries and rows, bounds of their squared distance, and the rows' groups."""
+    """Pairs that may be results: m queries and rows, bounds of their squared distance, codes of the rows' groups."""
 
-    query: Numbers
-    row: Numbers
-    lower: Doubles
-    upper: Doubles
-    group: Texts | None
+    query: NDArray[np.signedinteger[Any]]
+    row: NDArray[np.signedinteger[Any]]
+    lower: NDArray[np.floating[Any]]
+    upper: NDArray[np.floating[Any]]
+    group: Codes | None
 
     def take(self, places: Numbers | NDArray[np.bool_]) -> "Left":
         group = None if self.group is None else self.group[places]
         return Left(self.query[places], self.row[places], self.lower[places], self.upper[places], group)
+
+    def packed(self) -> "Left":
+        """The same in half the bytes: bounds a little wider, and numbers of fewer than 2³¹ queries and rows."""
+        with np.errstate(over="ignore"):
+            lower = np.nextafter(self.lower.astype(np.float32), np.float32(-np.inf))
+            upper = np.nextafter(self.upper.astype(np.float32), np.float32(np.inf))
+        return Left(self.query.astype(np.int32), self.row.astype(np.int32), lower, upper, self.group)
 
 
 class Bounds:
@@ -91,8 +105,8 @@ class Bounds:
         self.hopeless = False
         """Whether so many rows are left that whole vectors had better be compared; nothing more is then added."""
 
-    def add(self, rows: Points, group: Texts | None, queries: Numbers, hidden: Hidden | None) -> None:
-        """Compare n rows with some queries (their numbers, sorted); group: (n,) what a list holds only once."""
+    def add(self, rows: Points, group: Codes | None, queries: Numbers, hidden: Hidden | None) -> None:
+        """Compare n rows with some queries (their numbers, sorted); group: (n,) codes of what lists hold only once."""
         first = self.rows_seen
         self.rows_seen += len(rows.values)
         if self.hopeless or not len(rows.values) or not len(queries):
@@ -128,7 +142,7 @@ class Bounds:
         tile: Numbers,
         points: Floats,
         norms: Doubles,
-        group: Texts | None,
+        group: Codes | None,
         starts: Numbers | None,
         hidden: Hidden | None,
     ) -> Left | None:
@@ -200,21 +214,53 @@ def join(parts: list[Left]) -> Left:
 
 
 def settle(left: Left, k: Numbers) -> tuple[Left, Doubles]:
-    """The pairs that are still possible, and (Q,) the k-th smallest upper bound over groups of each query.
+    """The pairs that are still possible, and for each query, (Q,), what the k-th smallest upper bound over groups does
+    not exceed.
 
-    That bound is infinite where a query has met fewer groups than it takes.
+    That is infinite where a query has met fewer groups than it takes.
     """
     kth = np.full(len(k), np.inf)
-    order = np.lexsort((left.upper, left.query))
+    order = by_query(left.query, left.upper)
     if left.group is not None:
-        _, rank = np.unique(left.group, return_inverse=True)
-        pair = left.query[order] * (rank.max(initial=0) + 1) + rank[order]
-        _, first_of_group = np.unique(pair, return_index=True)
-        order = order[np.sort(first_of_group)]
+        order = order[_first_of_each(left.group[order] + left.query[order].astype(np.uint64) * _ODD)]
     query = left.query[order]
     begins = np.flatnonzero(np.diff(query, prepend=-1))
     rank = np.arange(len(order)) - np.repeat(begins, np.diff(begins, append=len(order)))
     last = rank == k[query] - 1
-    kth[query[last]] = left.upper[order[last]]
+    kth[query[last]] = left.upper[order[last]].astype(np.float64) * (1 + 2 * _ORDER)
     possible = left.lower <= kth[left.query]
     return (left if possible.all() else left.take(possible)), kth
+
+
+def by_query(query: NDArray[np.signedinteger[Any]], value: NDArray[np.floating[Any]]) -> Numbers:
+    """The order of m pairs by query, and within one by a value, to 2⁻³¹ of it; what is below zero counts as zero.
+
+    One key of 64 bits is sorted eight times as fast as two keys are.
+    """
+    width = 63 - int(query.max(initial=0)).bit_length()
+    assert width >= 42, "more than two million queries at a time"
+    # Bits of doubles that are not negative are in the order of their values; adding zero takes a zero's sign away.
+    bits = (np.maximum(value.astype(np.float64), 0.0) + 0.0).view(np.int64)
+    return np.argsort((query.astype(np.int64) << width) | (bits >> (63 - width)))
+
+
+def codes(texts: Texts) -> Codes:
+    """(n,) a number for each text, the same in every task.
+
+    Two texts may have one number. Bounds take two groups for one then, which leaves more pairs and never fewer.
+    """
+    words = -(-texts.dtype.itemsize // 8)
+    found = np.zeros(len(texts), dtype=np.uint64)
+    for number, word in enumerate(texts.astype(f"S{8 * words}").view(np.uint64).reshape(len(texts), words).T):
+        # What a longer text beside it would add to a text is nothing: words of zeros.
+        mixed = word * (_ODD + np.uint64(2 * number))
+        mixed ^= mixed >> np.uint64(32)
+        found += mixed * _ODD
+    return found
+
+
+def _first_of_each(keys: Codes) -> Numbers:
+    """Where each distinct key comes first, in the order of places."""
+    order = np.argsort(keys)
+    begins = np.flatnonzero(np.concatenate([[True], np.diff(keys[order]) != 0])) if len(keys) else order
+    return np.sort(np.minimum.reduceat(order, begins)) if len(keys) else order

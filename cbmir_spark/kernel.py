@@ -10,6 +10,7 @@ Letters: q a query, x a row, D the dimension, Q, n, t numbers of queries, rows, 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -390,7 +391,7 @@ def not_above(partial: Floats, limit: Doubles) -> NDArray[np.bool_]:
     return ~(partial > rounded[:, None])
 
 
-def by_group(group: Texts) -> tuple[Numbers | None, Numbers]:
+def by_group(group: NDArray[Any]) -> tuple[Numbers | None, Numbers]:
     """An order that puts rows of a group side by side (None: they are), and where each group then starts."""
     changes = np.flatnonzero(np.concatenate([[True], group[1:] != group[:-1]]))
     distinct, codes = np.unique(group, return_inverse=True)

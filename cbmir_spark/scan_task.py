@@ -8,6 +8,7 @@ row groups, and takes vectors from Parquet's pages to the matrix product without
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,8 @@ from cbmir_spark import tables as t
 from cbmir_spark.bounds import Bounds, Left, Points
 from cbmir_spark.config import StorageSettings
 from cbmir_spark.vector_files import DataFile, OpenFiles, Place, Read, VectorFile
+
+Places = NDArray[np.int32]
 
 # Columns of partitions are in no file.
 SHOWN = tuple(
@@ -44,15 +47,17 @@ class Share:
 class Wanted:
     """All pairs that bounds left of some queries, sorted by query and promise, and where their rows are.
 
-    `left` has the m pairs, whose rows are their own numbers; file, row_group, row: (m,) of each, a file by its number
-    in `files`. limit: (Q,) what the squared distance of a query's last hit does not exceed.
+    query, row, lower, group: (m,) of each pair; a row by its number in `places`, (3, r), which has the number in
+    `files` of its file, the row group there and the row in that. limit: (Q,) what the squared distance of a query's
+    last hit does not exceed.
     """
 
-    left: Left
+    query: Places
+    row: Places
+    lower: NDArray[np.floating[Any]]
+    group: bounds_room.Codes | None
+    places: Places
     files: Mapping[int, DataFile]
-    file: NDArray[np.int64]
-    row_group: NDArray[np.int64]
-    row: NDArray[np.int64]
     limit: NDArray[np.float64]
 
 
@@ -130,12 +135,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Bounded:
-    """What bounds left of a task's share: m pairs, which number their own rows, and where the row of each is."""
+    """What bounds left of a task's share: pairs, whose rows are numbers in `places`: (3, r) file, row group and row."""
 
     left: Left
-    file: NDArray[np.int64]
-    row_group: NDArray[np.int64]
-    row: NDArray[np.int64]
+    places: Places
     candidates: NDArray[np.int64]
     read: Read
 
@@ -165,7 +168,7 @@ def bounded(shares: Sequence[Share], job: Job) -> Bounded | Found:
     search = Bounds(job.points, job.k, job.defect, job.block_bytes, job.most_pairs)
     directions = job.points.values.shape[1] - 1
     taken = 0
-    places: list[NDArray[np.int64]] = [np.empty((3, 0), dtype=np.int64)]
+    places: list[Places] = [np.empty((3, 0), dtype=np.int32)]
     for share in shares:
         with VectorFile(share.file, job.storage) as file:
             for row_groups in file.portions(share.part, share.of, _ROWS_AT_ONCE, 0 if taken else _ROWS_AT_FIRST):
@@ -176,9 +179,10 @@ def bounded(shares: Sequence[Share], job: Job) -> Bounded | Found:
                     kept = not_imputed(rows)
                     rows, coordinates = rows.filter(pa.array(kept)), coordinates[kept]
                     places[-1] = places[-1][:, kept]
+                grouped = _groups(rows, job.group)
                 search.add(
                     Points.of(coordinates, rows.column(t.RESIDUAL_NORM).to_numpy()),
-                    _groups(rows, job.group),
+                    None if grouped is None else bounds_room.codes(grouped),
                     job.lists[job.list_of[share.file.place]],
                     hidden(rows, job),
                 )
@@ -187,9 +191,9 @@ def bounded(shares: Sequence[Share], job: Job) -> Bounded | Found:
                     return replace(found, read=found.read + Read(bytes=taken + file.read.bytes))
             taken += file.read.bytes
     left = search.left()
-    file_numbers, groups, rows_of = np.concatenate(places, axis=1)[:, left.row]
-    left = replace(left, row=np.arange(len(left.row)))
-    return Bounded(left, file_numbers, groups, rows_of, search.candidates, Read(bytes=taken))
+    rows_left, row = renumbered(left.row, search.rows_seen)
+    found_at = np.concatenate(places, axis=1)[:, rows_left]
+    return Bounded(replace(left, row=row).packed(), found_at, search.candidates, Read(bytes=taken))
 
 
 def measured(wanted: Wanted, job: Job) -> Found:
@@ -201,7 +205,10 @@ def measured(wanted: Wanted, job: Job) -> Found:
     Memory: a block of vectors and the distances of the task's queries to them, together at most `block_bytes`, and the
     pairs.
     """
-    left, limit = wanted.left, wanted.limit.copy()
+    order = np.lexsort(wanted.places[::-1])
+    places, number = wanted.places[:, order], np.argsort(order)
+    left = Left(wanted.query, number[wanted.row], wanted.lower, wanted.lower, wanted.group)
+    limit = wanted.limit.copy()
     squares_of = kernel.square_norms(job.vectors)
     begins = np.flatnonzero(np.diff(left.query, prepend=-1))
     # A product of matrices is made in two arrays, one of which is added to the other.
@@ -214,8 +221,9 @@ def measured(wanted: Wanted, job: Job) -> Found:
         first, last = 0, _FIRST_TURNS
         while first <= turn.max(initial=-1):
             due = (turn >= first) & (turn < last) & (left.lower <= limit[left.query])
-            for pairs in _blocks_of(wanted, np.flatnonzero(due), height):
-                vectors, row = _vectors(wanted, pairs, files, job.vectors.shape[1])
+            for pairs in _blocks_of(left.row, np.flatnonzero(due), height):
+                rows, row = np.unique(left.row[pairs], return_inverse=True)
+                vectors = _vectors(files, places[:, rows], job.vectors.shape[1])
                 of = kernel.Pairs(left.query[pairs], row)
                 near = kernel.contenders(job.vectors, squares_of, vectors, of, limit)
                 square = kernel.squares(job.vectors, vectors, of.query[near], of.row[near])
@@ -224,44 +232,32 @@ def measured(wanted: Wanted, job: Job) -> Found:
                 best, kth = bounds_room.settle(bounds_room.join([best, found]), job.k)
                 limit = np.minimum(limit, kth)
             first, last = last, last * _MORE_TURNS
-        rows, row = shown(files, wanted.file[best.row], wanted.row_group[best.row], wanted.row[best.row])
+        told, row = shown(files, places[:, best.row])
         read = files.read
-    return Found(best.query, best.lower, row, rows, np.zeros(len(job.k), dtype=np.int64), read)
+    return Found(best.query.astype(np.int64), best.lower, row, told, np.zeros(len(job.k), dtype=np.int64), read)
 
 
-def _blocks_of(wanted: Wanted, pairs: NDArray[np.int64], height: int) -> Iterator[NDArray[np.int64]]:
-    """Pairs in the order of their rows, in blocks of at most so many rows; none is in two blocks."""
-    pairs = pairs[np.lexsort((wanted.row[pairs], wanted.row_group[pairs], wanted.file[pairs]))]
-    number = np.cumsum(_is_first(wanted, pairs)) - 1
+def _blocks_of(row: NDArray[np.int64], pairs: NDArray[np.int64], height: int) -> Iterator[NDArray[np.int64]]:
+    """Pairs in the order of their rows, in blocks of at most so many rows; no row is in two blocks."""
+    pairs = pairs[np.argsort(row[pairs], kind="stable")]
+    number = np.cumsum(np.diff(row[pairs], prepend=-1) != 0) - 1
     edges = np.searchsorted(number, np.arange(0, number[-1] + 1 if len(number) else 0, height))
     yield from (pairs[start:end] for start, end in itertools.pairwise([*edges, len(pairs)]))
 
 
-def _is_first(wanted: Wanted, pairs: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Of pairs in the order of their rows, which one is the first of its row."""
-    place = np.stack([wanted.file[pairs], wanted.row_group[pairs], wanted.row[pairs]])
-    is_first: NDArray[np.bool_] = np.any(np.diff(place, axis=1, prepend=-1) != 0, axis=0)
-    return is_first
+def _vectors(files: OpenFiles, places: Places, dimension: int) -> NDArray[np.float32]:
+    """(n, D) the vectors of n different rows, which are in the order of their places."""
+    vectors = np.empty((places.shape[1], dimension), dtype=np.float32)
+    file, row_group, row = places
+    numbers, begins = np.unique(file, return_index=True)
+    for number, start, end in zip(numbers, begins, [*begins[1:], len(file)], strict=True):
+        files[number].some_vectors(t.VECTOR, row_group[start:end], row[start:end], vectors[start:end])
+    return vectors
 
 
-def _vectors(
-    wanted: Wanted, pairs: NDArray[np.int64], files: OpenFiles, dimension: int
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The vectors of the rows of pairs that are in the order of their rows, and which one is each pair's."""
-    is_first = _is_first(wanted, pairs)
-    rows = pairs[is_first]
-    vectors = np.empty((len(rows), dimension), dtype=np.float32)
-    numbers, begins = np.unique(wanted.file[rows], return_index=True)
-    for number, start, end in zip(numbers, begins, [*begins[1:], len(rows)], strict=True):
-        here = rows[start:end]
-        files[number].some_vectors(t.VECTOR, wanted.row_group[here], wanted.row[here], vectors[start:end])
-    return vectors, np.cumsum(is_first) - 1
-
-
-def shown(
-    files: OpenFiles, file: NDArray[np.int64], row_group: NDArray[np.int64], row: NDArray[np.int64]
-) -> tuple[pa.Table, NDArray[np.int64]]:
-    """SHOWN columns and partitions of n rows, each row once, and which one is each of the n."""
+def shown(files: OpenFiles, places: Places) -> tuple[pa.Table, NDArray[np.int64]]:
+    """SHOWN columns and partitions of n rows, each row once, and which one is each of the n; places: (3, n)."""
+    file, row_group, row = places.astype(np.int64)
     tables = []
     found = np.empty(len(file), dtype=np.int64)
     seen = 0
@@ -275,6 +271,13 @@ def shown(
         found[here] = seen + place
         seen += len(taken)
     return pa.concat_tables(tables), found
+
+
+def renumbered(row: NDArray[Any], count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which of `count` rows occur in m pairs, sorted, and (m,) which one of those is each pair's."""
+    occurs = np.zeros(count, dtype=bool)
+    occurs[row] = True
+    return np.flatnonzero(occurs), (np.cumsum(occurs) - 1)[row]
 
 
 def scanned(shares: Sequence[Share], job: Job) -> Found:
@@ -368,13 +371,13 @@ def placed(rows: pa.Table, place: Place) -> pa.Table:
     return rows
 
 
-def places_of(file: VectorFile, number: int, row_groups: Sequence[int]) -> NDArray[np.int64]:
+def places_of(file: VectorFile, number: int, row_groups: Sequence[int]) -> Places:
     """(3, n) file, row group and row within it of each row."""
     counts = [file.rows_of(group) for group in row_groups]
     return np.stack(
         [
-            np.full(sum(counts), number, dtype=np.int64),
-            np.repeat(np.asarray(row_groups, dtype=np.int64), counts),
-            np.concatenate([np.arange(count, dtype=np.int64) for count in counts]),
+            np.full(sum(counts), number, dtype=np.int32),
+            np.repeat(np.asarray(row_groups, dtype=np.int32), counts),
+            np.concatenate([np.arange(count, dtype=np.int32) for count in counts]),
         ]
     )

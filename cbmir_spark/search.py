@@ -282,8 +282,9 @@ def _bounded(
     if not parts:
         return found, []
     with clock.stage("rank"):
-        starts = np.cumsum([0, *(len(part.left.row) for part in parts[:-1])])
-        lefts = [replace(p.left, row=s + np.arange(len(p.left.row))) for p, s in zip(parts, starts, strict=True)]
+        places = np.concatenate([part.places for part in parts], axis=1)
+        starts = np.cumsum([0, *(part.places.shape[1] for part in parts[:-1])])
+        lefts = [replace(p.left, row=start + p.left.row) for p, start in zip(parts, starts, strict=True)]
         left, limit = bounds.settle(bounds.join(lefts), job.k)
     candidates = sum(int(part.candidates.sum()) for part in parts)
     if len(left.query) * bounds.USEFUL > candidates + 8 * bounds.USEFUL * int(job.k.sum()):
@@ -292,37 +293,47 @@ def _bounded(
         with clock.stage("scan"):
             return found + run_tasks(spark, again, scan_task.scanned, broadcast), nothing
     with clock.stage("rank"):
-        names = ("file", "row_group", "row")
-        place = np.stack([np.concatenate([getattr(part, name) for part in parts])[left.row] for name in names])
-        wanted = _wanted(files, place, left, limit, tasks)
+        wanted = _wanted(files, places, left, limit, tasks)
     with clock.stage("measure"):
         return found + run_tasks(spark, wanted, scan_task.measured, broadcast), parts
 
 
 def _wanted(
-    files: Sequence[DataFile], place: NDArray[np.int64], left: bounds.Left, limit: NDArray[np.float64], tasks: int
+    files: Sequence[DataFile],
+    places: scan_task.Places,
+    left: bounds.Left,
+    limit: NDArray[np.float64],
+    tasks: int,
 ) -> list[scan_task.Wanted]:
-    """Pairs in at most as many parts as tasks, each query's in one of them; place: (3, m) file, row group, row.
+    """Pairs in at most as many parts as tasks, each query's in one of them; places: (3, r) of their rows.
 
     Queries whose nearest rows are neighbours go together, since they share rows.
     """
-    order = np.lexsort((left.lower, left.query))
-    place, left = place[:, order], left.take(order)
+    left = left.take(bounds.by_query(left.query, left.lower))
     begins = np.flatnonzero(np.diff(left.query, prepend=-1))
-    counts = np.diff(begins, append=len(order))
-    by_place = np.lexsort(place[::-1, begins])
+    counts = np.diff(begins, append=len(left.query))
+    by_place = np.lexsort(places[::-1, left.row[begins]])
     # A query goes where half of its pairs would be, were all pairs dealt out evenly.
     until = np.cumsum(counts[by_place])
     task = np.empty(len(begins), dtype=np.int64)
-    task[by_place] = (until - counts[by_place] / 2) * tasks / max(1, len(order))
+    task[by_place] = (until - counts[by_place] / 2) * tasks / max(1, len(left.query))
     of_pair = np.repeat(task, counts)
     wanted = []
     for number in np.unique(task):
-        here = np.flatnonzero(of_pair == number)
-        pairs = replace(left.take(here), row=np.arange(len(here)))
-        named = set(place[0, here].tolist())
-        used = {file.number: file for file in files if file.number in named}
-        wanted.append(scan_task.Wanted(pairs, used, place[0, here], place[1, here], place[2, here], limit))
+        pairs = left.take(of_pair == number)
+        rows, row = scan_task.renumbered(pairs.row, places.shape[1])
+        named = set(places[0, rows].tolist())
+        wanted.append(
+            scan_task.Wanted(
+                query=pairs.query,
+                row=row.astype(np.int32),
+                lower=pairs.lower,
+                group=pairs.group,
+                places=places[:, rows],
+                files={file.number: file for file in files if file.number in named},
+                limit=limit,
+            )
+        )
     return wanted
 
 

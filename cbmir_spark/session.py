@@ -73,10 +73,10 @@ def properties(settings: Settings) -> dict[str, str]:
         "spark.sql.execution.arrow.maxRecordsPerBatch": "256",
         "spark.sql.parquet.columnarReaderBatchSize": "256",
         "spark.sql.execution.arrow.pyspark.enabled": "true",
-        # What other tools decode of a row group should stay in the processor's cache; vectors of a row group are in one
-        # page, so that retrieval finds each by its place; and they hardly repeat a number, so that a dictionary of them
-        # is tried in vain.
-        "spark.hadoop.parquet.block.size": str(2**20),
+        # What other tools decode of a row group should stay in the processor's cache, and each of its columns is read
+        # by itself. Its vectors are in one page, so that retrieval finds each by its place; and they hardly repeat a
+        # number, so that a dictionary of them is tried in vain.
+        "spark.hadoop.parquet.block.size": str(8 * 2**20),
         "spark.hadoop.parquet.page.size": str(2**26),
         "spark.hadoop.parquet.enable.dictionary#vector.list.element": "false",
         "spark.hadoop.parquet.enable.dictionary#projection.list.element": "false",

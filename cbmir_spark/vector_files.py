@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import pyarrow as pa
@@ -141,14 +141,20 @@ class VectorFile:
             made[start : start + count] = arrays.matrix(decoded, dimension)
         return made
 
-    def some_vectors(self, column: str, row_group: Numbers, row: Numbers, out: Floats) -> None:
+    def some_vectors(
+        self,
+        column: str,
+        row_group: NDArray[np.signedinteger[Any]],
+        row: NDArray[np.signedinteger[Any]],
+        out: Floats,
+    ) -> None:
         """Put the vectors of n different rows, each by its row group and its number there, into (n, D) `out`."""
         self.read += Read(len(row))
         dimension = out.shape[1]
         values = self._values(column, dimension)
         if values is not None:
             size = 4 * dimension
-            ranges = [(int(offset), size) for offset in values[row_group] + row * size]
+            ranges = [(int(offset), size) for offset in values[row_group] + row.astype(np.int64) * size]
             self._fill(ranges, out.reshape(-1).view(np.uint8), [size * number for number in range(len(row))])
             return
         for number in np.unique(row_group):

@@ -212,7 +212,7 @@ def merged(one: Part | Read, other: Part | Read) -> Part | Read:
 
 
 def _by_series(
-    place: Place, rows: pa.Table, vectors: NDArray[np.float32], where: NDArray[np.int64]
+    place: Place, rows: pa.Table, vectors: NDArray[np.float32], where: scan_task.Places
 ) -> Iterator[tuple[Key, Part]]:
     series = np.array(rows.column(t.SERIES_ID).to_pylist(), dtype=np.bytes_)
     image = np.array(rows.column(t.IMAGE_ID).to_pylist(), dtype=np.bytes_)
@@ -300,8 +300,8 @@ def ranked(queries: Sequence[Compared], job: Comparison) -> Ranked:
                 found.append((far, other.series_id, other.place, other.where[:, frame]))
             found.sort(key=lambda hit: hit[:3])
             hits += [(each.query, far, where) for far, _, _, where in found[: each.k]]
-        where = np.array([hit[2] for hit in hits], dtype=np.int64).reshape(-1, 3)
-        rows, row = scan_task.shown(files, *where.T) if hits else (pa.table({}), np.empty(0, dtype=np.int64))
+        where = np.array([hit[2] for hit in hits], dtype=np.int32).reshape(-1, 3)
+        rows, row = scan_task.shown(files, where.T) if hits else (pa.table({}), np.empty(0, dtype=np.int64))
         read = files.read
     query = np.array([hit[0] for hit in hits], dtype=np.int64)
     return Ranked(query, np.array([hit[1] for hit in hits], dtype=np.float64), row, rows, read)
@@ -322,7 +322,7 @@ class _Volumes:
             self._kept.move_to_end(volume.key)
             return self._kept[volume.key]
         made = np.empty((volume.where.shape[1], self._job.dimension), dtype=np.float32)
-        file, row_group, row = volume.where.astype(np.int64)
+        file, row_group, row = volume.where
         for number in np.unique(file).tolist():
             here = np.flatnonzero(file == number)
             part = np.empty((len(here), self._job.dimension), dtype=np.float32)

@@ -42,16 +42,19 @@ KINDS = ("low rank", "random", "near duplicates", "whole numbers", "blank")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("directions", [1, 8, 96])
 @pytest.mark.parametrize("blocks", [1, 5])
-@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("grouped", ["no", "by code", "by codes that several groups have"])
 def test_what_may_be_a_result_is_left(
-    kind: str, directions: int, blocks: int, grouped: bool, monkeypatch: pytest.MonkeyPatch
+    kind: str, directions: int, blocks: int, grouped: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bounds, "USEFUL", 1)
     random = np.random.default_rng(directions)
     queries, vectors = drawn(kind, directions)
     projection = Projection.fit([vectors[::3]], directions)
     k = random.integers(1, 60, len(queries))
-    groups = np.array([f"s{n}" for n in random.integers(0, 90, len(vectors))], dtype=np.bytes_) if grouped else None
+    groups = np.array([f"s{n}" for n in random.integers(0, 90, len(vectors))], dtype=np.bytes_)
+    codes = bounds.codes(groups) % np.uint64(2**64 - 1 if grouped == "by code" else 29)
+    if grouped == "no":
+        groups = np.arange(len(vectors))
     bars = np.stack([np.zeros(len(vectors), dtype=bool), random.random(len(vectors)) < 0.5])
     of = random.integers(0, 2, len(queries))
     search = Bounds(projected(projection, queries), k, projection.defect, 20_000, 10**9)
@@ -59,9 +62,8 @@ def test_what_may_be_a_result_is_left(
     none = np.empty(0, dtype=np.int64)
     for start, stop in itertools.pairwise(np.linspace(0, len(vectors), blocks + 1).astype(int)):
         hidden = kernel.Hidden(kernel.Pairs(none, none), bars[:, start:stop], of)
-        search.add(
-            projected(projection, vectors[start:stop]), None if groups is None else groups[start:stop], everyone, hidden
-        )
+        group = None if grouped == "no" else codes[start:stop]
+        search.add(projected(projection, vectors[start:stop]), group, everyone, hidden)
     left = search.left()
     squares = ((vectors[None].astype(np.float64) - queries[:, None].astype(np.float64)) ** 2).sum(axis=2)
     pairs = set(zip(left.query.tolist(), left.row.tolist(), strict=True))
@@ -71,9 +73,8 @@ def test_what_may_be_a_result_is_left(
         for row in np.argsort(squares[q], kind="stable"):
             if bars[of[q], row] or len(seen) == k[q]:
                 continue
-            group = row if groups is None else groups[row]
-            if group not in seen:
-                seen.add(group)
+            if groups[row] not in seen:
+                seen.add(groups[row])
                 # Another row may be as near to the last digit and stand for this one.
                 same = squares[q] <= squares[q, row] * (1 + 1e-12)
                 assert (q, row) in pairs or same.sum() > len(seen)
@@ -146,3 +147,46 @@ def test_squares_beyond_float32_are_left_to_the_scan() -> None:
     search = Bounds(projected(projection, vectors[:3]), np.full(3, 2), 0.0, 2**20, 10**9)
     search.add(projected(projection, vectors), None, np.arange(3), None)
     assert search.hopeless
+
+
+def test_codes_are_of_texts_alone() -> None:
+    texts = [b"", b"a", b"b", b"ab", b"a" * 8, b"a" * 16, b"a" * 9, *(b"%032x" % number for number in range(50_000))]
+    found = bounds.codes(np.array(texts, dtype=np.bytes_))
+    assert len(np.unique(found)) == len(texts)
+    beside = [
+        bounds.codes(np.array([text, b"x" * width], dtype=np.bytes_))[0] for text in texts[:9] for width in (1, 40)
+    ]
+    assert beside == np.repeat(found[:9], 2).tolist()
+    assert len(bounds.codes(np.empty(0, dtype=np.bytes_))) == 0
+
+
+@pytest.mark.parametrize("queries", [1, 3, 8192])
+def test_pairs_are_in_the_order_of_query_and_value(queries: int) -> None:
+    random = np.random.default_rng(queries)
+    query = random.integers(0, queries, 20_000)
+    value = np.exp(random.uniform(-700, 700, 20_000))
+    value[::7] = random.choice([0.0, -0.0, -1e-9, np.inf, 1.0, 1 + 2.0**-40], len(value[::7]))
+    order = bounds.by_query(query, value)
+    assert sorted(order.tolist()) == list(range(20_000))
+    assert (np.diff(query[order]) >= 0).all()
+    one = np.diff(query[order]) == 0
+    counted = np.maximum(value[order], 0)
+    assert (counted[:-1][one] <= counted[1:][one] * (1 + 2.0**-31)).all()
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_limit_is_never_below_the_kth_smallest_upper_bound(grouped: bool) -> None:
+    random = np.random.default_rng(2)
+    query = random.integers(0, 40, 3000)
+    # So near to each other that their order is not told apart.
+    upper = 1 + random.random(3000) * 2.0**-33
+    group = random.integers(0, 30, 3000)
+    k = random.integers(1, 40, 40)
+    given = bounds.codes(group.astype(np.bytes_)) if grouped else None
+    left, limit = bounds.settle(bounds.Left(query, np.arange(3000), upper - 1e-3, upper, given), k)
+    assert len(left.query) == 3000
+    for number in range(40):
+        mine = query == number
+        best = [upper[mine & (group == each)].min(initial=np.inf) for each in range(30)] if grouped else upper[mine]
+        kth = np.sort(best)[k[number] - 1] if k[number] <= len(best) else np.inf
+        assert kth <= limit[number] <= kth * (1 + 2.0**-29)

@@ -1,6 +1,8 @@
 """Vectors by their place in Parquet files, against Arrow's own reading of the same files."""
 
 import os
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import SparkSession
-from pyspark.sql.types import ArrayType, FloatType, IntegerType, StructField, StructType
+from pyspark.sql.types import ArrayType, FloatType, LongType, StructField, StructType
 
 from cbmir_spark import arrays, session, storage, vector_files
 from cbmir_spark.config import StorageSettings
 from cbmir_spark.errors import TableError
 from cbmir_spark.python_workers import without_archives
-from cbmir_spark.vector_files import DataFile, OpenFiles, VectorFile, merged, page_values
+from cbmir_spark.vector_files import DataFile, Floats, OpenFiles, VectorFile, merged, page_values
 
 LOCAL = StorageSettings(endpoint=None, region="us-east-1", path_style=True, attempts=2)
 PLAIN: dict[str, Any] = {"compression": "none", "use_dictionary": False, "data_page_size": 2**30}
@@ -75,21 +77,58 @@ def test_a_vector_that_is_null_or_of_another_length_is_not_read_by_its_place(tmp
 
 def test_what_spark_writes_for_the_index_is_read_by_place(spark: SparkSession, tmp_path: Path) -> None:
     """The writer's settings and the reader agree: in sessions that `session.build` made."""
-    vectors = np.random.default_rng(2).standard_normal((700, 1024)).astype(np.float32)
     schema = StructType(
-        [StructField("number", IntegerType(), False), StructField("vector", ArrayType(FloatType(), False), False)]
+        [StructField("number", LongType(), False), StructField("vector", ArrayType(FloatType(), False), False)]
     )
-    rows = spark.createDataFrame(list(enumerate(vectors.tolist())), schema).coalesce(1).sortWithinPartitions("number")
-    rows.write.option("compression", "none").parquet(str(tmp_path / "written"))
+
+    def made() -> Floats:
+        return np.random.default_rng(2).standard_normal((1500, 4096), np.float32)
+
+    def rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        every = made()
+        for batch in batches:
+            vectors = arrays.vector_column(every[batch.column(0).to_numpy()])
+            yield pa.RecordBatch.from_arrays([batch.column(0), vectors], names=schema.names)
+
+    written = spark.range(0, 1500, 1, 1).mapInArrow(rows, schema)
+    written.write.option("compression", "none").parquet(str(tmp_path / "written"))
     (path,) = (tmp_path / "written").glob("*.parquet")
-    assert pq.ParquetFile(path).num_row_groups > 2
+    vectors = made()
     with opened(path) as file:
-        found = np.empty((2, 1024), np.float32)
+        found = np.empty((2, 4096), np.float32)
         file.some_vectors("vector", np.array([0, 1]), np.array([5, 0]), found)
-        assert file.read.bytes == 2 * 4 * 1024
+        assert file.read.bytes == 2 * 4 * 4096
+        # A row group is as big as `properties` says, where the writer looks at all.
+        assert 400 < file.rows_of(0) < 700
         assert (found == vectors[[5, file.rows_of(0)]]).all()
         everything = [number for portion in file.portions(0, 1, 100) for number in portion]
-        assert (file.vectors("vector", everything, 1024) == vectors).all()
+        assert (file.vectors("vector", everything, 4096) == vectors).all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can be told")
+def test_what_is_read_of_a_local_file_is_announced_and_little_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors = np.random.default_rng(5).standard_normal((4000, 64)).astype(np.float32)
+    written(tmp_path / "a.parquet", vectors, PLAIN, 1000)
+    told: list[tuple[int, int]] = []
+
+    def advise(_: int, offset: int, size: int, what: int) -> None:
+        assert what == os.POSIX_FADV_WILLNEED
+        told.append((offset, size))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    with opened(tmp_path / "a.parquet") as file:
+        file.table([1, 2], ["number"])
+        assert sum(size for _, size in told) == file.read.bytes
+        told.clear()
+        found = np.empty((3, 64), np.float32)
+        file.some_vectors("vector", np.array([3, 0, 0]), np.array([7, 900, 5]), found)
+    # Its own page's header first, of the biggest row group; each vector, 256 bytes, by itself.
+    assert [size for _, size in told[1:]] == [256, 256, 256]
+    content = (tmp_path / "a.parquet").read_bytes()
+    announced = [np.frombuffer(content[offset : offset + size], np.float32) for offset, size in told[1:]]
+    assert np.array_equal(announced, vectors[[5, 900, 3007]])
 
 
 def test_a_page_that_ends_within_a_vector_is_not_taken_for_the_only_one(tmp_path: Path) -> None:
