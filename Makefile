@@ -30,6 +30,8 @@ bench: $(READY) ## ingest and training beside their alternatives; results in tes
 bench-retrieval: $(READY) ## retrieval and indexing beside their alternatives, over an AlexNet trained first; an hour
 	$(BIN)/pip install --quiet --disable-pip-version-check faiss-cpu
 	test -d $(LAKE) || $(BIN)/python -m tests.benchmarks.labelled --preset alexnet --lake $(LAKE)
+	$(BIN)/python -m tests.benchmarks.retrieval --lake $(LAKE)
+	$(BIN)/python -m tests.benchmarks.retrieval --lake $(LAKE) --disk
 	$(BIN)/python -m tests.benchmarks.retrieval --lake $(LAKE) --others
 	$(BIN)/python -m tests.benchmarks.retrieval --lake $(LAKE) --random
 	$(BIN)/python -m tests.benchmarks.retrieval --lake $(LAKE) --tags

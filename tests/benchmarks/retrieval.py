@@ -361,7 +361,7 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help="ours alone, for its cost by size and number of queries")
     parser.add_argument("--tags", action="store_true", help="single partitions beside all of them")
     parser.add_argument("--disk", action="store_true", help="with no file in the system's cache; else all are")
-    parser.add_argument("--others", action="store_true", help="Spark SQL and LSH too, over a share")
+    parser.add_argument("--others", action="store_true", help="Spark SQL and LSH, over a share")
     asked_for = parser.parse_args()
     warnings.simplefilter("ignore")
     kind = "random" if asked_for.random else "features"
@@ -389,6 +389,12 @@ def main() -> None:
     def where() -> search.Base:
         return base_at(spark, path, projection, settings.storage)
 
+    if asked_for.others:
+        told = others(spark, t.read(spark, path), np.resize(queries, (100, 4096)), 10 * asked_for.count / 2000)
+        spark.stop()
+        tell(str(told))
+        keep(f"retrieval by Spark itself, {asked_for.count} {kind} vectors", result | told)
+        return
     prepare = drop if asked_for.disk else read
     for number in asked_for.queries:
         asked = np.resize(queries, (number, 4096))
@@ -426,8 +432,6 @@ def main() -> None:
             }
         result[f"{number} queries"] = told
         tell(str(told))
-    if asked_for.others:
-        result |= others(spark, t.read(spark, path), np.resize(queries, (100, 4096)), 10 * asked_for.count / 2000)
     spark.stop()
     what = "retrieval by tags" if asked_for.tags else "retrieval alone" if asked_for.alone else "retrieval"
     keep(f"{what}, {asked_for.count} {kind} vectors" + (", from disk" if asked_for.disk else ""), result)
