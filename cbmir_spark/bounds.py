@@ -262,5 +262,7 @@ def codes(texts: Texts) -> Codes:
 def _first_of_each(keys: Codes) -> Numbers:
     """Where each distinct key comes first, in the order of places."""
     order = np.argsort(keys)
-    begins = np.flatnonzero(np.concatenate([[True], np.diff(keys[order]) != 0])) if len(keys) else order
-    return np.sort(np.minimum.reduceat(order, begins)) if len(keys) else order
+    if not len(order):
+        return order
+    begins = np.flatnonzero(np.concatenate([[True], np.diff(keys[order]) != 0]))
+    return np.sort(np.minimum.reduceat(order, begins))

@@ -29,6 +29,8 @@ _DIRECTIONS = "projection.directions"
 _METADATA_KEY = "cbmir"
 # Rows of one forward pass of embed_batches; smaller batches are filled up, see there.
 _ROWS = 16
+# Rows that a projection is applied to at a time.
+_PROJECTED = 1_024
 
 
 def body_part_of(label: str) -> str:
@@ -56,12 +58,20 @@ class Projection:
     def apply(self, vectors: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
         """(N, D) float32 vectors → (N, K) float32 coordinates and (N,) float64 residual norms.
 
-        The residual is formed and then measured: ‖x‖² − ‖p‖² loses the digits that the bound lives on.
+        The residual is formed and then measured: ‖x‖² − ‖p‖² loses the digits that the bound lives on. Memory: two
+        float64 blocks of _PROJECTED rows, beside what is given and returned.
         """
-        centred = vectors.astype(np.float64) - self.mean
-        coordinates = centred @ self.directions.T
-        residual = centred - coordinates @ self.directions
-        return coordinates.astype(np.float32), np.sqrt(np.einsum("nd,nd->n", residual, residual))
+        coordinates = np.empty((len(vectors), len(self.directions)), np.float32)
+        squares = np.empty(len(vectors))
+        for start in range(0, len(vectors), _PROJECTED):
+            block = slice(start, start + _PROJECTED)
+            residual = vectors[block].astype(np.float64)
+            residual -= self.mean
+            found = residual @ self.directions.T
+            residual -= found @ self.directions
+            coordinates[block] = found
+            squares[block] = np.einsum("nd,nd->n", residual, residual)
+        return coordinates, np.sqrt(squares)
 
     @staticmethod
     def fit(batches: Iterable[NDArray[np.float32]], directions: int = PROJECTION_DIRECTIONS) -> "Projection":

@@ -21,6 +21,7 @@ from cbmir_spark.bounds import Bounds, Left, Points
 from cbmir_spark.config import StorageSettings
 from cbmir_spark.vector_files import DataFile, OpenFiles, Place, Read, VectorFile
 
+# (3, n) the number of its file, the row group there and the row in that of each of n rows of FEATURES.
 Places = NDArray[np.int32]
 
 # Columns of partitions are in no file.
@@ -47,13 +48,12 @@ class Share:
 class Wanted:
     """All pairs that bounds left of some queries, sorted by query and promise, and where their rows are.
 
-    query, row, lower, group: (m,) of each pair; a row by its number in `places`, (3, r), which has the number in
-    `files` of its file, the row group there and the row in that. limit: (Q,) what the squared distance of a query's
-    last hit does not exceed.
+    query, row, lower, group: (m,) of each pair; a row by its number in `places`, a file by its number in `files`.
+    limit: (Q,) what the squared distance of a query's last hit does not exceed.
     """
 
-    query: Places
-    row: Places
+    query: NDArray[np.signedinteger[Any]]
+    row: NDArray[np.signedinteger[Any]]
     lower: NDArray[np.floating[Any]]
     group: bounds_room.Codes | None
     places: Places
@@ -135,7 +135,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Bounded:
-    """What bounds left of a task's share: pairs, whose rows are numbers in `places`: (3, r) file, row group and row."""
+    """What bounds left of a task's share: pairs, whose rows are numbers in `places`."""
 
     left: Left
     places: Places

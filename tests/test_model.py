@@ -235,6 +235,18 @@ def test_projection_takes_the_directions_of_greatest_variance_and_is_orthonormal
     assert np.square(residuals).sum() == pytest.approx(np.square(np.linalg.svd(centred)[1][6:]).sum(), rel=1e-6)
 
 
+def test_projection_of_many_rows_is_that_of_each_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = low_rank(300)
+    projection = Projection.fit([rows], directions=6)
+    whole = projection.apply(rows)
+    monkeypatch.setattr(model, "_PROJECTED", 64)
+    for found, expected in zip(projection.apply(rows), whole, strict=True):
+        assert found.dtype == expected.dtype
+        assert np.allclose(found, expected, rtol=1e-6, atol=1e-9)
+    coordinates, residuals = projection.apply(rows[:0])
+    assert (coordinates.shape, residuals.shape) == ((0, 6), (0,))
+
+
 def test_projection_bounds_every_distance_from_below() -> None:
     rows = low_rank(80)
     coordinates, residuals = Projection.fit([rows], directions=4).apply(rows)
