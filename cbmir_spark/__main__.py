@@ -1,6 +1,6 @@
 """`python -m cbmir_spark` is `cbmir`."""
 
-from cbmir_spark.cli import main
+from cbmir_spark.cli.app import main
 
 if __name__ == "__main__":
     main()

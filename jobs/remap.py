@@ -1,6 +1,6 @@
 """`spark-submit jobs/remap.py …`: the flags of `cbmir remap`."""
 
-from cbmir_spark.cli import main
+from cbmir_spark.cli.app import main
 
 if __name__ == "__main__":
     main("remap")

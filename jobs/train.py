@@ -1,6 +1,6 @@
 """`spark-submit jobs/train.py …`: the flags of `cbmir train`."""
 
-from cbmir_spark.cli import main
+from cbmir_spark.cli.app import main
 
 if __name__ == "__main__":
     main("train")

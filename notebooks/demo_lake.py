@@ -24,15 +24,20 @@ import pandas as pd
 from IPython.display import HTML
 from pyspark.sql import functions as F
 
-from cbmir_spark import config, demo, retrieval, session, storage
-from cbmir_spark import tables as t
+from cbmir_spark import config, storage
+from cbmir_spark.cli import demo
+from cbmir_spark.lake import columns as cols
+from cbmir_spark.lake import delta, publication, schemas
+from cbmir_spark.lake.lake import Lake
+from cbmir_spark.retrieval import job as retrieval_job
+from cbmir_spark.spark import session
 
 # %%
 defaults = config.load()
 settings = demo.inside(defaults, storage.canonical(str(config.conf_folder().parent / defaults.demo.folder)))
 spark = session.build(settings, "notebook")
-lake = t.Lake.of(settings)
-pinned = t.require_published(spark, lake)
+lake = Lake.of(settings)
+pinned = publication.require_published(spark, lake)
 asdict(pinned)
 
 # %% [markdown]
@@ -41,21 +46,21 @@ asdict(pinned)
 # SOURCES has one row for each object of the archive, and each has one outcome.
 
 # %%
-sources = t.read(spark, lake.path(t.SOURCES), pinned.sources)
-sources.groupBy(t.OUTCOME).agg(F.count("*").alias("objects")).orderBy(F.desc("objects")).toPandas()
+sources = delta.read(spark, lake.path(schemas.SOURCES), pinned.sources)
+sources.groupBy(cols.OUTCOME).agg(F.count("*").alias("objects")).orderBy(F.desc("objects")).toPandas()
 
 # %% [markdown]
 # Raw modalities and body parts become terms of a closed vocabulary, or UNKNOWN. Only images are trained on and
 # searched: localizers and screens are kept, and kept out.
 
 # %%
-tags = t.read(spark, lake.path(t.TAGS), pinned.tags)
-tags.groupBy(t.BODY_PART).pivot(t.MODALITY).count().orderBy(t.BODY_PART).toPandas().set_index(t.BODY_PART).fillna(
-    0
-).astype(int)
+tags = delta.read(spark, lake.path(schemas.TAGS), pinned.tags)
+tags.groupBy(cols.BODY_PART).pivot(cols.MODALITY).count().orderBy(cols.BODY_PART).toPandas().set_index(
+    cols.BODY_PART
+).fillna(0).astype(int)
 
 # %%
-tags.groupBy(t.KIND, t.TRANSFER_SYNTAX).count().orderBy(t.KIND, F.desc("count")).toPandas()
+tags.groupBy(cols.KIND, cols.TRANSFER_SYNTAX).count().orderBy(cols.KIND, F.desc("count")).toPandas()
 
 # %% [markdown]
 # ## What was not, and why
@@ -64,10 +69,10 @@ tags.groupBy(t.KIND, t.TRANSFER_SYNTAX).count().orderBy(t.KIND, F.desc("count"))
 # in the vault, and so a notebook that shows it belongs there too.
 
 # %%
-example = F.min(F.expr(f"substring_index({t.URI}, '/archive/', -1)")).alias("for example")
-sources.where(F.col(t.OUTCOME) != t.INGESTED).groupBy(t.OUTCOME, t.REASON).agg(
+example = F.min(F.expr(f"substring_index({cols.URI}, '/archive/', -1)")).alias("for example")
+sources.where(F.col(cols.OUTCOME) != cols.INGESTED).groupBy(cols.OUTCOME, cols.REASON).agg(
     F.count("*").alias("objects"), example
-).orderBy(t.OUTCOME, F.desc("objects")).toPandas()
+).orderBy(cols.OUTCOME, F.desc("objects")).toPandas()
 
 # %% [markdown]
 # ## A query list
@@ -76,22 +81,32 @@ sources.where(F.col(t.OUTCOME) != t.INGESTED).groupBy(t.OUTCOME, t.REASON).agg(
 
 # %%
 queries = pd.read_csv(storage.local_path(settings.retrieval.queries))
-queries.assign(uri=queries[t.URI].str.replace(r".*/archive/", "", regex=True))
+queries.assign(uri=queries[cols.URI].str.replace(r".*/archive/", "", regex=True))
 
 # %%
-report = retrieval.run(spark, settings)
+report = retrieval_job.run(spark, settings)
 asdict(report)
 
 # %% [markdown]
 # As many statuses come out as queries went in. `partitions` are what was searched: with a prefilter, a few of many.
 
 # %%
-pd.read_parquet(storage.local_path(storage.join(report.out, t.RESULTS_STATUSES.name))).sort_values(t.QUERY_ID)
+pd.read_parquet(storage.local_path(storage.join(report.out, schemas.RESULTS_STATUSES.name))).sort_values(cols.QUERY_ID)
 
 # %%
-hits = pd.read_parquet(storage.local_path(storage.join(report.out, t.RESULTS_HITS.name)))
-hits.sort_values([t.QUERY_ID, t.RANK])[
-    [t.QUERY_ID, t.RANK, t.DISTANCE, t.MODALITY, t.BODY_PART, t.SEX, t.AGE_YEARS, t.IMAGE_ID, t.FRAME]
+hits = pd.read_parquet(storage.local_path(storage.join(report.out, schemas.RESULTS_HITS.name)))
+hits.sort_values([cols.QUERY_ID, cols.RANK])[
+    [
+        cols.QUERY_ID,
+        cols.RANK,
+        cols.DISTANCE,
+        cols.MODALITY,
+        cols.BODY_PART,
+        cols.SEX,
+        cols.AGE_YEARS,
+        cols.IMAGE_ID,
+        cols.FRAME,
+    ]
 ].head(20)
 
 # %% [markdown]

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from pyspark.sql import SparkSession
 
-from cbmir_spark import cli, config, session
-from tests import s3_server
+from cbmir_spark import config
+from cbmir_spark.cli import app as app_module
+from cbmir_spark.spark import session
+from tests.support import s3_server
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -86,7 +88,7 @@ def cbmir(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         monkeypatch.setattr(sys, "argv", ["cbmir", *arguments])
         status: object = 0
         try:
-            cli.main()
+            app_module.main()
         except SystemExit as ended:
             status = ended.code or 0
         printed = capsys.readouterr()

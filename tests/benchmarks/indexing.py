@@ -19,8 +19,13 @@ from typing import Any
 
 import torch
 
-from cbmir_spark import config, features, model, session, storage
-from cbmir_spark import tables as t
+from cbmir_spark import config, storage
+from cbmir_spark.index import job as index_job
+from cbmir_spark.index import open as index_open
+from cbmir_spark.lake.lake import Lake
+from cbmir_spark.models import artifact
+from cbmir_spark.models import embed as embedding
+from cbmir_spark.spark import session
 from tests.benchmarks.common import REPO, keep, tell
 from tests.benchmarks.retrieval import pictures
 
@@ -37,16 +42,16 @@ def main() -> None:
     spark = session.build(settings, "bench")
     cores = os.cpu_count() or 1
     torch.set_num_threads(cores)
-    loaded = model.load(*((folder / name).read_bytes() for name in (features.WEIGHTS, features.MANIFEST)))
+    loaded = artifact.load(*((folder / name).read_bytes() for name in (index_open.WEIGHTS, index_open.MANIFEST)))
     pixels = pictures(asked.lake)
-    table = Path(storage.local_path(t.Lake.of(settings).features(loaded.manifest.model_id)))
+    table = Path(storage.local_path(Lake.of(settings).features(loaded.manifest.model_id)))
     runs: list[dict[str, Any]] = []
     for turn in range(asked.runs + 1):
         start = time.perf_counter()
-        model.embed_batches(loaded, pixels)
+        embedding.embed_batches(loaded, pixels)
         alone = len(pixels) / (time.perf_counter() - start)
         shutil.rmtree(table)
-        report = features.run(spark, settings)
+        report = index_job.run(spark, settings)
         assert report.embedded == len(pixels)
         job = report.embedded / report.seconds["embed"]
         run = {

@@ -19,10 +19,17 @@ from pydicom.data import get_testdata_file, get_testdata_files
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from cbmir_spark import archive, config, ingest, parse, session, storage
-from cbmir_spark import tables as t
-from cbmir_spark.dicom import NotAnImage, Preprocessing, Rejected, read_instance
-from cbmir_spark.vocabulary import Vocabulary
+from cbmir_spark import config, storage
+from cbmir_spark.dicom.preprocessing import Preprocessing
+from cbmir_spark.dicom.read import NotAnImage, Rejected, read_instance
+from cbmir_spark.dicom.vocabulary import Vocabulary
+from cbmir_spark.ingest import job as ingest_job
+from cbmir_spark.ingest import listing as ingest_listing
+from cbmir_spark.ingest import parse
+from cbmir_spark.lake import columns as cols
+from cbmir_spark.lake import publication, schemas
+from cbmir_spark.lake.lake import Lake
+from cbmir_spark.spark import session
 from tests.benchmarks.common import REPO, SHARED, keep, tell
 
 CORES = 2
@@ -103,7 +110,7 @@ def throughput(folder: Path, objects: int, rounds: int) -> dict[str, object]:
     for number in range(rounds):
         seconds, frames = plain_loop(folder / "archive", preprocessing)
         began = time.perf_counter()
-        report = ingest.run(spark, settings_of(folder, f"lake-{number}"))
+        report = ingest_job.run(spark, settings_of(folder, f"lake-{number}"))
         ours = time.perf_counter() - began
         assert report.read == report.listed
         shutil.rmtree(folder / f"lake-{number}")
@@ -144,9 +151,9 @@ def by_size(folder: Path, sizes: list[int], new: int) -> list[dict[str, object]]
             path = root / "new" / f"{copy}.dcm"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(changed)
-        report = ingest.run(spark, settings)
+        report = ingest_job.run(spark, settings)
         assert (report.read, report.unchanged) == (new, known)
-        lake = t.Lake.of(settings)
+        lake = Lake.of(settings)
         compare = report.seconds["list"] + report.seconds["compare"]
         found.append(
             {
@@ -154,8 +161,8 @@ def by_size(folder: Path, sizes: list[int], new: int) -> list[dict[str, object]]
                 "new": new,
                 "list and compare, s": round(compare, 2),
                 "per million known, s": round(compare / known * 1e6, 1),
-                "TAGS bytes": t.size_of(spark, lake.path(t.TAGS)),
-                "PIXELS bytes": t.size_of(spark, lake.path(t.PIXELS)),
+                "TAGS bytes": publication.size_of(spark, lake.path(schemas.TAGS)),
+                "PIXELS bytes": publication.size_of(spark, lake.path(schemas.PIXELS)),
                 "stages": {name: round(value, 2) for name, value in report.seconds.items()},
             }
         )
@@ -170,22 +177,22 @@ def seed(spark: SparkSession, settings: config.Settings) -> None:
     nothing = settings.model_copy(
         update={"ingest": settings.ingest.model_copy(update={"archive": f"{settings.ingest.archive}/empty"})}
     )
-    ingest.run(spark, nothing)
-    lake = t.Lake.of(settings)
-    pinned = t.published(spark, lake)
+    ingest_job.run(spark, nothing)
+    lake = Lake.of(settings)
+    pinned = publication.published(spark, lake)
     assert pinned is not None
-    listing = archive.list_archive(spark, storage.canonical(str(settings.ingest.archive)), settings.storage)
-    identity = F.sha2(t.URI, 256)
+    listing = ingest_listing.list_archive(spark, storage.canonical(str(settings.ingest.archive)), settings.storage)
+    identity = F.sha2(cols.URI, 256)
     rows = listing.select(
         "*",
-        identity.alias(t.DIGEST),
-        F.lit(t.INGESTED).alias(t.OUTCOME),
-        F.lit(None).cast("string").alias(t.REASON),
-        F.substring(identity, 1, 32).alias(t.IMAGE_ID),
-        F.lit(pinned.key_id).alias(t.KEY_ID),
-        F.lit(0).cast("bigint").alias(t.BATCH),
+        identity.alias(cols.DIGEST),
+        F.lit(cols.INGESTED).alias(cols.OUTCOME),
+        F.lit(None).cast("string").alias(cols.REASON),
+        F.substring(identity, 1, 32).alias(cols.IMAGE_ID),
+        F.lit(pinned.key_id).alias(cols.KEY_ID),
+        F.lit(0).cast("bigint").alias(cols.BATCH),
     )
-    t.publish(spark, lake, rows, pinned, only_new=True)
+    publication.publish(spark, lake, rows, pinned, only_new=True)
 
 
 def main() -> None:

@@ -21,22 +21,20 @@ import torch
 from numpy.typing import NDArray
 from pyspark.sql import SparkSession
 
-from cbmir_spark import (
-    config,
-    dataset,
-    evaluation,
-    features,
-    fitting,
-    ingest,
-    model,
-    pseudonyms,
-    registry,
-    session,
-    storage,
-    synthesis,
-    training,
-)
-from cbmir_spark import tables as t
+from cbmir_spark import config, storage
+from cbmir_spark.evaluation import job as evaluation_job
+from cbmir_spark.evaluation import measures
+from cbmir_spark.index import job as index_job
+from cbmir_spark.index import open as index_open
+from cbmir_spark.ingest import job as ingest_job
+from cbmir_spark.lake import columns as cols
+from cbmir_spark.lake import delta, pseudonyms, publication, schemas
+from cbmir_spark.lake.lake import Lake
+from cbmir_spark.models import artifact, registry
+from cbmir_spark.spark import session
+from cbmir_spark.synthetic import wrap
+from cbmir_spark.training import job as training_job
+from cbmir_spark.training import manifest, metrics
 from tests.benchmarks.common import REPO, SHARED, keep, tell
 
 SOURCE = "Medical-MNIST"
@@ -46,61 +44,61 @@ LABEL, DATASET, GROUP, TEST, TRUE = "label", "dataset", "group", "test", "true"
 
 def gather(spark: SparkSession, settings: config.Settings) -> tuple[pd.DataFrame, NDArray[np.float32]]:
     """Every picture of the index with its cell, source and side of the split, and their (N, D) float32 vectors."""
-    lake = t.Lake.of(settings)
-    pinned = t.require_published(spark, lake)
-    index = features.open_index(spark, settings)
-    rows = index.rows.select(t.IMAGE_ID, t.PATIENT_ID, t.VECTOR, t.PREDICTED).toPandas()
-    uris = t.read(spark, lake.path(t.SOURCES), pinned.sources).select(t.IMAGE_ID, t.URI).toPandas()
+    lake = Lake.of(settings)
+    pinned = publication.require_published(spark, lake)
+    index = index_open.open_index(spark, settings)
+    rows = index.rows.select(cols.IMAGE_ID, cols.PATIENT_ID, cols.VECTOR, cols.PREDICTED).toPandas()
+    uris = delta.read(spark, lake.path(schemas.SOURCES), pinned.sources).select(cols.IMAGE_ID, cols.URI).toPandas()
     labels = pd.read_csv(SHARED / "labels.csv")
     labels[LABEL] = labels["modality"].replace("XR", "DX") + "/" + labels["body_part"]
     archive = storage.canonical(str(settings.ingest.archive))
-    uris["file"] = uris[t.URI].str[len(archive) + 1 :].str.removesuffix(".dcm")
-    told = rows.merge(uris[[t.IMAGE_ID, "file"]], on=t.IMAGE_ID).merge(labels, on="file")
+    uris["file"] = uris[cols.URI].str[len(archive) + 1 :].str.removesuffix(".dcm")
+    told = rows.merge(uris[[cols.IMAGE_ID, "file"]], on=cols.IMAGE_ID).merge(labels, on="file")
     assert len(told) == len(rows), f"{len(rows) - len(told)} pictures are not in labels.csv"
-    snapshot = evaluation.snapshot_of(settings, lake, index.manifest)
-    files = [storage.local_path(storage.join(snapshot.uri, file.path)) for file in snapshot.files[dataset.TEST]]
-    held = pd.concat([pd.read_parquet(file, columns=[t.IMAGE_ID]) for file in files])
-    told[TEST] = told[t.IMAGE_ID].isin(held[t.IMAGE_ID])
-    vectors = np.stack(told.pop(t.VECTOR).to_list()).astype(np.float32)
+    snapshot = evaluation_job.snapshot_of(settings, lake, index.manifest)
+    files = [storage.local_path(storage.join(snapshot.uri, file.path)) for file in snapshot.files[manifest.TEST]]
+    held = pd.concat([pd.read_parquet(file, columns=[cols.IMAGE_ID]) for file in files])
+    told[TEST] = told[cols.IMAGE_ID].isin(held[cols.IMAGE_ID])
+    vectors = np.stack(told.pop(cols.VECTOR).to_list()).astype(np.float32)
     # Every class is open to each picture here, whatever its modality: nothing is circular.
     text, weights = registry.resolve_model(f"models:/{settings.mlflow.model_name}@{registry.CHAMPION}", settings)
-    loaded = model.load(weights, text)
+    loaded = artifact.load(weights, text)
     with torch.inference_mode():
         best = loaded.model.classify(torch.from_numpy(vectors)).argmax(1).numpy()
-    told[t.PREDICTED] = [loaded.manifest.classes[number] for number in best]
+    told[cols.PREDICTED] = [loaded.manifest.classes[number] for number in best]
     return told, vectors
 
 
 def figures(told: pd.DataFrame, vectors: NDArray[np.float32], asked: NDArray[np.bool_]) -> dict[str, Any]:
     """Classification and ranking of the pictures in `asked`, over the cells with enough groups."""
     groups = told.groupby(LABEL)[GROUP].nunique()
-    many = sorted(groups.index[groups >= evaluation.MANY_PATIENTS])
+    many = sorted(groups.index[groups >= evaluation_job.MANY_PATIENTS])
     queries = told[asked & told[LABEL].isin(many)]
-    classes = sorted(set(told[LABEL]) | set(told[t.PREDICTED]))
-    pairs = told[asked].groupby([LABEL, t.PREDICTED]).size()
-    counts = evaluation.confusion_matrix({(str(a), str(b)): int(n) for (a, b), n in pairs.items()}, classes)
-    by_class = fitting.figures(counts, classes).by_class
+    classes = sorted(set(told[LABEL]) | set(told[cols.PREDICTED]))
+    pairs = told[asked].groupby([LABEL, cols.PREDICTED]).size()
+    counts = measures.confusion_matrix({(str(a), str(b)): int(n) for (a, b), n in pairs.items()}, classes)
+    by_class = metrics.figures(counts, classes).by_class
     cells = [label for label in many if by_class[label]["images"]]
     found, relevant = [], []
-    labels, patients = told[LABEL].to_numpy(), told[t.PATIENT_ID].to_numpy()
+    labels, patients = told[LABEL].to_numpy(), told[cols.PATIENT_ID].to_numpy()
     for row in queries.index:
         others = np.flatnonzero(patients != patients[row])
         distances = np.linalg.norm(vectors[others].astype(np.float64) - vectors[row], axis=1)
         right = labels[others][np.argsort(distances, kind="stable")] == labels[row]
         found.append((1 + np.flatnonzero(right)).tolist())
         relevant.append(int(right.sum()))
-    each = evaluation.ranking(found, relevant, K, DEPTH)
-    mean, macro = evaluation.mean(each), evaluation.macro(evaluation.by_label(each, queries[LABEL].tolist()))
+    each = measures.ranking(found, relevant, K, DEPTH)
+    mean, macro = measures.mean(each), measures.macro(measures.by_label(each, queries[LABEL].tolist()))
     return {
         "queries": len(queries),
         "cells": len(cells),
-        "accuracy": _round((queries[LABEL] == queries[t.PREDICTED]).mean()),
+        "accuracy": _round((queries[LABEL] == queries[cols.PREDICTED]).mean()),
         **{f"macro {name}": _round(np.mean([by_class[c][name] for c in cells])) for name in ("precision", "recall")},
         "macro F1": _round(np.mean([by_class[c]["f1"] for c in cells])),
-        "P@min(10, relevant)": _round(mean[evaluation.PRECISION_AT_MIN]),
-        "macro P@min(10, relevant)": _round(macro[evaluation.PRECISION_AT_MIN]),
-        "mAP": _round(mean[evaluation.AVERAGE_PRECISION]),
-        "macro mAP": _round(macro[evaluation.AVERAGE_PRECISION]),
+        "P@min(10, relevant)": _round(mean[measures.PRECISION_AT_MIN]),
+        "macro P@min(10, relevant)": _round(macro[measures.PRECISION_AT_MIN]),
+        "mAP": _round(mean[measures.AVERAGE_PRECISION]),
+        "macro mAP": _round(macro[measures.AVERAGE_PRECISION]),
     }
 
 
@@ -123,11 +121,11 @@ def main() -> None:
         # A key of its own would be another split each time.
         os.environ[pseudonyms.KEY_VARIABLE] = "a key for this benchmark alone, so that splits agree"
         settings = config.load(REPO / "conf" / "local.yaml", [*own, *asked.set], environ={})
-        synthesis.wrap_pictures(SHARED / "labels.csv", SHARED / "labelled", folder / "archive")
+        wrap.wrap_pictures(SHARED / "labels.csv", SHARED / "labelled", folder / "archive")
         spark = session.build(settings, "bench")
-        ingest.run(spark, settings)
-        trained = training.run(spark, settings, lambda epoch: tell(f"epoch {epoch.number}: {epoch.metrics()}"))
-        features.run(spark, settings)
+        ingest_job.run(spark, settings)
+        trained = training_job.run(spark, settings, lambda epoch: tell(f"epoch {epoch.number}: {epoch.metrics()}"))
+        index_job.run(spark, settings)
         told, vectors = gather(spark, settings)
         spark.stop()
     test = told[TEST].to_numpy()

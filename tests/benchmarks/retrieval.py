@@ -33,14 +33,21 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_schema
 
-from cbmir_spark import config, features, fitting, model, search, session, storage
-from cbmir_spark import tables as t
+from cbmir_spark import config, storage
 from cbmir_spark.config import RetrievalSettings
-from cbmir_spark.model import Projection
-from cbmir_spark.networks import Draw
-from cbmir_spark.queries import Query
-from cbmir_spark.record import Stages
-from cbmir_spark.vector_files import DataFile
+from cbmir_spark.index import embed as index_embed
+from cbmir_spark.index import open as index_open
+from cbmir_spark.index.vector_files import DataFile
+from cbmir_spark.lake import columns as cols
+from cbmir_spark.lake import delta, publication, schemas
+from cbmir_spark.lake.runs import Stages
+from cbmir_spark.models import artifact
+from cbmir_spark.models.networks import Draw
+from cbmir_spark.models.projection import Projection
+from cbmir_spark.retrieval import search
+from cbmir_spark.retrieval.query import Query
+from cbmir_spark.spark import session
+from cbmir_spark.training import augment
 from tests.benchmarks.common import REPO, keep, tell
 
 Floats = NDArray[np.float32]
@@ -53,21 +60,23 @@ BLOCK = 100_000
 
 def pictures(lake: Path) -> NDArray[np.uint8]:
     """All pictures of the labelled lake, (n, 256, 256)."""
-    return np.stack([np.frombuffer(row, np.uint8).reshape(t.SIDE, t.SIDE) for row in _of(lake, t.PIXELS_COLUMN)])
+    return np.stack(
+        [np.frombuffer(row, np.uint8).reshape(cols.SIDE, cols.SIDE) for row in _of(lake, cols.PIXELS_COLUMN)]
+    )
 
 
 def classes(lake: Path) -> tuple[list[tuple[str, str]], list[str]]:
     """Of each of the same pictures, the partition that it is in, and the class that the network takes it for."""
-    folder = next(f for f in sorted((lake / "lake" / t.FEATURES.name).glob("alexnet-*")) if "small" not in f.name)
-    columns = [t.IMAGE_ID, t.PREDICTED, t.MODALITY, t.BODY_PART]
+    folder = next(f for f in sorted((lake / "lake" / schemas.FEATURES.name).glob("alexnet-*")) if "small" not in f.name)
+    columns = [cols.IMAGE_ID, cols.PREDICTED, cols.MODALITY, cols.BODY_PART]
     rows = pyarrow.dataset.dataset(sorted(map(str, folder.rglob("*.parquet"))), partitioning="hive").to_table(columns)
-    found = {row[t.IMAGE_ID]: row for row in rows.to_pylist()}
-    told = [found[image] for image in _of(lake, t.IMAGE_ID)]
-    return [(row[t.MODALITY], row[t.BODY_PART]) for row in told], [row[t.PREDICTED] for row in told]
+    found = {row[cols.IMAGE_ID]: row for row in rows.to_pylist()}
+    told = [found[image] for image in _of(lake, cols.IMAGE_ID)]
+    return [(row[cols.MODALITY], row[cols.BODY_PART]) for row in told], [row[cols.PREDICTED] for row in told]
 
 
 def _of(lake: Path, column: str) -> list[Any]:
-    files = sorted((lake / "lake" / t.PIXELS.name).rglob("*.parquet"))
+    files = sorted((lake / "lake" / schemas.PIXELS.name).rglob("*.parquet"))
     found: list[Any] = pa.concat_tables([pq.read_table(file, columns=[column]) for file in files])[column].to_pylist()
     return found
 
@@ -77,7 +86,7 @@ def embed(lake: Path, count: int) -> tuple[Floats, Floats]:
     asked, made = lake / "asked.npy", lake / f"base-{count}.npy"
     if not made.exists():
         folder = next(f for f in sorted((lake / "lake" / "models").glob("alexnet-*")) if "small" not in f.name)
-        loaded = model.load((folder / features.WEIGHTS).read_bytes(), (folder / features.MANIFEST).read_bytes())
+        loaded = artifact.load((folder / index_open.WEIGHTS).read_bytes(), (folder / index_open.MANIFEST).read_bytes())
         network = loaded.model.to(memory_format=torch.channels_last)
         pixels = torch.from_numpy(pictures(lake))
         unfinished = lake / "unfinished.npy"
@@ -100,7 +109,7 @@ def embed(lake: Path, count: int) -> tuple[Floats, Floats]:
                 random = torch.Generator().manual_seed(1 + block)
                 for start in range(begin, end, 64):
                     chosen = pixels[torch.arange(start, min(start + 64, end)) % len(pixels)]
-                    inputs = fitting.augmented(network.to_input(chosen), Draw(random, 0, len(chosen)))
+                    inputs = augment.augmented(network.to_input(chosen), Draw(random, 0, len(chosen)))
                     base[start : start + len(chosen)] = run(inputs)
                     if (start - begin) % 6400 == 0:
                         tell(f"{start} of {count} embedded")
@@ -133,46 +142,50 @@ def store(spark: SparkSession, lake: Path, source: Path, count: int, projection:
 
     def rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         base = np.load(source, mmap_mode="r")
-        schema = to_arrow_schema(t.FEATURES.schema)
+        schema = to_arrow_schema(schemas.FEATURES.schema)
         for batch in batches:
             for numbers in np.array_split(batch.column(0).to_numpy(), max(1, batch.num_rows // 256)):
                 vectors = np.asarray(base[numbers])
                 coordinates, residuals = projection.apply(vectors)
                 pictured = numbers % len(places)
                 values: dict[str, Any] = {
-                    t.IMAGE_ID: [f"{number:032x}" for number in numbers],
-                    t.FRAME: [0] * len(numbers),
-                    t.PREDICTED: [labels[picture] for picture in pictured],
-                    t.PROBABILITY: [0.9] * len(numbers),
-                    t.BODY_PART_SOURCE: [t.FROM_TAG] * len(numbers),
-                    t.SERIES_ID: [f"{number // 20:032x}" for number in numbers],
-                    t.STUDY_ID: [f"{number // 40:032x}" for number in numbers],
-                    t.PATIENT_ID: [f"{number // 40:032x}" for number in numbers],
-                    t.SEX: ["F"] * len(numbers),
-                    t.AGE_YEARS: [50.0] * len(numbers),
-                    t.YEAR: [2020] * len(numbers),
-                    t.PIXELS_BATCH: [1] * len(numbers),
-                    t.PIXEL_DIGEST: ["0" * 64] * len(numbers),
-                    t.MODALITY: [places[picture][0] for picture in pictured],
-                    t.BODY_PART: [places[picture][1] for picture in pictured],
+                    cols.IMAGE_ID: [f"{number:032x}" for number in numbers],
+                    cols.FRAME: [0] * len(numbers),
+                    cols.PREDICTED: [labels[picture] for picture in pictured],
+                    cols.PROBABILITY: [0.9] * len(numbers),
+                    cols.BODY_PART_SOURCE: [cols.FROM_TAG] * len(numbers),
+                    cols.SERIES_ID: [f"{number // 20:032x}" for number in numbers],
+                    cols.STUDY_ID: [f"{number // 40:032x}" for number in numbers],
+                    cols.PATIENT_ID: [f"{number // 40:032x}" for number in numbers],
+                    cols.SEX: ["F"] * len(numbers),
+                    cols.AGE_YEARS: [50.0] * len(numbers),
+                    cols.YEAR: [2020] * len(numbers),
+                    cols.PIXELS_BATCH: [1] * len(numbers),
+                    cols.PIXEL_DIGEST: ["0" * 64] * len(numbers),
+                    cols.MODALITY: [places[picture][0] for picture in pictured],
+                    cols.BODY_PART: [places[picture][1] for picture in pictured],
                 }
                 made = {name: pa.array(column, schema.field(name).type) for name, column in values.items()}
-                for name, matrix in ((t.VECTOR, vectors), (t.PROJECTION, coordinates)):
+                for name, matrix in ((cols.VECTOR, vectors), (cols.PROJECTION, coordinates)):
                     offsets = pa.array(np.arange(0, matrix.size + 1, matrix.shape[1], dtype=np.int32))
                     made[name] = pa.ListArray.from_arrays(offsets, pa.array(matrix.reshape(-1)))
-                made[t.RESIDUAL_NORM] = pa.array(residuals)
+                made[cols.RESIDUAL_NORM] = pa.array(residuals)
                 yield pa.RecordBatch.from_arrays([made[name] for name in schema.names], schema.names)
 
-    t.ensure(spark, t.FEATURES, path)
+    delta.ensure(spark, schemas.FEATURES, path)
     for start in range(0, count, 100_000):
-        made = spark.range(start, min(start + 100_000, count), numPartitions=8).mapInArrow(rows, t.FEATURES.schema)
+        made = spark.range(start, min(start + 100_000, count), numPartitions=8).mapInArrow(
+            rows, schemas.FEATURES.schema
+        )
         counts = Counter(places[number % len(places)] for number in range(start, min(start + 100_000, count)))
-        t.append(features.spread(made, counts, 100_000), t.FEATURES, path, rows_per_file=100_000)
+        delta.append(index_embed.spread(made, counts, 100_000), schemas.FEATURES, path, rows_per_file=100_000)
 
 
 def base_at(spark: SparkSession, path: str, projection: Projection, files: config.StorageSettings) -> search.Base:
     sizes = {found.uri: found.size for found in storage.list_objects(path, files)}
-    named = [DataFile(n, uri, t.place_of(uri), sizes[uri]) for n, uri in enumerate(t.live_files(spark, path))]
+    named = [
+        DataFile(n, uri, publication.place_of(uri), sizes[uri]) for n, uri in enumerate(delta.live_files(spark, path))
+    ]
     return search.Base(tuple(named), 4096, projection, files)
 
 
@@ -195,7 +208,7 @@ def ours(
         with stages.stage("plan"):
             files = base()
         answer = search.search(spark, files, portion, chosen, stages)
-        squares.append(answer.hits.column(t.DISTANCE).to_numpy() ** 2)
+        squares.append(answer.hits.column(cols.DISTANCE).to_numpy() ** 2)
         total += answer.scanned
     return np.concatenate(squares).reshape(len(asked), -1), stages, total
 
@@ -208,7 +221,9 @@ def faiss_search(files: list[str], count: int, asked: Floats) -> tuple[NDArray[n
     vectors = np.empty((count, 4096), dtype=np.float32)
     with stages.stage("load"):
         filled = 0
-        for batch in pyarrow.dataset.dataset(files, format="parquet").to_batches(columns=[t.VECTOR], batch_size=4096):
+        for batch in pyarrow.dataset.dataset(files, format="parquet").to_batches(
+            columns=[cols.VECTOR], batch_size=4096
+        ):
             rows = batch.column(0).flatten().to_numpy().reshape(-1, 4096)
             vectors[filled : filled + len(rows)] = rows
             filled += len(rows)
@@ -222,10 +237,10 @@ def cross_join(spark: SparkSession, rows: DataFrame, asked: Floats) -> None:
         [(n, vector.tolist()) for n, vector in enumerate(asked)], "q long, query array<float>"
     )
     square = F.aggregate(
-        F.zip_with(t.VECTOR, "query", lambda x, q: (x - q) * (x - q)), F.lit(0.0), lambda total, each: total + each
+        F.zip_with(cols.VECTOR, "query", lambda x, q: (x - q) * (x - q)), F.lit(0.0), lambda total, each: total + each
     )
-    joined = rows.crossJoin(F.broadcast(queries)).select("q", t.IMAGE_ID, square.alias("square"))
-    joined.groupBy("q").agg(F.min_by(t.IMAGE_ID, "square")).collect()
+    joined = rows.crossJoin(F.broadcast(queries)).select("q", cols.IMAGE_ID, square.alias("square"))
+    joined.groupBy("q").agg(F.min_by(cols.IMAGE_ID, "square")).collect()
 
 
 def lsh(spark: SparkSession, rows: DataFrame, asked: Floats, limit: float) -> set[tuple[int, str]]:
@@ -235,23 +250,23 @@ def lsh(spark: SparkSession, rows: DataFrame, asked: Floats, limit: float) -> se
     queries = spark.createDataFrame(
         [(n, vector.tolist()) for n, vector in enumerate(asked)], "q long, vector array<float>"
     )
-    base = rows.select(t.IMAGE_ID, array_to_vector(t.VECTOR).alias("features"))
+    base = rows.select(cols.IMAGE_ID, array_to_vector(cols.VECTOR).alias("features"))
     wanted = queries.select("q", array_to_vector("vector").alias("features"))
     hashing = BucketedRandomProjectionLSH(
         inputCol="features", outputCol="hashes", bucketLength=20.0, numHashTables=3, seed=1
     ).fit(base)
     pairs = hashing.approxSimilarityJoin(wanted, base, limit, "distance")
-    return {(row[0], row[1]) for row in pairs.select("datasetA.q", f"datasetB.{t.IMAGE_ID}").collect()}
+    return {(row[0], row[1]) for row in pairs.select("datasetA.q", f"datasetB.{cols.IMAGE_ID}").collect()}
 
 
 def others(spark: SparkSession, rows: DataFrame, asked: Floats, scale: float) -> dict[str, Any]:
     """What Spark itself has, for 100 queries over 2,000 rows; `scale` makes that 1,000 queries over all."""
-    share = rows.select(t.IMAGE_ID, t.VECTOR).limit(2000).cache()
+    share = rows.select(cols.IMAGE_ID, cols.VECTOR).limit(2000).cache()
     table = share.toPandas()
-    vectors = np.asarray(table[t.VECTOR].to_list(), dtype=np.float64)
+    vectors = np.asarray(table[cols.VECTOR].to_list(), dtype=np.float64)
     exact = np.stack([np.linalg.norm(vectors - query, axis=1) for query in asked.astype(np.float64)])
     limit = float(np.sort(exact, axis=1)[:, K - 1].mean())
-    wanted = {(q, table[t.IMAGE_ID][row]) for q, row in zip(*np.nonzero(exact < limit), strict=True)}
+    wanted = {(q, table[cols.IMAGE_ID][row]) for q, row in zip(*np.nonzero(exact < limit), strict=True)}
     joined, _ = timed(lambda: cross_join(spark, share, asked))
     hashed, found = timed(lambda: lsh(spark, share, asked, limit))
     share.unpersist()
@@ -371,12 +386,12 @@ def main() -> None:
     sample = np.asarray(base[:: max(1, len(base) // 6000)])
     projection = Projection.fit([sample])
     path = storage.canonical(str(asked_for.lake / f"index-{kind}-{asked_for.count}"))
-    if not t.exists(spark, path):
+    if not delta.exists(spark, path):
         tell("writing the index")
         seconds, _ = timed(lambda: store(spark, asked_for.lake, Path(base.filename), asked_for.count, projection, path))
         tell(f"written in {seconds:.0f} s")
     whole = settings.retrieval.model_copy(update={"prefilter": "none", "unique": "none", "exclude_same": "none"})
-    files = [storage.local_path(uri) for uri in t.live_files(spark, path)]
+    files = [storage.local_path(uri) for uri in delta.live_files(spark, path)]
     groups = sum(pq.ParquetFile(file).num_row_groups for file in files)
     result: dict[str, Any] = {
         "vectors": f"{asked_for.count} x 4096, {kind}",
@@ -390,7 +405,7 @@ def main() -> None:
         return base_at(spark, path, projection, settings.storage)
 
     if asked_for.others:
-        told = others(spark, t.read(spark, path), np.resize(queries, (100, 4096)), 10 * asked_for.count / 2000)
+        told = others(spark, delta.read(spark, path), np.resize(queries, (100, 4096)), 10 * asked_for.count / 2000)
         spark.stop()
         tell(str(told))
         keep(f"retrieval by Spark itself, {asked_for.count} {kind} vectors", result | told)

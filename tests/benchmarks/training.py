@@ -19,8 +19,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from cbmir_spark import config, dataset, fitting, networks, storage
-from cbmir_spark import tables as t
+from cbmir_spark import config, storage
+from cbmir_spark.lake import columns as cols
+from cbmir_spark.models import networks
+from cbmir_spark.training import allocator, loop
+from cbmir_spark.training import loader as training_loader
+from cbmir_spark.training.manifest import FORMAT, TARGET, TEST, TRAIN, VALIDATION, DataFile, Snapshot
 from tests.benchmarks.common import SHARED, keep, tell
 
 CLASSES = 8
@@ -32,17 +36,17 @@ def pictures(images: int) -> tuple[NDArray[np.uint8], str]:
     """(images, 256, 256) uint8: the shared real pictures, over and over; noise, which compresses worse, without."""
     paths = sorted(path for path in (SHARED / "labelled").rglob("*") if path.suffix in (".png", ".jpg", ".jpeg"))
     if not paths:
-        return np.random.default_rng(1).integers(0, 256, (images, t.SIDE, t.SIDE), dtype=np.uint8), "noise"
+        return np.random.default_rng(1).integers(0, 256, (images, cols.SIDE, cols.SIDE), dtype=np.uint8), "noise"
     paths = paths[:: max(1, len(paths) // images)][:images]
-    real = np.stack([np.asarray(Image.open(path).convert("L").resize((t.SIDE, t.SIDE))) for path in paths])
-    return np.resize(real, (images, t.SIDE, t.SIDE)), f"{len(paths)} real pictures"
+    real = np.stack([np.asarray(Image.open(path).convert("L").resize((cols.SIDE, cols.SIDE))) for path in paths])
+    return np.resize(real, (images, cols.SIDE, cols.SIDE)), f"{len(paths)} real pictures"
 
 
-def write(folder: Path, pixels: NDArray[np.uint8], targets: NDArray[np.int64]) -> dataset.Snapshot:
+def write(folder: Path, pixels: NDArray[np.uint8], targets: NDArray[np.int64]) -> Snapshot:
     """A snapshot whose train split is these rows, laid out as `dataset.snapshot` lays them out by default."""
-    schema = pa.schema([(dataset.TARGET, pa.int64()), (t.PIXELS_COLUMN, pa.binary())])
-    path = f"{dataset.TRAIN}/part-00000.parquet"
-    (folder / dataset.TRAIN).mkdir(parents=True)
+    schema = pa.schema([(TARGET, pa.int64()), (cols.PIXELS_COLUMN, pa.binary())])
+    path = f"{TRAIN}/part-00000.parquet"
+    (folder / TRAIN).mkdir(parents=True)
     groups = []
     with pq.ParquetWriter(folder / path, schema, compression="snappy", use_dictionary=False) as writer:
         for start in range(0, len(targets), ROWS_PER_GROUP):
@@ -50,9 +54,9 @@ def write(folder: Path, pixels: NDArray[np.uint8], targets: NDArray[np.int64]) -
             columns = [targets[rows], [picture.tobytes() for picture in pixels[rows]]]
             groups.append(len(targets[rows]))
             writer.write_table(pa.table(columns, schema=schema), row_group_size=groups[-1])
-    files = (dataset.DataFile(path, tuple(groups), "-"),)
-    return dataset.Snapshot(
-        format=dataset.FORMAT,
+    files = (DataFile(path, tuple(groups), "-"),)
+    return Snapshot(
+        format=FORMAT,
         digest="bench",
         uri=storage.canonical(str(folder)),
         label="body_part",
@@ -64,7 +68,7 @@ def write(folder: Path, pixels: NDArray[np.uint8], targets: NDArray[np.int64]) -
         lonely=(),
         left_out={},
         versions={},
-        files={dataset.TRAIN: files, dataset.VALIDATION: (), dataset.TEST: ()},
+        files={TRAIN: files, VALIDATION: (), TEST: ()},
     )
 
 
@@ -79,12 +83,12 @@ class InMemory:
     def span(self, step: int) -> tuple[int, int]:
         return 0, BATCH
 
-    def epoch(self, number: int) -> Generator[fitting.Batch, None, None]:
+    def epoch(self, number: int) -> Generator[loop.Batch, None, None]:
         shuffled = torch.Generator().manual_seed(1 + number)
         yield from torch.utils.data.DataLoader(self._data, BATCH, shuffle=True, generator=shuffled)
 
 
-def loader_alone(loader: dataset.Loader, rounds: int) -> list[float]:
+def loader_alone(loader: training_loader.Loader, rounds: int) -> list[float]:
     speeds = []
     for number in range(rounds):
         began = time.perf_counter()
@@ -93,11 +97,11 @@ def loader_alone(loader: dataset.Loader, rounds: int) -> list[float]:
     return speeds
 
 
-def fitted(preset: str, source: fitting.BatchSource, precision: Any) -> fitting.Epoch:
+def fitted(preset: str, source: loop.BatchSource, precision: Any) -> loop.Epoch:
     """The figures of a second epoch: the first one allocates memory and chooses kernels."""
     torch.manual_seed(1)
     recipe = networks.preset_of(preset).recipe
-    course = fitting.Fitting(
+    course = loop.Fitting(
         optimiser=recipe.optimiser,
         learning_rate=1e-4,
         weight_decay=recipe.weight_decay,
@@ -109,16 +113,16 @@ def fitted(preset: str, source: fitting.BatchSource, precision: Any) -> fitting.
         augment=recipe.augment,
         precision=precision,
     )
-    with fitting.memory_kept():
-        return fitting.fit(networks.build(preset, CLASSES), fitting.Loaders(source, None), course).epochs[-1]
+    with allocator.memory_kept():
+        return loop.fit(networks.build(preset, CLASSES), loop.Loaders(source, None), course).epochs[-1]
 
 
 def bench(folder: Path, presets: Sequence[str], images: int, rounds: int, precision: str) -> dict[str, Any]:
     pixels, of = pictures(images)
     targets = np.arange(images, dtype=np.int64) % CLASSES
     snapshot = write(folder, pixels, targets)
-    loader = dataset.Loader(
-        snapshot, dataset.TRAIN, config.load(environ={}).storage, batch_size=BATCH, seed=1, shuffle=True
+    loader = training_loader.Loader(
+        snapshot, TRAIN, config.load(environ={}).storage, batch_size=BATCH, seed=1, shuffle=True
     )
     memory = InMemory(pixels, targets)
     alone = loader_alone(loader, 1 + rounds)[1:]

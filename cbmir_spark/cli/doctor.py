@@ -1,0 +1,141 @@
+"""What this machine and these settings lack, found before a job does: one line for each check."""
+
+import importlib.metadata
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pydicom.pixels.decoders.base import get_decoder
+from pydicom.uid import (
+    JPEG2000,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+    RLELossless,
+)
+
+from cbmir_spark import storage
+from cbmir_spark.config import Settings
+from cbmir_spark.errors import CbmirError, EnvironmentProblem, InputError
+from cbmir_spark.lake import pseudonyms
+from cbmir_spark.lake.lake import Lake
+from cbmir_spark.spark import session
+
+SYNTAXES = (
+    ExplicitVRLittleEndian,
+    DeflatedExplicitVRLittleEndian,
+    RLELossless,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+    JPEG2000Lossless,
+    JPEG2000,
+)
+FREE_GIB = 5
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at: what was found, or what is wrong and what to do."""
+
+    name: str
+    ok: bool
+    found: str
+
+
+def run(settings: Settings) -> list[Check]:
+    """Every check, none of which changes anything. Runs on the driver, without Spark."""
+    return [
+        _check(name, look)
+        for name, look in (
+            ("Python", _python),
+            ("Java", session.check_java),
+            ("Spark", lambda: f"{importlib.metadata.version('pyspark')} at {session.spark_home()}"),
+            ("Delta's jars", _jars),
+            ("Decoders", _decoders),
+            ("Lake", lambda: _lake(settings)),
+            ("Archive", lambda: _archive(settings)),
+            ("Pseudonym key", lambda: _key(settings)),
+            ("MLflow", lambda: _mlflow(settings)),
+        )
+    ]
+
+
+def _check(name: str, look: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, look())
+    except (CbmirError, OSError) as error:
+        return Check(name, False, str(error))
+
+
+def _python() -> str:
+    version = ".".join(str(part) for part in sys.version_info[:3])
+    if sys.version_info[:2] != (3, 11):
+        raise EnvironmentProblem(f"Python {version} cannot run the pinned packages: use Python 3.11")
+    return version
+
+
+def _jars() -> str:
+    if session.has_delta_jars():
+        return "part of Spark's own folder"
+    return "not in Spark's folder: resolved at each start (deploy/fetch_jars.py puts them there once)"
+
+
+def _decoders() -> str:
+    missing = [uid.name for uid in SYNTAXES if not get_decoder(uid).is_available]
+    if missing:
+        raise EnvironmentProblem(f"no decoder for {', '.join(missing)}: install the package's dependencies again")
+    return f"{len(SYNTAXES)} transfer syntaxes looked at, each has one"
+
+
+def _lake(settings: Settings) -> str:
+    lake = Lake.of(settings)
+    found = storage.kind(lake.uri, settings.storage)
+    if not lake.is_local:
+        return f"{lake.uri}: {'reached' if found == 'folder' else 'nothing there yet'}"
+    path = storage.local_path(lake.uri)
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    if not os.access(path, os.W_OK):
+        raise InputError(f"{path} cannot be written: give a lake elsewhere, with --lake")
+    free = shutil.disk_usage(path).free / 2**30
+    if free < FREE_GIB:
+        raise EnvironmentProblem(f"only {free:.1f} GiB are free at {path}: {FREE_GIB} GiB are the least to work with")
+    return f"{lake.uri}: {'is there' if found == 'folder' else 'nothing there yet'}, {free:.0f} GiB free"
+
+
+def _archive(settings: Settings) -> str:
+    if settings.ingest.archive is None:
+        return "none named (--archive, or ingest.archive)"
+    archive = storage.canonical(settings.ingest.archive)
+    if storage.kind(archive, settings.storage) != "folder":
+        raise InputError(f"{archive} is not there, or is no folder: give the folder or prefix of the .dcm objects")
+    return archive
+
+
+def _key(settings: Settings) -> str:
+    lake = Lake.of(settings)
+    local = storage.local_path(lake.vault) if storage.is_local(lake.vault) else None
+    if (
+        settings.privacy.key is None
+        and settings.privacy.key_file is None
+        and local is not None
+        and not os.path.exists(os.path.join(local, pseudonyms.KEY_FILE))
+    ):
+        return "none yet: the first ingest makes one in the lake's vault"
+    return f"key id {pseudonyms.of(settings, local).key_id}"
+
+
+def _mlflow(settings: Settings) -> str:
+    from cbmir_spark.models import tracking
+
+    return tracking.tracking_uri(settings)

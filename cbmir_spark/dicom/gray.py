@@ -1,0 +1,307 @@
+"""Arrays of stored pixel values → gray pictures; small pure functions of numpy arrays and header elements.
+
+The chain is DICOM's own (PS3.4 section N.2, PS3.3 sections C.7.6.3, C.11.1 and C.11.2): stored values, color to
+luma, Modality LUT, a window to the range 0 to 1, inversion of MONOCHROME1. Only the decoding of compressed frames
+is left to pydicom and its codecs. Arrays are (rows, columns), or (rows, columns, 3) before `luminance`.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydicom.dataset import Dataset
+
+from cbmir_spark.dicom.codecs import Stored
+from cbmir_spark.dicom.elements import Array, Floats, functional_group, items, number, numbers, value
+from cbmir_spark.dicom.preflight import Reason, Rejected
+
+SIDE = 256
+# ITU-R BT.601, the luma that PS3.3 section C.7.6.3.1.2 uses for YBR_FULL: Y needs no conversion back to RGB.
+_LUMA = (np.float32(0.299), np.float32(0.587), np.float32(0.114))
+
+
+def luminance(array: Array, photometric: str, ds: Dataset, little_endian: bool) -> Array:
+    """Gray values of one frame: gray as it is, color as luma (float32, 0 to the largest sample value)."""
+    if photometric == "PALETTE COLOR":
+        return _palette_luma(array, ds, little_endian)
+    if array.ndim == 2:
+        return array
+    if photometric == "RGB":
+        return _luma(array[..., 0], array[..., 1], array[..., 2])
+    luma: Array = array[..., 0].astype(np.float32)
+    if photometric.startswith("YBR_PARTIAL"):
+        # PS3.3 section C.7.6.3.1.2 (retired): Y runs from 16 to 235.
+        luma = (luma - 16.0) * np.float32(255.0 / 219.0)
+    return luma
+
+
+def _palette_luma(array: Array, ds: Dataset, little_endian: bool) -> Floats:
+    """PS3.3 section C.7.6.3.1.5 and .6: indices through three tables, those below and above take the ends."""
+    colors = []
+    for color in ("Red", "Green", "Blue"):
+        descriptor = numbers(ds, f"{color}PaletteColorLookupTableDescriptor")
+        if len(descriptor) != 3:
+            raise Rejected(Reason.MALFORMED)
+        entries, first, bits = (int(x) for x in descriptor)
+        entries = entries % 2**16 or 2**16
+        plain = value(ds, f"{color}PaletteColorLookupTableData")
+        if plain is not None:
+            table = _table(plain, entries, bits, little_endian)
+        else:
+            segments = value(ds, f"Segmented{color}PaletteColorLookupTableData")
+            table = _segmented(_table(segments, None, bits, little_endian), entries, wide=bits > 8)
+        colors.append(table)
+    length = min(map(len, colors))
+    if length == 0:
+        raise Rejected(Reason.MALFORMED)
+    if array.dtype.kind == "i" and first >= 2**15:
+        first -= 2**16
+    index = np.clip(array.astype(np.int64) - first, 0, length - 1)
+    luma: Floats = _luma(*(table[:length] for table in colors))[index]
+    return luma
+
+
+def _luma(red: Array, green: Array, blue: Array) -> Floats:
+    """Element by element: a matrix product would sum in an order that depends on the machine's threads."""
+    gray: Floats = red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2]
+    return gray.astype(np.float32, copy=False)
+
+
+def _table(raw: Any, entries: int | None, bits: int, little_endian: bool) -> Array:
+    """Values of a lookup table, given as bytes (OW) or as numbers (US, SS); unsigned."""
+    if raw is None:
+        raise Rejected(Reason.MALFORMED)
+    if not isinstance(raw, bytes | bytearray | memoryview):
+        many = raw if isinstance(raw, Sequence) else [raw]
+        return np.array([int(x) for x in many], dtype=np.int64)[:entries] & 0xFFFF
+    words = np.dtype("<u2" if little_endian else ">u2")
+    if bits <= 8 and (entries is None or len(raw) < 2 * entries):
+        # Two entries in each 16-bit word, the first one in its low byte.
+        packed = np.frombuffer(bytes(raw), dtype=np.uint8)
+        return (packed if little_endian else packed[: len(packed) // 2 * 2].reshape(-1, 2)[:, ::-1].reshape(-1))[
+            :entries
+        ]
+    return np.frombuffer(bytes(raw)[: len(raw) // 2 * 2], dtype=words)[:entries].astype(np.int64)
+
+
+def _segmented(words: Array, entries: int, wide: bool) -> Array:
+    """Expand a segmented palette (PS3.3 section C.7.9.2): discrete, linear and indirect segments."""
+    out: list[int] = []
+    data = [int(x) for x in words]
+    at = 0
+    try:
+        while at < len(data) and len(out) < entries:
+            if data[at] != 2:
+                at = _segment(data, at, out)
+                continue
+            # Indirect: this many segments again, from a byte offset in 32 bits, low word (or byte) first.
+            offset = data[at + 2] | data[at + 3] << 16 if wide else sum(data[at + 2 + k] << 8 * k for k in range(4))
+            source = offset // 2 if wide else offset
+            for _ in range(data[at + 1]):
+                # An indirect segment can name thousands that are 65535 long each: no more than the table holds.
+                if len(out) >= entries:
+                    break
+                source = _segment(data, source, out)
+            at += 4 if wide else 6
+    except IndexError:
+        raise Rejected(Reason.MALFORMED) from None
+    return np.array(out[:entries], dtype=np.int64)
+
+
+def _segment(data: list[int], at: int, out: list[int]) -> int:
+    opcode, length = data[at], data[at + 1]
+    if opcode == 0:
+        values = data[at + 2 : at + 2 + length]
+        if len(values) < length:
+            raise IndexError
+        out.extend(values)
+        return at + 2 + length
+    if opcode != 1 or not out:
+        raise IndexError
+    last, target = out[-1], data[at + 2]
+    out.extend(round(last + (target - last) * (k + 1) / length) for k in range(length))
+    return at + 3
+
+
+def padding_mask(array: Array, stored: Stored, ds: Dataset) -> NDArray[np.bool_] | None:
+    """Where a gray frame holds padding and no image (PS3.3 section C.7.5.1.1.2); None where nothing is declared.
+
+    Pixel Padding Value is a stored value; with a Range Limit everything between the two is padding.
+    """
+    pad = number(ds, "PixelPaddingValue")
+    if pad is None or stored.samples != 1 or stored.photometric == "PALETTE COLOR" or array.dtype.kind not in "ui":
+        return None
+    limit = number(ds, "PixelPaddingRangeLimit")
+    ends = sorted(_as_stored(int(x), stored) for x in (pad, pad if limit is None else limit))
+    mask: NDArray[np.bool_] = array == ends[0] if ends[0] == ends[1] else (array >= ends[0]) & (array <= ends[1])
+    return mask if mask.any() else None
+
+
+def _as_stored(padding: int, stored: Stored) -> int:
+    """The padding value read as the pixels are: some writers give -2000 as 63536, or the reverse."""
+    span = 1 << stored.bits_allocated
+    if stored.signed and padding >= span // 2:
+        return padding - span
+    return padding + span if not stored.signed and padding < 0 else padding
+
+
+def rescale(ds: Dataset, frame: int) -> tuple[float, float, str] | None:
+    """Slope, intercept and Rescale Type ("" where absent) of a frame's Modality LUT; None where there is none.
+
+    Rescale of the Modality LUT module (PS3.3 section C.11.1), or of the Pixel Value Transformation functional
+    group of enhanced objects (section C.7.6.16.2.9).
+    """
+    source = functional_group(ds, frame, "PixelValueTransformationSequence") or ds
+    slope, intercept = number(source, "RescaleSlope"), number(source, "RescaleIntercept")
+    if slope is None or intercept is None or slope == 0:
+        return None
+    return slope, intercept, str(value(source, "RescaleType") or "").strip().upper()
+
+
+def modality_values(array: Array, ds: Dataset, frame: int, little_endian: bool) -> Floats:
+    """Modality LUT: stored values → output units, such as Hounsfield units (float32)."""
+    if lut := items(ds, "ModalityLUTSequence"):
+        return _lut(array, lut[0], little_endian)
+    transform = rescale(ds, frame)
+    if transform is None:
+        return array.astype(np.float32)
+    slope, intercept, _ = transform
+    # In float64 first: 32-bit stored values do not fit into a float32's 24 bits before the rescale.
+    return (array * np.float64(slope) + intercept).astype(np.float32)
+
+
+def _lut(array: Array, item: Dataset, little_endian: bool) -> Floats:
+    """A LUT sequence item (PS3.3 sections C.11.1.1 and C.11.2.1.1): values outside take the first or last entry."""
+    descriptor = numbers(item, "LUTDescriptor")
+    if len(descriptor) != 3:
+        raise Rejected(Reason.MALFORMED)
+    entries, first, bits = (int(x) for x in descriptor)
+    table = _table(value(item, "LUTData"), entries % 2**16 or 2**16, bits, little_endian)
+    if len(table) == 0:
+        raise Rejected(Reason.MALFORMED)
+    if array.dtype.kind != "u" and first >= 2**15:
+        first -= 2**16
+    index = np.clip(np.rint(array).astype(np.int64) - first, 0, len(table) - 1)
+    mapped: Floats = table.astype(np.float32)[index]
+    return mapped
+
+
+def percentile_window(values: Floats, mask: NDArray[np.bool_] | None, low: float, high: float) -> tuple[float, float]:
+    """The window between two percentiles of what is not padding, in the values' own units.
+
+    Every n-th row and column is looked at, so that at most about 2**18 values are sorted. Where the percentiles
+    coincide (a small bright spot on a flat background) the extremes are taken; a flat frame gives (v, v).
+    """
+    step = max(1, math.isqrt(values.size // 2**18))
+    sample = values[::step, ::step]
+    seen = sample[~mask[::step, ::step]] if mask is not None else sample.reshape(-1)
+    seen = seen[np.isfinite(seen)]
+    if seen.size == 0:
+        return 0.0, 0.0
+    bottom, top = (float(x) for x in np.percentile(seen, [low, high]))
+    return (bottom, top) if bottom < top else (float(seen.min()), float(seen.max()))
+
+
+def to_unit(values: Floats, low: float, high: float) -> Floats:
+    """Values from `low` to `high` → 0 to 1, clipped; a window without width gives 0."""
+    if not low < high:
+        return np.zeros(values.shape, dtype=np.float32)
+    unit = values - np.float32(low)
+    unit *= np.float32(1.0 / (high - low))
+    np.clip(unit, 0.0, 1.0, out=unit)
+    return np.nan_to_num(unit, copy=False, nan=0.0)
+
+
+def voi(values: Floats, mask: NDArray[np.bool_] | None, ds: Dataset, frame: int, little_endian: bool) -> Floats:
+    """The header's own contrast, for pictures that people look at → 0 to 1 (PS3.3 section C.11.2).
+
+    A VOI LUT before a window, of several the first; LINEAR, LINEAR_EXACT or SIGMOID (section C.11.2.1.3). Without
+    either the whole range is shown.
+    """
+    source = functional_group(ds, frame, "FrameVOILUTSequence") or ds
+    if lut := items(ds, "VOILUTSequence"):
+        shown = _lut(values, lut[0], little_endian)
+        return to_unit(shown, 0.0, float(shown.max()) or 1.0)
+    center, width = number(source, "WindowCenter"), number(source, "WindowWidth")
+    if center is None or width is None or width <= 0:
+        return to_unit(values, *percentile_window(values, mask, 0.0, 100.0))
+    function = str(value(source, "VOILUTFunction") or "LINEAR").strip().upper()
+    if function == "SIGMOID":
+        return (1.0 / (1.0 + np.exp(np.clip(-4.0 * (values - center) / width, -80.0, 80.0)))).astype(np.float32)
+    if function == "LINEAR_EXACT":
+        return to_unit(values, center - width / 2, center + width / 2)
+    if width <= 1:
+        return (values > center - 0.5).astype(np.float32)
+    return to_unit(values, center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2)
+
+
+def crop_box(ds: Dataset, rows: int, columns: int) -> tuple[int, int, int, int] | None:
+    """(top, left, bottom, right) around an ultrasound's regions (PS3.3 section C.8.5.5), None where there are none.
+
+    Two-dimensional regions where there are some, else all of them; what lies outside, burned-in text above all,
+    is left out. Boxes that are too small to be an image are not believed.
+    """
+    boxes: dict[bool, list[tuple[int, int, int, int]]] = {True: [], False: []}
+    for region in items(ds, "SequenceOfUltrasoundRegions"):
+        edges = [number(region, f"RegionLocation{edge}") for edge in ("MinY0", "MinX0", "MaxY1", "MaxX1")]
+        if None in edges:
+            continue
+        top, left, bottom, right = (int(edge) for edge in edges if edge is not None)
+        top, left, bottom, right = max(0, top), max(0, left), min(rows, bottom + 1), min(columns, right + 1)
+        if bottom - top >= 16 and right - left >= 16:
+            boxes[number(region, "RegionSpatialFormat") == 1].append((top, left, bottom, right))
+    kept = boxes[True] or boxes[False]
+    if not kept:
+        return None
+    tops, lefts, bottoms, rights = zip(*kept, strict=True)
+    return min(tops), min(lefts), max(bottoms), max(rights)
+
+
+def pixel_spacing(ds: Dataset, frame: int) -> tuple[float, float] | None:
+    """Millimetres between rows and between columns, None where the header gives none that can be."""
+    measures = functional_group(ds, frame, "PixelMeasuresSequence")
+    for source, keyword in ((measures, "PixelSpacing"), (ds, "PixelSpacing"), (ds, "ImagerPixelSpacing")):
+        spacing = numbers(source, keyword) if source is not None else ()
+        if len(spacing) == 2 and min(spacing) > 0:
+            return spacing[0], spacing[1]
+    return None
+
+
+def pixel_ratio(ds: Dataset, frame: int) -> float:
+    """Height of a pixel over its width: by spacing, else by Pixel Aspect Ratio (PS3.3 section C.7.6.3.1.7), else 1."""
+    sides = pixel_spacing(ds, frame) or numbers(ds, "PixelAspectRatio")
+    if len(sides) != 2 or min(sides) <= 0:
+        return 1.0
+    ratio = sides[0] / sides[1]
+    # Past this the header is wrong about its pixels; the picture would be a line.
+    return ratio if 1 / 16 <= ratio <= 16 else 1.0
+
+
+def resize(unit: Floats, ratio: float, aspect: str) -> Floats:
+    """(rows, columns) → (256, 256), antialiased, in float: a triangle filter as wide as the reduction.
+
+    `keep` scales the longer physical side to 256 and centres the other on background 0; `stretch` scales both.
+    """
+    height, width = unit.shape[0] * ratio, float(unit.shape[1])
+    rows = columns = SIDE
+    if aspect == "keep":
+        scale = SIDE / max(height, width)
+        rows, columns = (min(SIDE, max(1, round(side * scale))) for side in (height, width))
+    small = Image.fromarray(np.ascontiguousarray(unit, dtype=np.float32)).resize(
+        (columns, rows), Image.Resampling.BILINEAR
+    )
+    if (rows, columns) == (SIDE, SIDE):
+        return np.asarray(small, dtype=np.float32)
+    square = np.zeros((SIDE, SIDE), dtype=np.float32)
+    top, left = (SIDE - rows) // 2, (SIDE - columns) // 2
+    square[top : top + rows, left : left + columns] = np.asarray(small, dtype=np.float32)
+    return square
+
+
+def quantise(unit: Floats) -> NDArray[np.uint8]:
+    """0 to 1 → 0 to 255, rounded to nearest; the only place where precision is given up."""
+    rounded: NDArray[np.uint8] = np.clip(np.rint(unit * np.float32(255.0)), 0, 255).astype(np.uint8)
+    return rounded

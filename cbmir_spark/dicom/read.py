@@ -1,0 +1,228 @@
+"""Bytes of a DICOM object → its tags and its frames as 256×256 gray pictures; pydicom and numpy, no Spark.
+
+`read_instance` is the whole way, the same for the archive and for a query. Nothing that it raises or returns
+carries a tag value outside the fields of `Tags`. Runs per task, inside the process of decoder.py.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset
+from pydicom.filereader import read_dataset
+
+from cbmir_spark.dicom import codecs, suv
+from cbmir_spark.dicom import gray as dicom_gray
+from cbmir_spark.dicom.codecs import Stored
+from cbmir_spark.dicom.elements import Array, Floats
+from cbmir_spark.dicom.preflight import PIXEL_DATA_TAGS, SOP_CLASS, Layout, NotAnImage, Reason, Rejected, examine
+from cbmir_spark.dicom.preprocessing import Preprocessing
+from cbmir_spark.dicom.sop_classes import DICOMDIR, ENHANCED, NOT_IMAGES, NOT_STORAGE, SPECTROSCOPY, STORAGE
+from cbmir_spark.dicom.tags import Tags, read_tags
+from cbmir_spark.dicom.vocabulary import Vocabulary
+
+__all__ = [
+    "Frame",
+    "Instance",
+    "NotAnImage",
+    "Preprocessing",
+    "Reason",
+    "Rejected",
+    "Tags",
+    "decode_frames",
+    "picture",
+    "read_instance",
+]
+
+# pydicom's log quotes the values it complains about; nobody's handler may see them.
+logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One frame as the network sees it, and the window used, in output units of the Modality LUT."""
+
+    number: int
+    pixels: NDArray[np.uint8]
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One SOP instance: its tags and those of its frames that the policy chose."""
+
+    tags: Tags
+    frames: tuple[Frame, ...]
+
+
+def read_instance(content: bytes | bytearray, preprocessing: Preprocessing, vocabulary: Vocabulary) -> Instance:
+    """Tags and frames of one object.
+
+    Raises NotAnImage or Rejected with their reason. Whatever else it raises is an error of ours, but for
+    MemoryError; decoder.py turns both into a rejection of this one file.
+    """
+    with _quiet():
+        ds, layout, sop_class = _open(content)
+        _check_class(sop_class)
+        stored = _stored(ds, layout, sop_class)
+        tags = read_tags(ds, stored, sop_class, vocabulary)
+        wanted = preprocessing.chosen(stored.frames, sop_class in ENHANCED)
+        return Instance(tags, tuple(_frames(ds, layout, stored, tags, preprocessing, wanted)))
+
+
+def decode_frames(content: bytes | bytearray) -> Iterator[Array]:
+    """Gray stored values (rows, columns) of every frame of anything with pixel data, whatever its class or UID."""
+    with _quiet():
+        ds, layout, sop_class = _open(content)
+        stored = _stored(ds, layout, sop_class)
+        decoded = codecs.decode(ds, layout, stored, range(stored.frames))
+    while True:
+        with _quiet():
+            try:
+                _, array, photometric = next(decoded)
+            except StopIteration:
+                return
+            gray = dicom_gray.luminance(array, photometric, ds, layout.little_endian)
+        yield gray
+
+
+def picture(content: bytes | bytearray, frame: int) -> NDArray[np.uint8]:
+    """(256, 256) uint8 of one frame with the header's own contrast, aspect kept: for people, never for the network.
+
+    Ultrasound is cropped to its regions here too: text burned in around them names patients.
+    Raises NotAnImage or Rejected; IndexError where the object has no such frame.
+    """
+    with _quiet():
+        ds, layout, sop_class = _open(content)
+        _check_class(sop_class)
+        stored = _stored(ds, layout, sop_class)
+        if not 0 <= frame < stored.frames:
+            raise IndexError(f"frame {frame} of {stored.frames}")
+        _, array, photometric = next(codecs.decode(ds, layout, stored, [frame]))
+        gray = dicom_gray.luminance(array, photometric, ds, layout.little_endian)
+        mask = None
+        if photometric in _GRAY:
+            mask = dicom_gray.padding_mask(gray, stored, ds)
+            values = dicom_gray.modality_values(gray, ds, frame, layout.little_endian)
+            unit = dicom_gray.voi(values, mask, ds, frame, layout.little_endian)
+        else:
+            unit = dicom_gray.to_unit(gray.astype(np.float32), 0.0, _full_scale(gray))
+        box = dicom_gray.crop_box(ds, stored.rows, stored.columns)
+        return _finish(unit, mask, ds, stored, frame, "keep", box)
+
+
+_GRAY = ("MONOCHROME1", "MONOCHROME2")
+
+
+def _full_scale(gray: Array) -> float:
+    """The largest value that luma of this depth can have: 8, 16 or 32 bits, whichever holds what is there."""
+    top = float(gray.max())
+    return next((full for full in (255.0, 65535.0, 4294967295.0) if top <= full), top)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """pydicom warns about most real headers, quoting them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _open(content: bytes | bytearray) -> tuple[Dataset, Layout, str]:
+    """The header as pydicom reads it (everything before the pixel data), its layout and its SOP class."""
+    layout = examine(content)
+    end = min((layout.elements[t].header for t in PIXEL_DATA_TAGS if t in layout.elements), default=len(layout.data))
+    header = BytesIO(layout.data[layout.start : end])
+    try:
+        ds = read_dataset(header, layout.implicit, layout.little_endian)
+    except RecursionError:
+        raise Rejected(Reason.TOO_LARGE) from None
+    except Exception:
+        raise Rejected(Reason.MALFORMED) from None
+    return ds, layout, layout.text(SOP_CLASS) or layout.media_class
+
+
+def _check_class(sop_class: str) -> None:
+    if sop_class == DICOMDIR:
+        raise NotAnImage(Reason.DICOMDIR)
+    family = sop_class.removeprefix(STORAGE).split(".")[0] if sop_class.startswith(STORAGE) else ""
+    if family in NOT_IMAGES or sop_class == SPECTROSCOPY or sop_class.startswith(NOT_STORAGE):
+        raise NotAnImage(Reason.NOT_IMAGE_CLASS)
+
+
+def _stored(ds: Dataset, layout: Layout, sop_class: str) -> Stored:
+    """How the pixels lie in the file. Without any, an object of an image storage class is one that lost them.
+
+    Every class below the storage root that `_check_class` lets pass has pixels by definition (PS3.4 table B.5-1):
+    a header alone, or a file cut between two elements before the pixel data, is rejected. An object of a private
+    class, or of none, never was an image.
+    """
+    if not any(layout.elements[tag].length for tag in PIXEL_DATA_TAGS if tag in layout.elements):
+        raise Rejected(Reason.NO_PIXELS) if sop_class.startswith(STORAGE) else NotAnImage(Reason.NO_PIXELS)
+    return codecs.describe(ds, layout)
+
+
+def _frames(
+    ds: Dataset, layout: Layout, stored: Stored, tags: Tags, preprocessing: Preprocessing, wanted: list[int]
+) -> Iterator[Frame]:
+    factor = suv.suv_factor(ds) if tags.modality == "PT" else None
+    box = dicom_gray.crop_box(ds, stored.rows, stored.columns)
+    for frame, array, photometric in codecs.decode(ds, layout, stored, wanted):
+        gray = dicom_gray.luminance(array, photometric, ds, layout.little_endian)
+        mask = None
+        values: Floats
+        if photometric in _GRAY:
+            mask = dicom_gray.padding_mask(gray, stored, ds)
+            values = dicom_gray.modality_values(gray, ds, frame, layout.little_endian)
+            window = _fixed_window(ds, frame, tags, preprocessing, factor)
+        else:
+            values, window = gray.astype(np.float32, copy=False), None
+        inside = _inside(box)
+        if window is None:
+            window = dicom_gray.percentile_window(
+                values[inside], None if mask is None else mask[inside], *preprocessing.percentiles
+            )
+        unit = dicom_gray.to_unit(values, *window)
+        yield Frame(frame, _finish(unit, mask, ds, stored, frame, preprocessing.aspect, box), *window)
+
+
+def _fixed_window(
+    ds: Dataset, frame: int, tags: Tags, preprocessing: Preprocessing, factor: float | None
+) -> tuple[float, float] | None:
+    """The configured window in the units of this frame's values; None where those units are not known."""
+    window = preprocessing.window(tags.modality, tags.body_part)
+    if window is None:
+        return None
+    if tags.modality == "PT":
+        return None if factor is None else (window[0] / factor, window[1] / factor)
+    if tags.modality == "CT":
+        transform = dicom_gray.rescale(ds, frame)
+        return window if transform is not None and transform[2] in ("", "HU", "HU_MOD") else None
+    return window
+
+
+def _inside(box: tuple[int, int, int, int] | None) -> tuple[slice, slice]:
+    return (slice(None), slice(None)) if box is None else (slice(box[0], box[2]), slice(box[1], box[3]))
+
+
+def _finish(
+    unit: Floats,
+    mask: NDArray[np.bool_] | None,
+    ds: Dataset,
+    stored: Stored,
+    frame: int,
+    aspect: str,
+    box: tuple[int, int, int, int] | None = None,
+) -> NDArray[np.uint8]:
+    """0 to 1 (rows, columns) → (256, 256) uint8: inversion, padding to background, crop, resize, quantise."""
+    if stored.photometric == "MONOCHROME1":
+        unit = np.float32(1.0) - unit
+    if mask is not None:
+        unit = np.where(mask, np.float32(0.0), unit)
+    return dicom_gray.quantise(dicom_gray.resize(unit[_inside(box)], dicom_gray.pixel_ratio(ds, frame), aspect))

@@ -1,0 +1,179 @@
+"""Compare FEATURES with the published frames, and check its vectors."""
+
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.types import LongType, StructField, StructType
+
+from cbmir_spark import storage
+from cbmir_spark.config import Settings
+from cbmir_spark.errors import ModelError, TableError
+from cbmir_spark.index import arrays
+from cbmir_spark.index.open import FILES, open_index
+from cbmir_spark.lake import columns as cols
+from cbmir_spark.lake import delta, publication, schemas
+from cbmir_spark.lake.lake import Lake
+from cbmir_spark.models import artifact
+from cbmir_spark.models.artifact import Manifest
+
+KEY = (cols.IMAGE_ID, cols.FRAME)
+OF_TAGS = (
+    cols.SERIES_ID,
+    cols.STUDY_ID,
+    cols.PATIENT_ID,
+    cols.SEX,
+    cols.AGE_YEARS,
+    cols.YEAR,
+    cols.MODALITY,
+    cols.BODY_PART,
+)
+# A frame's row is the same as long as these are: an image read again may have other tags with the same pixels.
+_SAME = (cols.IMAGE_ID, cols.FRAME, cols.PIXEL_DIGEST, cols.PIXELS_BATCH)
+
+STATE, COPIES = "state", "copies"
+SAME, MISSING, STALE = "same", "missing", "stale"
+
+ROW_PARTITION = (f"row_{cols.MODALITY}", f"row_{cols.BODY_PART}")
+
+_INSPECTED = StructType(
+    [StructField(name, LongType(), False) for name in ("rows", "wrong_dimension", "not_finite", "zero")]
+)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """An index that holds what it should: its model, version, rows and files."""
+
+    model_id: str
+    version: int
+    rows: int
+    files: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Counts of rows, and of those whose vector must not be searched."""
+
+    rows: int
+    wrong_dimension: int
+    not_finite: int
+    zero: int
+
+    @property
+    def faults(self) -> str:
+        """What is wrong, in words; empty where nothing is."""
+        found = {
+            "of another dimension": self.wrong_dimension,
+            "with NaN or infinite values": self.not_finite,
+            "of zeros alone": self.zero,
+        }
+        return ", ".join(f"{count} {words}" for words, count in found.items() if count)
+
+
+def live_frames(tags: DataFrame, pixels: DataFrame) -> DataFrame:
+    """Frames that belong in an index, without their pixels: keys, digest, batch and what FEATURES takes from TAGS."""
+    images = tags.where(F.col(cols.KIND) == cols.IMAGE_KIND).select(cols.IMAGE_ID, F.col(cols.BATCH), *OF_TAGS)
+    frames = pixels.select(*KEY, cols.PIXEL_DIGEST, cols.BATCH)
+    return frames.join(images, on=[cols.IMAGE_ID, cols.BATCH], how="inner").select(
+        *KEY, cols.PIXEL_DIGEST, F.col(cols.BATCH).alias(cols.PIXELS_BATCH), *OF_TAGS
+    )
+
+
+def compare(live: DataFrame, features: DataFrame) -> DataFrame:
+    """Live frames against rows: live_frames' columns, `state`, `copies`, and body part and source of the row.
+
+    `state` is SAME, MISSING (no row, or one made of other pixels or of another reading of the image) or STALE (a row
+    without its frame). `copies` counts the rows of a key: more than one is an error.
+    """
+    of_row = (cols.MODALITY, cols.BODY_PART, cols.BODY_PART_SOURCE)
+    rows = features.groupBy(*_SAME).agg(
+        F.count("*").alias(COPIES), *[F.first(name).alias(f"row_{name}") for name in of_row]
+    )
+    state = F.when(F.col(COPIES).isNull(), MISSING).when(F.col(cols.SERIES_ID).isNull(), STALE).otherwise(SAME)
+    return live.join(rows, on=list(_SAME), how="full_outer").withColumn(STATE, state)
+
+
+def stale_keys(changes: DataFrame) -> DataFrame:
+    """What names the rows to delete, partition first."""
+    row_modality, row_body_part = (F.col(name) for name in ROW_PARTITION)
+    return changes.where(F.col(STATE) == STALE).select(
+        row_modality.alias(cols.MODALITY), row_body_part.alias(cols.BODY_PART), *_SAME
+    )
+
+
+def inspect(rows: DataFrame, dimension: int) -> Inspection:
+    """Look at every vector and residual of `rows`: one pass, in tasks; the driver gets four numbers from each."""
+
+    def count(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        total = np.zeros(4, dtype=np.int64)
+        for batch in batches:
+            total += faults(batch, dimension)
+        yield pa.RecordBatch.from_arrays([pa.array([n]) for n in total], names=_INSPECTED.names)
+
+    counted = rows.select(cols.VECTOR, cols.RESIDUAL_NORM).mapInArrow(count, _INSPECTED)
+    sums = counted.agg(*[F.coalesce(F.sum(name), F.lit(0)).alias(name) for name in _INSPECTED.names]).collect()[0]
+    return Inspection(**sums.asDict())
+
+
+def faults(batch: pa.RecordBatch, dimension: int) -> NDArray[np.int64]:
+    """(4,) counts of a batch: its rows, and those of another dimension, with non-finite values, of zeros alone."""
+    column = batch.column(cols.VECTOR)
+    sound = np.diff(column.offsets.to_numpy()) == dimension
+    counts = np.array([len(sound), (~sound).sum(), 0, 0], dtype=np.int64)
+    if sound.any():
+        kept = batch if sound.all() else batch.filter(pa.array(sound))
+        vectors = arrays.vectors_of(kept, dimension)
+        residuals = kept.column(cols.RESIDUAL_NORM).to_numpy()
+        counts[2] = (~(np.isfinite(vectors).all(axis=1) & np.isfinite(residuals))).sum()
+        counts[3] = (~vectors.any(axis=1)).sum()
+    return counts
+
+
+def check(spark: SparkSession, settings: Settings) -> Checked:
+    """Compare the whole searched index with the published frames, and look at every vector of it.
+
+    Raises TableError where a frame is missing, a row has no frame or comes twice, or a vector cannot be searched; and
+    ModelError where the table, or the model's files that workers read, are not the model's.
+    """
+    lake = Lake.of(settings)
+    pinned = publication.require_published(spark, lake)
+    index = open_index(spark, settings)
+    published = artifact.load(*(storage.read_bytes(storage.join(index.folder, n), settings.storage) for n in FILES))
+    if published.manifest != index.manifest:
+        raise ModelError(f"{index.folder} holds another model than the registry: remove that folder")
+    tags = delta.read(spark, lake.path(schemas.TAGS), pinned.tags)
+    pixels = delta.read(spark, lake.path(schemas.PIXELS), pinned.pixels)
+    verify(live_frames(tags, pixels), index.rows, index.manifest)
+    sources = sources_of(index.rows)
+    files = delta.live_files(spark, index.path, index.version)
+    return Checked(index.manifest.model_id, index.version, sum(sources.values()), len(files))
+
+
+def verify(live: DataFrame, features: DataFrame, manifest: Manifest, batches: Collection[int] | None = None) -> None:
+    """Whether FEATURES holds each live frame once, and the vectors of `batches` (None: all) as they may be searched.
+
+    Raises TableError with the counts. Vectors of other batches were looked at when they were written.
+    """
+    counted = compare(live, features).groupBy(STATE).agg(F.count("*").alias("keys"), F.sum(COPIES).alias("rows"))
+    found = {row[STATE]: (row["keys"], row["rows"]) for row in counted.collect()}
+    keys = {state: found.get(state, (0, 0))[0] for state in (SAME, MISSING, STALE)}
+    twice = (found.get(SAME, (0, 0))[1] or 0) - keys[SAME]
+    if twice or keys[MISSING] or keys[STALE]:
+        raise TableError(
+            f"the index of {manifest.model_id} lacks {keys[MISSING]} frames, holds {keys[STALE]} rows without a frame "
+            f"and {twice} rows twice: run `cbmir index` again, or remove the table and index anew"
+        )
+    looked = features if batches is None else features.where(F.col(cols.PIXELS_BATCH).isin(*batches))
+    if (batches is None or batches) and (problem := inspect(looked, manifest.embedding_dim).faults):
+        raise TableError(f"the index of {manifest.model_id} holds vectors that cannot be searched: {problem}")
+
+
+def sources_of(features: DataFrame) -> dict[tuple[str, str, str], int]:
+    """Rows by (modality, body_part, body_part_source)."""
+    of = (cols.MODALITY, cols.BODY_PART, cols.BODY_PART_SOURCE)
+    return {(row[of[0]], row[of[1]], row[of[2]]): row["count"] for row in features.groupBy(*of).count().collect()}

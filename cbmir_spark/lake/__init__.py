@@ -1,0 +1,1 @@
+"""Tables: columns, schemas, Delta access, publication, leases, pseudonyms and run records."""

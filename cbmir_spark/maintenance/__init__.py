@@ -1,0 +1,1 @@
+"""Change what a lake holds without reading its archive: `forget` erases, `remap` applies a new vocabulary."""

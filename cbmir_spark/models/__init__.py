@@ -1,0 +1,1 @@
+"""Networks, the files that a trained model travels in, and the registry that names them. Without Spark."""

@@ -1,0 +1,205 @@
+"""What travels with a trained network: weights, manifest, projection. torch, numpy and safetensors only.
+
+This module also runs where there is no Spark and no MLflow: on executors, in notebooks, behind a service.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+
+from cbmir_spark.errors import ModelError
+from cbmir_spark.models.networks import Network, build
+from cbmir_spark.models.projection import Projection
+
+FORMAT = 1
+UNKNOWN = "UNKNOWN"
+
+LabelKind = Literal["body_part", "modality/body_part"]
+
+_MODEL = "model."
+_MEAN = "projection.mean"
+_DIRECTIONS = "projection.directions"
+_METADATA_KEY = "cbmir"
+
+
+def body_part_of(label: str) -> str:
+    """CHEST of the labels CHEST and CT/CHEST."""
+    return label.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a model's weights are and what they may be used with.
+
+    `possible` names the classes that each modality had in training. `snapshot` is the digest of the training
+    snapshot. A copy without `weights_sha256` lies in the weights file itself, so that the digest covers both.
+    """
+
+    format: int
+    preset: str
+    label: LabelKind
+    classes: tuple[str, ...]
+    possible: Mapping[str, tuple[str, ...]]
+    preprocessing: str
+    embedding_dim: int
+    projection_dim: int
+    snapshot: str
+    weights_sha256: str
+
+    @property
+    def model_id(self) -> str:
+        return f"{self.preset}-{self.weights_sha256[:12]}"
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+
+    @staticmethod
+    def from_json(text: str | bytes) -> "Manifest":
+        """Raises ModelError where the text is not a manifest, or one of a format that this version cannot read."""
+        try:
+            values = json.loads(text)
+            found = values.get("format")
+        except (ValueError, AttributeError, RecursionError):
+            raise ModelError("the model's manifest is not a JSON object; export the model again") from None
+        if found != FORMAT:
+            raise ModelError(
+                f"the model's manifest has format {found!r}, this version reads {FORMAT}; "
+                "train the model again or use the version of cbmir_spark that wrote it"
+            )
+        expected = {field.name for field in fields(Manifest)}
+        if set(values) != expected:
+            raise ModelError(
+                f"the model's manifest lacks {sorted(expected - set(values))} "
+                f"and has unknown {sorted(set(values) - expected)}; export the model again"
+            )
+        if not _well_formed(values):
+            raise ModelError("the model's manifest has values of another type; export the model again")
+        return Manifest(
+            **{
+                **values,
+                "classes": tuple(values["classes"]),
+                "possible": {modality: tuple(labels) for modality, labels in values["possible"].items()},
+            }
+        )
+
+
+def _well_formed(values: Mapping[str, Any]) -> bool:
+    def labels(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(label, str) for label in value)
+
+    numbers, texts = (
+        ("embedding_dim", "projection_dim"),
+        ("preset", "preprocessing", "snapshot", "weights_sha256"),
+    )
+    return (
+        all(type(values[name]) is int and values[name] > 0 for name in numbers)
+        and all(isinstance(values[name], str) for name in texts)
+        and values["label"] in ("body_part", "modality/body_part")
+        and labels(values["classes"])
+        and isinstance(values["possible"], dict)
+        and all(labels(possible) for possible in values["possible"].values())
+    )
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A model as the two files that travel: `weights.safetensors` and `manifest.json`."""
+
+    weights: bytes
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to embed: in evaluation mode, on the CPU until `model.to` moves it."""
+
+    model: Network
+    manifest: Manifest
+    projection: Projection
+
+
+def save(
+    model: Network,
+    projection: Projection,
+    *,
+    label: LabelKind,
+    classes: Sequence[str],
+    possible: Mapping[str, Sequence[str]],
+    preprocessing: str,
+    snapshot: str,
+) -> Saved:
+    """The files of a trained model. The same model gives the same bytes, and so the same model id.
+
+    Raises ModelError where classes, model and projection do not belong together.
+    """
+    if len(classes) != model.classes:
+        raise ModelError(f"{len(classes)} classes for a network with {model.classes} outputs")
+    if projection.mean.shape != (model.embedding,):
+        raise ModelError(f"a projection of {projection.mean.shape} for vectors of {model.embedding}")
+    if UNKNOWN in {body_part_of(name) for name in classes}:
+        raise ModelError("UNKNOWN is no class; leave such rows out of the training")
+    manifest = Manifest(
+        format=FORMAT,
+        preset=model.preset.name,
+        label=label,
+        classes=tuple(classes),
+        possible={modality: tuple(labels) for modality, labels in sorted(possible.items())},
+        preprocessing=preprocessing,
+        embedding_dim=model.embedding,
+        projection_dim=len(projection.directions),
+        snapshot=snapshot,
+        weights_sha256="",
+    )
+    tensors = {_MODEL + name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors[_MEAN] = torch.from_numpy(projection.mean)
+    tensors[_DIRECTIONS] = torch.from_numpy(projection.directions)
+    weights = safetensors.torch.save(tensors, metadata={_METADATA_KEY: manifest.to_json()})
+    return Saved(weights, replace(manifest, weights_sha256=hashlib.sha256(weights).hexdigest()))
+
+
+def load(weights: bytes, manifest_json: str | bytes) -> Loaded:
+    """The model of two files written by `save`; nothing in them is executed (safetensors and JSON).
+
+    Raises ModelError where the format is not known, the weights are not those of the manifest, or the
+    manifest was changed.
+    """
+    manifest = Manifest.from_json(manifest_json)
+    digest = hashlib.sha256(weights).hexdigest()
+    if digest != manifest.weights_sha256:
+        raise ModelError(
+            f"the weights have SHA-256 {digest}, their manifest says {manifest.weights_sha256}; fetch the model again"
+        )
+    try:
+        tensors = safetensors.torch.load(weights)
+        header = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
+        inner = header["__metadata__"][_METADATA_KEY]
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError):
+        raise ModelError("the weights file is not one that cbmir wrote; export the model again") from None
+    if inner != replace(manifest, weights_sha256="").to_json():
+        raise ModelError("the manifest differs from the copy within the weights; fetch the model again")
+    try:
+        projection = Projection(tensors.pop(_MEAN).numpy(), tensors.pop(_DIRECTIONS).numpy())
+        model = build(manifest.preset, len(manifest.classes))
+        model.load_state_dict({name.removeprefix(_MODEL): tensor for name, tensor in tensors.items()})
+    except (KeyError, RuntimeError):
+        raise ModelError(
+            f"the weights are not those of preset {manifest.preset} with {len(manifest.classes)} classes as "
+            "this version builds it; train the model again"
+        ) from None
+    # The memory order that convolutions are fastest in, on CPUs too.
+    model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Loaded(model, manifest, projection)
+
+
+def projection_of(weights: bytes) -> Projection:
+    """The projection of weights whose digest was checked."""
+    try:
+        tensors = safetensors.torch.load(weights)
+        return Projection(tensors[_MEAN].numpy(), tensors[_DIRECTIONS].numpy())
+    except (safetensors.SafetensorError, KeyError, ValueError):
+        raise ModelError("the weights file is not one that cbmir wrote; export the model again") from None

@@ -1,0 +1,81 @@
+"""Embed batches of pictures with a loaded model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cbmir_spark.errors import ModelError
+from cbmir_spark.models.artifact import UNKNOWN, Loaded, Manifest
+from cbmir_spark.models.networks import SIDE
+
+# Rows of one forward pass of embed_batches; smaller batches are filled up, see there.
+_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What a model says of N pictures.
+
+    vectors: (N, D) float32. scores: (N, classes) float32, softmax renormalised over the labels that are
+    possible for each picture's modality. labels and probabilities (N,): the best score and its class, or
+    None and 0 where the model learned no class of that modality.
+    """
+
+    vectors: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    labels: tuple[str | None, ...]
+    probabilities: NDArray[np.float32]
+
+
+def embed_batches(loaded: Loaded, pixels: NDArray[np.uint8], modalities: Sequence[str] | None = None) -> Embedded:
+    """Vectors and class scores of (N, 256, 256) uint8 pixels; runs per task, on the model's device.
+
+    `modalities` are the N normalised Modality values; UNKNOWN, or no modalities, leaves every class open.
+    Raises ModelError for pixels of another shape or type.
+    """
+    if pixels.dtype != np.uint8 or pixels.shape[1:] != (SIDE, SIDE):
+        raise ModelError(f"pixels are {pixels.dtype} {pixels.shape}, the network takes uint8 (N, 256, 256)")
+    model, manifest = loaded.model, loaded.manifest
+    device = model.device
+    vectors = np.empty((len(pixels), manifest.embedding_dim), dtype=np.float32)
+    logits = np.empty((len(pixels), len(manifest.classes)), dtype=np.float32)
+    with torch.inference_mode():
+        for start in range(0, len(pixels), _ROWS):
+            rows = pixels[start : start + _ROWS]
+            # Matrix products of another height round differently: always the same height, so that a picture
+            # gets the same vector alone, as a query, and among others, in the index.
+            batch = np.zeros((_ROWS, SIDE, SIDE), dtype=np.uint8)
+            batch[: len(rows)] = rows
+            inputs = model.to_input(torch.from_numpy(batch).to(device)).contiguous(memory_format=torch.channels_last)
+            embedded = model.embed(inputs)
+            vectors[start : start + len(rows)] = embedded[: len(rows)].cpu().numpy()
+            logits[start : start + len(rows)] = model.classify(embedded)[: len(rows)].cpu().numpy()
+    scores = class_scores(logits, manifest, modalities)
+    best = scores.argmax(axis=1) if len(scores) else np.zeros(0, dtype=np.int64)
+    probabilities = scores[np.arange(len(scores)), best]
+    labels = tuple(
+        manifest.classes[index] if probability > 0 else None
+        for index, probability in zip(best, probabilities, strict=True)
+    )
+    return Embedded(vectors, scores, labels, probabilities)
+
+
+def class_scores(
+    logits: NDArray[np.float32], manifest: Manifest, modalities: Sequence[str] | None = None
+) -> NDArray[np.float32]:
+    """(N, classes) softmax over the classes possible for each row's modality, 0 for the others."""
+    allowed = np.ones(logits.shape, dtype=bool)
+    for row, modality in enumerate(modalities or ()):
+        if modality != UNKNOWN:
+            possible = manifest.possible.get(modality, ())
+            allowed[row] = [name in possible for name in manifest.classes]
+    # Masked before the softmax, not divided after it: a sum that underflows would leave 0/0.
+    masked = np.where(allowed, logits.astype(np.float64), -np.inf)
+    top = masked.max(axis=1, keepdims=True, initial=-np.inf)
+    weights = np.exp(masked - np.where(np.isfinite(top), top, 0.0))
+    total = weights.sum(axis=1, keepdims=True)
+    shares: NDArray[np.float64] = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+    return shares.astype(np.float32)

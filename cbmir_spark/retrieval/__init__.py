@@ -1,0 +1,1 @@
+"""Answer lists of query images or series. Entry point: `job.run`; `kernel` and `bounds` hold the arithmetic."""

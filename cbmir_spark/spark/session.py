@@ -1,0 +1,171 @@
+"""The only place that builds a SparkSession; each setting that surprises says why it is there."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyspark
+from py4j.protocol import Py4JJavaError
+from pyspark import SparkConf
+from pyspark.errors import PySparkRuntimeError
+from pyspark.sql import SparkSession
+
+from cbmir_spark.config import Settings, conf_folder, debugging
+from cbmir_spark.errors import EnvironmentProblem
+
+JAVA_VERSIONS = (17, 21)
+LOOPBACK = "127.0.0.1"
+S3A_RETRIES = "3"
+
+
+def build(settings: Settings, job: str) -> SparkSession:
+    """A session for `local[*]`, a standalone or Kubernetes master, or the one that spark-submit started.
+
+    Under spark-submit nothing that was submitted is overridden: only what is missing is added. Runs on the driver.
+    Raises EnvironmentProblem where Java or Delta's jars are missing.
+    """
+    submitted = under_spark_submit()
+    if not submitted:
+        check_java()
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    os.environ.setdefault("PYSPARK_DRIVER_PYTHON", sys.executable)
+    if not submitted and settings.spark.master.startswith("local"):
+        os.environ.setdefault("SPARK_LOCAL_IP", LOOPBACK)
+    wanted = properties(settings)
+    if submitted:
+        given = dict(SparkConf().getAll())
+        wanted = {key: value for key, value in wanted.items() if key not in given}
+    else:
+        wanted |= {"spark.master": settings.spark.master, "spark.driver.memory": settings.spark.driver_memory}
+        wanted |= _jars()
+        wanted.setdefault("spark.driver.extraJavaOptions", "")
+        wanted["spark.driver.extraJavaOptions"] += f" -Dlog4j2.configurationFile={_log_settings()}"
+        if debugging() or settings.spark.log_level != "ERROR":
+            wanted["spark.driver.extraJavaOptions"] += f" -Dcbmir.traces={settings.spark.log_level}"
+    builder = SparkSession.builder.appName(f"cbmir {job}")
+    for key, value in wanted.items():
+        builder = builder.config(key, value)
+    try:
+        spark = builder.getOrCreate()
+    except (PySparkRuntimeError, Py4JJavaError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise EnvironmentProblem(
+            f"Spark did not start: {lines[0]}; `cbmir doctor` looks for the usual causes"
+        ) from error
+    spark.sparkContext.setLogLevel(settings.spark.log_level)
+    _check_delta(spark)
+    return spark
+
+
+def properties(settings: Settings) -> dict[str, str]:
+    """Every Spark property that our jobs rely on; `spark.conf` of the settings comes last and wins."""
+    storage = settings.storage
+    wanted = {
+        "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
+        "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
+        # Timestamps are instants: a driver in another time zone must not shift them.
+        "spark.sql.session.timeZone": "UTC",
+        # Rows carry 64 KB of pixels or 16 KB of vector: Arrow's and Parquet's own batches would be 655 and 268 MB.
+        "spark.sql.execution.arrow.maxRecordsPerBatch": "256",
+        "spark.sql.parquet.columnarReaderBatchSize": "256",
+        "spark.sql.execution.arrow.pyspark.enabled": "true",
+        # What other tools decode of a row group should stay in the processor's cache, and each of its columns is read
+        # by itself. Its vectors are in one page, so that retrieval finds each by its place; and they hardly repeat a
+        # number, so that a dictionary of them is tried in vain.
+        "spark.hadoop.parquet.block.size": str(8 * 2**20),
+        "spark.hadoop.parquet.page.size": str(2**26),
+        "spark.hadoop.parquet.enable.dictionary#vector.list.element": "false",
+        "spark.hadoop.parquet.enable.dictionary#projection.list.element": "false",
+        # A commit whose reply was lost is recognised when it is tried again, instead of landing twice.
+        "spark.databricks.delta.commit.idempotencyCheck.enabled": "true",
+        # Delta takes file:///x and file:/x, which Hadoop writes for it, for two places of one new table.
+        "spark.databricks.delta.legacy.allowAmbiguousPathsInCreateTable": "true",
+        # glibc maps and unmaps every piece of memory of 128 KiB or more, which costs a fifth of the time of decoding
+        # pictures in page faults; 32 MiB is the most that it keeps in its heap instead.
+        "spark.executorEnv.MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+        "spark.executorEnv.MALLOC_TRIM_THRESHOLD_": str(256 * 2**20),
+        # Tasks of tens of milliseconds would mostly wait for their worker to begin.
+        "spark.python.daemon.module": "cbmir_spark.spark.python_workers",
+        # A speculative copy of a task would decode or embed everything twice.
+        "spark.speculation": "false",
+        # The progress bar draws over log files; the jobs report progress themselves.
+        "spark.ui.showConsoleProgress": "false",
+        # Identifiers live in settings and paths, so a page that anyone on the network can open stays off.
+        "spark.ui.enabled": "false",
+        "spark.hadoop.fs.s3a.endpoint.region": storage.region,
+        "spark.hadoop.fs.s3a.path.style.access": str(storage.path_style).lower(),
+        # Each request is sent as often as our own. S3A tries again around that, and by default so often, with waits
+        # that double, that a server which answers "slow down" for good would hold a job for hours.
+        "spark.hadoop.fs.s3a.attempts.maximum": str(storage.attempts),
+        "spark.hadoop.fs.s3a.retry.limit": S3A_RETRIES,
+        "spark.hadoop.fs.s3a.retry.throttle.limit": S3A_RETRIES,
+        # A connection that went silent would be waited for 200 seconds. Writes of big parts are answered late.
+        "spark.hadoop.fs.s3a.connection.timeout": "60s",
+    }
+    if storage.endpoint:
+        wanted["spark.hadoop.fs.s3a.endpoint"] = storage.endpoint
+        wanted["spark.hadoop.fs.s3a.connection.ssl.enabled"] = str(storage.endpoint.startswith("https")).lower()
+    if settings.spark.master.startswith("local") and not under_spark_submit():
+        # A laptop's name may resolve to an address that its VPN or Wi-Fi has just lost.
+        wanted["spark.driver.host"] = LOOPBACK
+        wanted["spark.driver.bindAddress"] = LOOPBACK
+    return wanted | settings.spark.conf
+
+
+def under_spark_submit() -> bool:
+    """Whether spark-submit started this process, and so decided on master, memory and jars."""
+    return "PYSPARK_GATEWAY_PORT" in os.environ
+
+
+def check_java() -> str:
+    """The Java that Spark will start, as `17.0.15`. Raises EnvironmentProblem saying what to install."""
+    home = os.environ.get("JAVA_HOME")
+    java = os.path.join(home, "bin", "java") if home else shutil.which("java")
+    advice = "install OpenJDK 17 (Debian: openjdk-17-jre-headless), or set JAVA_HOME to one"
+    if not java or not os.path.exists(java):
+        place = f"JAVA_HOME={home} has no bin/java" if home else "there is no java on the PATH"
+        raise EnvironmentProblem(f"Java is missing: {place}; {advice}")
+    printed = subprocess.run([java, "-version"], capture_output=True, text=True).stderr
+    found = re.search(r'version "(\d+)([^"]*)"', printed)
+    if not found or int(found[1]) not in JAVA_VERSIONS:
+        version = found[1] + found[2] if found else "of unknown version"
+        raise EnvironmentProblem(f"Java {version} at {java} cannot run Spark 4; {advice}")
+    return found[1] + found[2]
+
+
+def spark_home() -> Path:
+    """The Spark that will run: SPARK_HOME, or the one inside the pyspark package."""
+    return Path(os.environ.get("SPARK_HOME") or Path(pyspark.__file__).parent)
+
+
+def has_delta_jars() -> bool:
+    """Whether Delta's jars are part of Spark's own folder (deploy/fetch_jars.py puts them there)."""
+    return any((spark_home() / "jars").glob("delta-spark_*.jar"))
+
+
+def _log_settings() -> str:
+    return (conf_folder() / "log4j2.properties").as_uri()
+
+
+def _jars() -> dict[str, str]:
+    """Coordinates for Spark to resolve at start, where its own folder lacks the jars."""
+    if has_delta_jars():
+        return {}
+    lines = (conf_folder() / "spark-defaults.conf").read_text(encoding="utf-8").splitlines()
+    pairs = dict(line.split(None, 1) for line in lines if line.startswith("spark.jars."))
+    return {key: value.strip() for key, value in pairs.items()}
+
+
+def _check_delta(spark: SparkSession) -> None:
+    jvm: Any = spark.sparkContext._jvm
+    try:
+        jvm.java.lang.Thread.currentThread().getContextClassLoader().loadClass("io.delta.tables.DeltaTable")
+    except Py4JJavaError:
+        raise EnvironmentProblem(
+            "Delta's jars are not on Spark's class path: run deploy/fetch_jars.py for this Spark, "
+            "or submit with --properties-file conf/spark-defaults.conf"
+        ) from None

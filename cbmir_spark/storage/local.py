@@ -1,0 +1,118 @@
+"""Objects of the local file system."""
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+
+from cbmir_spark.storage.uri import FILE, Replaced, StoredObject, is_local, local_path, spelled
+
+# A file that is written to all the while is not read forever.
+_TRIES = 3
+
+
+def mount_of(uri: str) -> tuple[int, int] | None:
+    """What tells a local folder from another that is mounted in its place; None in object storage, or if it is gone."""
+    if not is_local(uri):
+        return None
+    with suppress(OSError):
+        found = os.stat(local_path(uri))
+        return found.st_dev, found.st_ino
+    return None
+
+
+def mode_of(path: str) -> int:
+    with without_path():
+        try:
+            return os.stat(path).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            return 0
+
+
+def scan_folder(path: str) -> tuple[list[str], list[StoredObject]]:
+    folders, objects = [], []
+    here = os.stat(path)
+    with os.scandir(path) as entries:
+        for entry in entries:
+            try:
+                found = entry.stat()
+            except FileNotFoundError:
+                # A link to nothing, or a file deleted since; but where the whole folder went, the listing is not whole.
+                if not entry.is_symlink() and not os.path.samestat(here, os.stat(path)):
+                    raise
+                continue
+            uri = FILE + spelled(entry.path)
+            if stat.S_ISREG(found.st_mode):
+                objects.append(stored_file(uri, found))
+            elif stat.S_ISDIR(found.st_mode) and not (entry.is_symlink() and _leads_back(entry.path)):
+                folders.append(uri)
+    return folders, objects
+
+
+def _leads_back(link: str) -> bool:
+    """Whether a link leads to a folder that it lies in itself, by whatever way: following it would never end."""
+    target = os.path.realpath(link).rstrip("/") + "/"
+    above = os.path.dirname(link)
+    while True:
+        if (os.path.realpath(above).rstrip("/") + "/").startswith(target):
+            return True
+        if above == os.path.dirname(above):
+            return False
+        above = os.path.dirname(above)
+
+
+def read_file(uri: str) -> tuple[bytes, StoredObject]:
+    for _ in range(_TRIES):
+        try:
+            # Without O_NONBLOCK a named pipe would be waited for.
+            descriptor = os.open(local_path(uri), os.O_RDONLY | os.O_NONBLOCK)
+        except NotADirectoryError:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
+        try:
+            before = os.fstat(descriptor)
+            if not stat.S_ISREG(before.st_mode):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            with open(descriptor, "rb", closefd=False) as handle:
+                content = handle.read()
+            after = os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
+        if (before.st_size, before.st_mtime_ns) == (len(content), after.st_mtime_ns):
+            return content, stored_file(uri, before)
+    raise Replaced(f"a file changed {_TRIES} times while it was read")
+
+
+def write_file(path: str, content: bytes, durable: bool) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    unfinished = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(unfinished, "wb") as handle:
+            handle.write(content)
+            if durable:
+                handle.flush()
+                os.fsync(handle.fileno())
+        os.replace(unfinished, path)
+    except OSError:
+        with suppress(OSError):
+            os.unlink(unfinished)
+        raise
+
+
+def stored_file(uri: str, found: os.stat_result) -> StoredObject:
+    # Spark's timestamps hold microseconds: the same cut here, or an unchanged file would look new every night.
+    microseconds = found.st_mtime_ns // 1000
+    modified = datetime.fromtimestamp(microseconds // 1_000_000, UTC).replace(microsecond=microseconds % 1_000_000)
+    return StoredObject(uri, found.st_size, modified)
+
+
+@contextmanager
+def without_path() -> Iterator[None]:
+    try:
+        yield
+    except Replaced:
+        raise
+    except OSError as error:
+        # The number alone decides which subclass of OSError it becomes.
+        raise OSError(error.errno, os.strerror(error.errno or errno.EIO)) from None

@@ -1,0 +1,1 @@
+"""Synthetic archives for the demo and the tests, and DICOM wrapped around labelled pictures."""

@@ -1,0 +1,60 @@
+"""Checkpoints of a training: safetensors and JSON in the lake, of which nothing is ever unpickled.
+
+A checkpoint is one object whose name holds its digest. What is torn or was damaged is passed over, and the one before
+is the last good one.
+"""
+
+import hashlib
+import json
+from contextlib import suppress
+from dataclasses import dataclass
+
+import safetensors.torch
+
+from cbmir_spark import storage
+from cbmir_spark.config import StorageSettings
+from cbmir_spark.training.loop import Checkpoint
+
+_KEPT = 2
+_POSITION = "position"
+_SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The checkpoints of one training, below a folder of their own; written by its first process alone."""
+
+    uri: str
+    storage: StorageSettings
+    every: int
+
+    def newest(self) -> Checkpoint | None:
+        """The last good one; None where there is none."""
+        for name in reversed(self._names()):
+            content = storage.read_bytes(storage.join(self.uri, name), self.storage)
+            if hashlib.sha256(content).hexdigest() != name.removesuffix(_SUFFIX).partition("-")[2]:
+                continue
+            with suppress(safetensors.SafetensorError, ValueError, KeyError, TypeError):
+                header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+                return Checkpoint(safetensors.torch.load(content), json.loads(header["__metadata__"][_POSITION]))
+        return None
+
+    def write(self, checkpoint: Checkpoint) -> None:
+        """Add one and remove those that it makes superfluous; a reader sees it whole or not at all."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
+        content = safetensors.torch.save(tensors, metadata={_POSITION: json.dumps(dict(checkpoint.position))})
+        digest = hashlib.sha256(content).hexdigest()
+        name = f"{checkpoint.position['steps']:012d}-{digest}{_SUFFIX}"
+        storage.write_bytes(storage.join(self.uri, name), content, self.storage)
+        for old in self._names()[:-_KEPT]:
+            storage.delete(storage.join(self.uri, old), self.storage)
+
+    def clear(self) -> None:
+        storage.delete_folder(self.uri, self.storage)
+
+    def _names(self) -> list[str]:
+        try:
+            _, found = storage.list_folder(self.uri, self.storage)
+        except FileNotFoundError:
+            return []
+        return sorted(each.uri.rpartition("/")[2] for each in found if each.uri.endswith(_SUFFIX))

@@ -1,0 +1,69 @@
+"""Split patients into train, validation and test."""
+
+import hashlib
+
+import pandas as pd
+
+from cbmir_spark.lake import columns as cols
+from cbmir_spark.training.manifest import LABEL, TEST, TRAIN, VALIDATION
+
+
+def split_patients(images: pd.DataFrame, test_fraction: float, validation_fraction: float, seed: int) -> dict[str, str]:
+    """Which side each patient is on: `train`, `validation` or `test`. Runs on the driver.
+
+    `images` has one row for each patient_id and label. Fractions are of each class's patients, taken in an
+    order that only the seed and the ids decide, rarest class first. Train keeps at least one patient of
+    every class; a class with two patients or more gets one in test, unless that would empty another class's
+    train side; validation is served from three patients on.
+    """
+    patients: dict[str, set[str]] = {}
+    labels: dict[str, set[str]] = {}
+    for patient, label in images[[cols.PATIENT_ID, LABEL]].drop_duplicates().itertuples(index=False):
+        patients.setdefault(label, set()).add(patient)
+        labels.setdefault(patient, set()).add(label)
+    side: dict[str, str] = {}
+    held = dict.fromkeys(patients, 0)
+
+    def may_leave_train(patient: str) -> bool:
+        return all(len(patients[label]) - held[label] > 1 for label in labels[patient])
+
+    def hold_out(patient: str, where: str) -> None:
+        side[patient] = where
+        for label in labels[patient]:
+            held[label] += 1
+
+    def order(patient: str) -> str:
+        return hashlib.sha256(f"{seed}:{patient}".encode()).hexdigest()
+
+    def has(label: str, where: str) -> bool:
+        return any(side.get(patient) == where for patient in patients[label])
+
+    def serves(patient: str, where: str) -> int:
+        return sum(not has(label, where) for label in labels[patient])
+
+    for label in sorted(patients, key=lambda label: (len(patients[label]), label)):
+        members = sorted(patients[label], key=order)
+        wanted = {TEST: 0, VALIDATION: 0}
+        if test_fraction > 0:
+            wanted[TEST] = max(1, round(test_fraction * len(members)))
+        if validation_fraction > 0 and len(members) > 2:
+            wanted[VALIDATION] = max(1, round(validation_fraction * len(members)))
+        for where, count in wanted.items():
+            free = [patient for patient in members if patient not in side]
+            if not has(label, where):
+                # The first one should also serve other classes that have nobody on this side yet.
+                free.sort(key=lambda patient: (-serves(patient, where), order(patient)))
+            missing = count - sum(side.get(patient) == where for patient in members)
+            for patient in free:
+                if missing > 0 and may_leave_train(patient):
+                    hold_out(patient, where)
+                    missing -= 1
+        for patient in members:
+            side.setdefault(patient, TRAIN)
+    if test_fraction > 0:
+        for label in sorted(patients):
+            if not has(label, TEST):
+                movable = [p for p in sorted(patients[label], key=order) if side[p] == TRAIN and may_leave_train(p)]
+                for patient in movable[:1]:
+                    hold_out(patient, TEST)
+    return side

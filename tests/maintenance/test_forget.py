@@ -1,0 +1,482 @@
+"""After `forget` nothing of a patient is left on disk, all others are as before, and a killed run can be finished."""
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pydicom
+import pytest
+from pydicom.data import get_testdata_file
+from pydicom.uid import UID
+from pyspark.sql import SparkSession
+
+from cbmir_spark import config, storage
+from cbmir_spark.config import Settings
+from cbmir_spark.errors import InputError, TableError
+from cbmir_spark.index import job as index_job
+from cbmir_spark.ingest import job as ingest_job
+from cbmir_spark.ingest import parse
+from cbmir_spark.lake import columns as cols
+from cbmir_spark.lake import delta, identity, pseudonyms, publication, schemas
+from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.pseudonyms import Pseudonyms
+from cbmir_spark.maintenance import forget
+from cbmir_spark.maintenance.forget import Request
+from cbmir_spark.retrieval import csv_export, resolve
+from cbmir_spark.retrieval import job as retrieval_job
+from cbmir_spark.training import loader as training_loader
+from cbmir_spark.training import snapshot as snapshots
+from cbmir_spark.training import snapshot_files
+from cbmir_spark.training.manifest import MANIFEST, SPLITS, TEST, TRAIN, Snapshot
+from tests.conftest import MakeSettings
+from tests.index.test_index import save_model
+from tests.support.leaks import contents
+from tests.support.tiny_lake import PREPROCESSING, Drawn, draw, identifiers, owners, publish
+
+GONE = "PATIENT-7531"
+IMAGES = [
+    Drawn(f"1.2.{patient}.{number}", GONE if patient == 3 else f"PATIENT-{patient}", *place)
+    for patient in range(6)
+    for number, place in enumerate([("CT", "CHEST"), ("CT", "CHEST"), ("MR", "HEAD")])
+]
+FORGOTTEN = [image for image in IMAGES if image.patient == GONE]
+
+
+def _settings(lake: Path) -> Settings:
+    return config.load(
+        overrides=[
+            f"lake.uri={lake}",
+            f"index.model={lake.parent / 'model'}",
+            f"retrieval.model={lake.parent / 'model'}",
+            f"retrieval.queries={lake.parent / 'queries.csv'}",
+            "retrieval.prefilter=none",
+            "dataset.min_images=2",
+            "dataset.rows_per_group=2",
+            # Of so few patients a smaller share may be nobody.
+            "dataset.test_fraction=0.3",
+            "dataset.validation_fraction=0",
+        ],
+        environ={},
+    )
+
+
+def _names(settings: Settings) -> Pseudonyms:
+    return pseudonyms.of(settings, storage.local_path(Lake.of(settings).vault))
+
+
+@pytest.fixture(scope="module")
+def prepared(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A lake with two models' indexes, a training snapshot, an unfinished one, answers with a gallery, identities."""
+    folder = tmp_path_factory.mktemp("erasure")
+    settings = _settings(folder / "lake")
+    names = _names(settings)
+    lake = publish(spark, settings, IMAGES, names=names)
+    texts = [item for image in IMAGES for item in identifiers(image).items()]
+    known = [(kind, names.of_kind(kind, text), text, names.key_id) for kind, text in texts]
+    assert identity.merge_identities(spark, lake, spark.createDataFrame(known, schemas.IDENTITY.schema)) == len(
+        set(known)
+    )
+    assert identity.merge_identities(spark, lake, spark.createDataFrame(known, schemas.IDENTITY.schema)) == 0
+    save_model(folder / "model", preprocessing=PREPROCESSING)
+    indexed = index_job.run(spark, settings)
+    other = lake.features("other-model")
+    delta.ensure(spark, schemas.FEATURES, other)
+    delta.append(delta.read(spark, indexed.table), schemas.FEATURES, other)
+    pinned = publication.require_published(spark, lake)
+    snapshot = snapshots.snapshot(spark, lake, pinned, settings.dataset, settings.storage)
+    unfinished = Path(storage.local_path(lake.snapshots())) / "unfinished"
+    shutil.copytree(storage.local_path(snapshot.uri), unfinished)
+    (unfinished / MANIFEST).unlink()
+    stopped = Path(storage.local_path(lake.checkpoints())) / "stopped"
+    stopped.mkdir(parents=True)
+    (stopped / "000000000200-0.safetensors").write_bytes(b"what was learned so far")
+    asked = [FORGOTTEN[0], IMAGES[0], IMAGES[-1]]
+    lines = [f"q{number},{owners(image, names)[cols.IMAGE_ID]}" for number, image in enumerate(asked)]
+    (folder / "queries.csv").write_text("\n".join(["query_id,image_id", *lines]))
+    retrieval_job.run(spark, settings)
+    (folder / "lake" / "vault" / "staging").mkdir()
+    (folder / "lake" / "vault" / "staging" / "left by a killed ingest").write_text(GONE)
+    return folder
+
+
+def _copied(prepared: Path, folder: Path) -> Settings:
+    shutil.copytree(prepared / "lake", folder / "lake")
+    shutil.copytree(prepared / "model", folder / "model")
+    shutil.copy(prepared / "queries.csv", folder)
+    return _settings(folder / "lake")
+
+
+def _snapshot(lake: Lake) -> Snapshot:
+    (manifest,) = Path(storage.local_path(lake.snapshots())).glob(f"*/{MANIFEST}")
+    return Snapshot.from_json(manifest.read_bytes(), storage.canonical(str(manifest.parent)))
+
+
+def _rows(spark: SparkSession, lake: Lake) -> dict[str, list[str]]:
+    """The live rows of everything that holds images."""
+    pinned = publication.require_published(spark, lake)
+    at = [
+        (schemas.TAGS, pinned.tags),
+        (schemas.PIXELS, pinned.pixels),
+        (schemas.SOURCES, pinned.sources),
+        (schemas.IDENTITY, None),
+    ]
+    frames = {table.name: delta.read(spark, lake.path(table), version) for table, version in at}
+    for folder in Path(storage.local_path(lake.uri), "features").iterdir():
+        frames[folder.name] = delta.read(spark, str(folder))
+    (answers,) = Path(storage.local_path(lake.uri), "results").iterdir()
+    for table in (schemas.RESULTS_HITS, schemas.RESULTS_STATUSES, schemas.RESULTS_QUERIES):
+        frames[table.name] = spark.read.parquet(str(answers / table.name))
+    found = {name: [repr(row.asDict()) for row in frame.collect()] for name, frame in frames.items()}
+    snapshot = _snapshot(lake)
+    for split in SPLITS:
+        files = [Path(storage.local_path(snapshot.uri)) / file.path for file in snapshot.files[split]]
+        found[split] = [repr(row) for file in files for row in pq.read_table(file).to_pylist()]
+    return {name: sorted(rows) for name, rows in found.items()}
+
+
+def _secrets(names: Pseudonyms) -> list[bytes]:
+    """Everything that could tell of the forgotten patient."""
+    texts = {text for image in FORGOTTEN for text in identifiers(image).values() if " " not in text}
+    texts |= {pseudonym for image in FORGOTTEN for pseudonym in owners(image, names).values()}
+    texts |= {hashlib.sha256(draw(image, 0).tobytes()).hexdigest() for image in FORGOTTEN}
+    return [text.encode() for text in sorted(texts)] + [draw(image, 0).tobytes()[2000:2040] for image in FORGOTTEN]
+
+
+def _leaks(folder: Path, names: Pseudonyms) -> set[str]:
+    secrets = _secrets(names)
+    # The object's own name stays in SOURCES, or ingest would have to read it again every night.
+    uris = [f"file:///archive/{image.name}.dcm".encode() for image in FORGOTTEN]
+    found = set()
+    for name, content in contents(folder):
+        for uri in uris:
+            content = content.replace(uri, b"")
+        if any(secret in content for secret in secrets):
+            found.add(name)
+    return found
+
+
+def _without(rows: dict[str, list[str]], names: Pseudonyms) -> dict[str, list[str]]:
+    """Rows that are not of the forgotten patient, by the ids in their text."""
+    ids = [pseudonym for image in FORGOTTEN for pseudonym in owners(image, names).values()]
+    return {name: [row for row in each if not any(known in row for known in ids)] for name, each in rows.items()}
+
+
+def test_a_forgotten_patient_leaves_no_byte_and_nobody_else_loses_a_row(
+    spark: SparkSession, prepared: Path, tmp_path: Path
+) -> None:
+    settings = _copied(prepared, tmp_path)
+    lake, names = Lake.of(settings), _names(settings)
+    before = _rows(spark, lake)
+    assert len(_leaks(tmp_path / "lake", names)) > 20
+    report = forget.run(spark, settings, [Request("patient", GONE), Request("study", "1.2.3.999")], now=True)
+    assert (report.asked, report.unknown, report.tombstones, report.images) == (2, 1, 2, 3)
+    gone = {name: each.rows for name, each in report.places.items()}
+    hits = sum(any(owners(i, names)[cols.IMAGE_ID] in row for i in FORGOTTEN) for row in before["hits"])
+    assert {name: gone[name] for name in ("tags", "pixels", "sources", "features", "snapshots", "identity")} == {
+        "tags": 3,
+        "pixels": 3,
+        "sources": 3,
+        "features": 6,
+        "snapshots": 3,
+        "identity": 3 + 3 + 1 + 1,
+    }
+    assert report.places["checkpoints"].files == 1
+    assert not (Path(storage.local_path(lake.checkpoints())) / "stopped").exists()
+    assert gone["results"] > hits > 0 and report.places["pages"].files == 1
+
+    leaks = _leaks(tmp_path / "lake", names)
+    assert {name.split("/")[1] for name in leaks} == {"forgotten"}, leaks
+    after = _rows(spark, lake)
+    kept = _without(before, names)
+    tombs = [row for row in after["sources"] if "FORGOTTEN" in row]
+    assert len(tombs) == 3 and all("'digest': None" in row and "'image_id': None" in row for row in tombs)
+    after["sources"] = [row for row in after["sources"] if row not in tombs]
+    # What the query of a forgotten image found goes with the query.
+    for name in ("hits", "statuses", "queries"):
+        kept[name] = [row for row in kept[name] if "'q0'" not in row]
+    assert after == kept
+
+    snapshot = _snapshot(lake)
+    assert sum(sum(counts.values()) for counts in snapshot.images.values()) == len(IMAGES) - 3
+    assert sum(snapshot.patients.values()) == 5
+    for split in (TRAIN, TEST):
+        loader = training_loader.Loader(snapshot, split, settings.storage, batch_size=4, seed=1)
+        assert sum(len(targets) for _, targets in loader.epoch(1)) == snapshot.rows(split)
+    page = next(Path(storage.local_path(lake.uri)).glob("results/*/gallery.html")).read_text()
+    assert page == forget.NOTE
+
+    (tmp_path / "again.csv").write_text(f"query_id,image_id\na,{owners(FORGOTTEN[0], names)[cols.IMAGE_ID]}\n")
+    asked = settings.model_copy(
+        update={
+            "retrieval": settings.retrieval.model_copy(
+                update={"queries": str(tmp_path / "again.csv"), "out": str(tmp_path / "again")}
+            )
+        }
+    )
+    assert retrieval_job.run(spark, asked).statuses["not_found"] == 1
+    # Forgotten once more, nothing is left to do, and no table gets a version.
+    version = publication.require_published(spark, lake)
+    again = forget.run(spark, settings, [Request("patient", f"{GONE} ")])
+    assert (again.tombstones, again.images, again.vacuumed_hours) == (0, 0, None)
+    assert not any(each.rows or each.files for each in again.places.values())
+    assert publication.require_published(spark, lake) == version
+    runs = [row["counts"] for row in delta.read(spark, lake.path(schemas.RUNS)).where("job = 'forget'").collect()]
+    assert sorted(counts["images"] for counts in runs) == [0, 3]
+
+
+class _Killed(BaseException):
+    pass
+
+
+def _dying(step: Callable[..., Any], calls: int) -> Callable[..., Any]:
+    """`step`, with the machine gone right after its call of this number."""
+    left = calls
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        nonlocal left
+        left -= 1
+        result = step(*arguments, **options)
+        if left == 0:
+            raise _Killed
+        return result
+
+    return run
+
+
+@pytest.mark.parametrize("every", [pytest.param(4, id="ci"), pytest.param(1, id="soak", marks=pytest.mark.soak)])
+def test_a_run_that_is_killed_anywhere_is_finished_by_the_next(
+    spark: SparkSession, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    settings = _copied(prepared, tmp_path)
+    lake, names = Lake.of(settings), _names(settings)
+    expected = _without(_rows(spark, lake), names)
+    image = owners(FORGOTTEN[0], names)[cols.IMAGE_ID]
+    steps: list[tuple[Any, str, int]] = [
+        (storage, "write_bytes", 1),  # the snapshot's manifest
+        (snapshot_files, "erase", 1),
+        (forget, "_drop", 1),
+        (delta, "delete_rows", 1),
+        (delta, "delete_images", 1),
+        (delta, "delete_images", 2),
+        (publication, "publish", 1),
+        (identity, "prune_identities", 1),
+        (delta, "vacuum", 2),
+        (identity, "merge_new", 1),
+    ]
+    # Only the first run is told whom to forget; the others find it.
+    requests = [Request("pseudonym", f"patient:{owners(FORGOTTEN[0], names)[cols.PATIENT_ID]}")]
+    for room, name, calls in steps[::every]:
+        with monkeypatch.context() as patched:
+            patched.setattr(room, name, _dying(getattr(room, name), calls))
+            with pytest.raises(_Killed):
+                forget.run(spark, settings, requests, now=True)
+        requests = []
+    assert image not in repr(delta.read(spark, lake.path(schemas.TAGS)).collect())
+    forget.run(spark, settings, [], now=True)
+    assert {name.split("/")[1] for name in _leaks(tmp_path / "lake", names)} == {"forgotten"}
+    after = _rows(spark, lake)
+    after["sources"] = [row for row in after["sources"] if "FORGOTTEN" not in row]
+    for name in ("hits", "statuses", "queries"):
+        expected[name] = [row for row in expected[name] if "'q0'" not in row]
+    assert after == expected
+
+
+def test_what_cannot_be_understood_is_refused_without_being_repeated(
+    spark: SparkSession, prepared: Path, tmp_path: Path
+) -> None:
+    settings = _copied(prepared, tmp_path)
+    listed = tmp_path / "list.csv"
+    listed.write_text("kind,identifier\npatient,ID 1\n\npseudonym,image:" + "0a" * 16 + '\nstudy,"1.2,3"\n')
+    found = forget.read_list(str(listed), settings.storage)
+    assert [(each.kind, each.value) for each in found] == [
+        ("patient", "ID 1"),
+        ("pseudonym", "image:" + "0a" * 16),
+        ("study", "1.2,3"),
+    ]
+    assert "ID 1" not in repr(found)
+    for text, said in [
+        ("patient,SECRET\n", "first line"),
+        ("", "first line"),
+        ("kind,identifier\nperson,SECRET\n", "line 2"),
+        ("kind,identifier\npatient,a\npatient,\n", "line 3"),
+        ("kind,identifier\npatient,SECRET,x\n", "line 2"),
+    ]:
+        listed.write_text(text)
+        with pytest.raises(InputError, match=said) as refused:
+            forget.read_list(str(listed), settings.storage)
+        assert "SECRET" not in str(refused.value)
+    lake = Lake.of(settings)
+    for request, said in [
+        (Request("patient", " \0"), "--patient: the identifier is empty"),
+        (Request("pseudonym", "SECRET"), "--pseudonym: give"),
+        (Request("pseudonym", "person:" + "0a" * 16), "--pseudonym: give"),
+    ]:
+        with pytest.raises(InputError, match=said) as refused:
+            forget.run(spark, settings, [request])
+        assert "SECRET" not in str(refused.value)
+    with pytest.raises(InputError, match="nothing to forget"):
+        forget.run(spark, settings, [])
+    (tmp_path / "key").write_text("another key, just as long")
+    other = settings.model_copy(
+        update={"privacy": settings.privacy.model_copy(update={"key_file": str(tmp_path / "key")})}
+    )
+    with pytest.raises(TableError, match="pseudonym key"):
+        forget.run(spark, other, [Request("patient", GONE)])
+    assert identity.tombstones(spark, lake) == frozenset()
+
+
+def test_a_tombstone_may_come_before_the_first_image(spark: SparkSession, tmp_path: Path) -> None:
+    settings = _settings(tmp_path / "lake")
+    report = forget.run(spark, settings, [Request("patient", GONE)], purge=True)
+    assert (report.unknown, report.tombstones, report.images, report.vacuumed_hours) == (1, 1, 0, 168)
+    names = _names(settings)
+    tombstones = identity.tombstones(spark, Lake.of(settings))
+    assert tombstones == {f"patient:{names.patient(GONE)}"}
+    own = pseudonyms.identities("1.2.3", None, None, GONE, names)
+    assert pseudonyms.is_forgotten(own, tombstones)
+    assert not pseudonyms.is_forgotten(pseudonyms.identities("1.2.3", None, None, "someone else", names), tombstones)
+
+
+# --- with ingest ---
+
+
+def _object(path: Path, number: int, patient: str, shift: int = 0) -> None:
+    """A CT slice of a patient, in the one study that each patient has."""
+    ds = pydicom.dcmread(str(get_testdata_file("CT_small.dcm")))
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = UID(f"1.2.826.{number}")
+    ds.SeriesInstanceUID = UID(f"1.2.827.{number}")
+    ds.StudyInstanceUID = UID(f"1.2.828.{len(patient)}")
+    ds.PatientID = patient
+    ds.PixelData = np.roll(ds.pixel_array, 8 * number + shift).tobytes()
+    path.parent.mkdir(exist_ok=True)
+    ds.save_as(path)
+
+
+def test_ingest_keeps_identities_while_there_are_images_and_nothing_of_the_forgotten(
+    spark: SparkSession, make_settings: MakeSettings, tmp_path: Path
+) -> None:
+    archive = tmp_path / "archive"
+    for number, patient in enumerate(["MRN-1", "MRN-1", "MRN-OTHER"]):
+        _object(archive / f"{number}.dcm", number, patient)
+    settings = make_settings(f"ingest.archive={archive}", "privacy.identity=true")
+    lake = Lake.of(settings)
+    ingest_job.run(spark, settings)
+    names = _names(settings)
+
+    def identities() -> dict[tuple[str, str], str]:
+        rows = delta.read(spark, lake.path(schemas.IDENTITY)).collect()
+        return {(row[cols.KIND], row[cols.IDENTIFIER]): row[cols.PSEUDONYM] for row in rows}
+
+    def outcomes() -> dict[str, tuple[str, str | None, str | None]]:
+        rows = delta.read(spark, lake.path(schemas.SOURCES)).collect()
+        return {
+            row[cols.URI].rpartition("/")[2]: (row[cols.OUTCOME], row[cols.REASON], row[cols.DIGEST]) for row in rows
+        }
+
+    known = identities()
+    assert len(known) == 3 + 3 + 2 + 2
+    assert known["patient", "MRN-1"] == names.patient("MRN-1")
+    assert known["image", "1.2.826.2"] == names.image("1.2.826.2")
+    # A correction moves an image to another patient, another object leaves the archive: what is left of it is known.
+    (archive / "1.dcm").unlink()
+    _object(archive / "2.dcm", 2, "MRN-CORRECTED")
+    ingest_job.run(spark, settings)
+    assert {text for kind, text in identities() if kind == "patient"} == {"MRN-1", "MRN-CORRECTED"}
+    assert {text for kind, text in identities() if kind == "image"} == {"1.2.826.0", "1.2.826.2"}
+
+    report = forget.run(spark, settings, [Request("patient", "MRN-1")])
+    assert (report.images, report.places["identity"].rows) == (1, 4)
+    forgotten = (cols.REJECTED, cols.ERASED, None)
+    assert outcomes()["0.dcm"] == forgotten
+    # Neither an object that is written anew nor one that was never seen brings the patient back.
+    _object(archive / "0.dcm", 0, "MRN-1", shift=3)
+    _object(archive / "new.dcm", 7, " MRN-1 ")
+    again = ingest_job.run(spark, settings)
+    assert again.reasons == {cols.ERASED: 2} and (again.read, again.unchanged) == (2, 1)
+    assert outcomes()["0.dcm"] == outcomes()["new.dcm"] == forgotten
+    tags = delta.read(spark, lake.path(schemas.TAGS), again.published.tags).collect()
+    assert [row[cols.PATIENT_ID] for row in tags] == [names.patient("MRN-CORRECTED")]
+    assert ("patient", "MRN-1") not in identities()
+    parser = parse.Parser(
+        settings.storage, settings.ingest, parse.preprocessing_of(settings), {}, names, identity.tombstones(spark, lake)
+    )
+    reader = resolve.Reader("", (storage.canonical(str(archive)),), parser, frozenset())
+    asked = resolve.read_uri(storage.canonical(str(archive / "0.dcm")), None, False, reader)
+    assert asked == {cols.STATUS: "not_found", cols.REASON: cols.ERASED}
+
+
+# --- answers that older versions wrote ---
+
+
+def _killed(uri: str, *given: object) -> forget.Gone:
+    if "of the forgotten" in uri:
+        raise KeyboardInterrupt
+    return forget.Gone()
+
+
+def test_a_page_of_answers_that_do_not_say_what_was_asked_goes_if_it_is_older(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without Spark: what answers hold is read and written by the driver."""
+    files = config.load(environ={}).storage
+    lake = Lake(storage.canonical(str(tmp_path)), storage.canonical(str(tmp_path / "vault")))
+    hit = dict.fromkeys(schemas.RESULTS_HITS.schema.names, "x") | {cols.RANK: 1, cols.IMAGE_ID: "b" * 32}
+    for name, asked in (("old", None), ("new", "c" * 32), ("of the forgotten", "a" * 32)):
+        folder = tmp_path / "results" / name
+        for table, rows in (
+            (schemas.RESULTS_HITS, [hit | {cols.QUERY_ID: "q"}, hit | {cols.QUERY_ID: "r"}]),
+            (schemas.RESULTS_STATUSES, [{cols.QUERY_ID: "q"}, {cols.QUERY_ID: "r"}]),
+            (
+                schemas.RESULTS_QUERIES,
+                [{cols.QUERY_ID: "q", cols.IMAGE_ID: asked}, {cols.QUERY_ID: "r", cols.IMAGE_ID: "d" * 32}],
+            ),
+        ):
+            if table is not schemas.RESULTS_QUERIES or asked is not None:
+                (folder / table.name).mkdir(parents=True)
+                pq.write_table(pa.Table.from_pylist(rows), folder / table.name / "part-00000.parquet")
+                (folder / table.name / ".part-00000.parquet.crc").touch()
+        (folder / "gallery.html").write_text("pictures")
+        for table_name in ("hits", "statuses"):
+            rows_told = pq.read_table(folder / table_name / "part-00000.parquet")
+            (folder / "csv").mkdir(exist_ok=True)
+            (folder / "csv" / f"{table_name}-00000.csv").write_bytes(csv_export.as_csv(rows_told))
+    (tmp_path / "evaluation" / "run").mkdir(parents=True)
+    (tmp_path / "evaluation" / "run" / "report.html").write_text("figures")
+
+    def pages() -> dict[str, str]:
+        return {path.parent.name: path.read_text() for path in tmp_path.glob("*/*/*.html")}
+
+    mask = forget.belonging([("image", "a" * 32), ("patient", "e" * 32)])
+    kept = {"old": "pictures", "new": "pictures", "of the forgotten": "pictures", "run": "figures"}
+    rows, gone = forget._results(lake, forget.belonging([]), 0.0, files)
+    assert (rows.rows, gone.files, pages()) == (0, 0, kept)
+    # Killed before a single row is dropped, it has made the CSV files anew: by the rows it would be found again.
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(forget, "_drop", _killed)
+        forget._results(lake, mask, 0.0, files)
+    sheet = (tmp_path / "results" / "of the forgotten" / "csv" / "hits-00000.csv").read_text()
+    assert '"r"' in sheet and '"q"' not in sheet
+    (tmp_path / "results" / "of the forgotten" / "gallery.html").write_text("pictures")
+    rows, gone = forget._results(lake, mask, 0.0, files)
+    assert (rows.rows, rows.files, gone.files) == (3, 3, 3)
+    for name, left in (("new", ['"q"', '"r"']), ("of the forgotten", ['"r"'])):
+        for sheet in (tmp_path / "results" / name / "csv").iterdir():
+            lines = sheet.read_text().splitlines()
+            place = lines[0].split(",").index('"query_id"')
+            assert [line.split(",")[place] for line in lines[1:]] == left
+    assert pages() == kept | {"of the forgotten": forget.NOTE}
+    for table in (schemas.RESULTS_HITS, schemas.RESULTS_STATUSES, schemas.RESULTS_QUERIES):
+        folder = tmp_path / "results" / "of the forgotten" / table.name
+        assert pq.read_table(folder / "part-00000.parquet")[cols.QUERY_ID].to_pylist() == ["r"]
+        assert not (folder / ".part-00000.parquet.crc").exists()
+    # The tombstone is newer than a page that may have shown anything.
+    rows, gone = forget._results(lake, mask, time.time() + 60, files)
+    assert (rows.rows, gone.files) == (0, 1)
+    assert pages() == kept | {"of the forgotten": forget.NOTE, "old": forget.NOTE}
+    assert forget._results(lake, mask, time.time() + 60, files) == (forget.Gone(), forget.Gone())

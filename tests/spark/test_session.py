@@ -1,0 +1,67 @@
+"""The session: what a missing or wrong Java gets told, and what reaches Spark."""
+
+from pathlib import Path
+
+import pytest
+from pyspark.sql import SparkSession
+
+from cbmir_spark import config
+from cbmir_spark.errors import EnvironmentProblem
+from cbmir_spark.spark import session
+
+
+def _java(folder: Path, printed: str) -> str:
+    binary = folder / "bin" / "java"
+    binary.parent.mkdir(parents=True)
+    binary.write_text(f"#!/bin/sh\necho '{printed}' >&2\n")
+    binary.chmod(0o755)
+    return str(folder)
+
+
+def test_a_missing_java_is_named_with_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(EnvironmentProblem, match="Java is missing: there is no java on the PATH; install OpenJDK 17"):
+        session.check_java()
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path / "absent"))
+    with pytest.raises(EnvironmentProblem, match="has no bin/java"):
+        session.check_java()
+
+
+@pytest.mark.parametrize("printed", ['openjdk version "11.0.2" 2019-01-15', "some other program"])
+def test_a_wrong_java_is_refused(printed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAVA_HOME", _java(tmp_path / "jdk", printed))
+    with pytest.raises(EnvironmentProblem, match="cannot run Spark 4; install OpenJDK 17"):
+        session.check_java()
+
+
+def test_a_right_java_says_its_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAVA_HOME", _java(tmp_path / "jdk", 'openjdk version "17.0.15" 2025-04-15'))
+    assert session.check_java() == "17.0.15"
+
+
+def test_object_storage_settings_reach_hadoop_and_the_sites_own_come_last() -> None:
+    settings = config.load(
+        overrides=[
+            "storage.endpoint=http://127.0.0.1:7070",
+            "storage.path_style=false",
+            "storage.attempts=5",
+            "spark.conf.spark.sql.session.timeZone=Europe/Vienna",
+        ],
+        environ={},
+    )
+    wanted = session.properties(settings)
+    assert wanted["spark.hadoop.fs.s3a.endpoint"] == "http://127.0.0.1:7070"
+    assert wanted["spark.hadoop.fs.s3a.connection.ssl.enabled"] == "false"
+    assert wanted["spark.hadoop.fs.s3a.path.style.access"] == "false"
+    assert wanted["spark.hadoop.fs.s3a.attempts.maximum"] == "5"
+    assert wanted["spark.sql.session.timeZone"] == "Europe/Vienna"
+    assert not any("secret" in key or "access.key" in key for key in wanted)
+
+
+def test_the_session_is_local_quiet_and_speaks_delta(spark: SparkSession) -> None:
+    conf = spark.sparkContext.getConf()
+    assert conf.get("spark.driver.host") == "127.0.0.1"
+    assert conf.get("spark.ui.enabled") == "false"
+    assert spark.conf.get("spark.sql.session.timeZone") == "UTC"
+    assert "DeltaCatalog" in str(spark.conf.get("spark.sql.catalog.spark_catalog"))

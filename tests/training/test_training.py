@@ -1,0 +1,390 @@
+"""The job: what it trains on, what MLflow holds afterwards, how models are found again, and what survives a kill."""
+
+import json
+import os
+import random
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pyspark.sql import SparkSession
+
+from cbmir_spark import config, storage
+from cbmir_spark.config import Settings
+from cbmir_spark.errors import ConfigError, ModelError, TrainingError
+from cbmir_spark.lake import delta, schemas
+from cbmir_spark.lake.lake import Lake
+from cbmir_spark.models import artifact, registry, tracking
+from cbmir_spark.models import embed as embedding
+from cbmir_spark.training import job as training_job
+from cbmir_spark.training.job import TrainingReport
+from cbmir_spark.training.loop import Epoch
+from cbmir_spark.training.metrics import RankingFigures
+from tests.conftest import Cbmir
+from tests.support.processes import below
+from tests.support.tiny_lake import Drawn, publish
+
+PATIENTS, IMAGES_EACH = 4, 3
+
+
+def images(each: int = IMAGES_EACH) -> list[Drawn]:
+    return [
+        Drawn(f"{modality}{part}{patient}-{number}", f"{modality}{part}{patient}", modality, part)
+        for modality, part in (("CT", "CHEST"), ("CT", "HEAD"), ("MR", "HEAD"))
+        for patient in range(PATIENTS)
+        for number in range(each)
+    ]
+
+
+def settings_for(folder: Path, *overrides: str) -> Settings:
+    own = [f"lake.uri={folder / 'lake'}", "dataset.min_images=3", "training.epochs=2", "training.batch_size=8"]
+    own += ["dataset.test_fraction=0.3", "dataset.validation_fraction=0"]
+    return config.load(overrides=[*own, *overrides], environ={})
+
+
+@pytest.fixture(scope="module")
+def trained(
+    spark: SparkSession, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Settings, TrainingReport, list[Epoch], str]:
+    """One training run on a tiny lake; tests look at what it left behind."""
+    folder = tmp_path_factory.mktemp("trained")
+    settings = settings_for(folder)
+    publish(spark, settings, images())
+    elsewhere = folder / "working"
+    elsewhere.mkdir()
+    before = Path.cwd()
+    told: list[Epoch] = []
+    os.chdir(elsewhere)
+    try:
+        report = training_job.run(spark, settings, told.append)
+    finally:
+        os.chdir(before)
+    assert list(elsewhere.iterdir()) == [], "MLflow wrote into the working folder"
+    return settings, report, told, f"sqlite:///{folder / 'lake' / 'mlflow' / 'mlflow.db'}"
+
+
+Trained = tuple[Settings, TrainingReport, list[Epoch], str]
+
+
+def test_run_reports_what_it_did(trained: Trained) -> None:
+    _, report, told, tracking_uri = trained
+    assert report.images == {"train": 27, "validation": 0, "test": 9} and report.classes == 3
+    assert report.patients == {"train": 9, "validation": 0, "test": 3}
+    assert list(report.history.epochs) == told and len(told) == 2
+    assert report.test is not None and 0.0 <= report.test.macro_recall <= 1.0
+    assert report.model_uri == "models:/cbmir/1" and report.tracking_uri == tracking_uri
+    assert set(report.seconds) == {"snapshot", "fit", "projection", "test", "ranking", "register"}
+    assert report.ranking is None and report.promotion.taken
+
+
+def test_mlflow_run_holds_parameters_metrics_data_versions_and_figures(trained: Trained, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    settings, report, told, tracking_uri = trained
+    client = MlflowClient(tracking_uri=tracking_uri)
+    run = client.get_run(report.run_id)
+    assert run.info.status == "FINISHED"
+    lake = Lake.of(settings)
+    assert run.info.artifact_uri.startswith(storage.join(lake.uri, "mlflow", "artifacts"))
+    assert (
+        run.data.params.items()
+        >= {
+            "preset": "alexnet-small",
+            "epochs": "2",
+            "batch_size": "8",
+            "seed": "1",
+            "dataset.label": "modality/body_part",
+            "snapshot": report.snapshot,
+            "preprocessing": "px1-test",
+            "delta.tags": str(report.versions["tags"]),
+            "delta.pixels": str(report.versions["pixels"]),
+            "delta.sources": str(report.versions["sources"]),
+        }.items()
+    )
+    inputs = {each.dataset.name: each.dataset for each in run.inputs.dataset_inputs}
+    assert {name: json.loads(inputs[name].source)["delta_table_version"] for name in inputs} == {
+        "tags": report.versions["tags"],
+        "pixels": report.versions["pixels"],
+    }
+    assert {each.digest for each in inputs.values()} == {report.snapshot}
+    losses = client.get_metric_history(report.run_id, "train_loss")
+    assert [(m.step, m.value) for m in losses] == [(epoch.number, epoch.loss) for epoch in told]
+    assert report.test is not None
+    assert run.data.metrics["test_macro_recall"] == report.test.macro_recall
+    by_class = json.loads(Path(client.download_artifacts(report.run_id, "test/per_class.json", tmp_path)).read_text())
+    assert by_class["by_class"] == report.test.by_class
+    picture = Path(client.download_artifacts(report.run_id, "test/confusion_matrix.png", tmp_path)).read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    picture = Path(client.download_artifacts(report.run_id, "test/precision_recall.png", tmp_path)).read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert run.data.tags["version.torch"] == torch.__version__.partition("+")[0]
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", run.data.tags["mlflow.source.git.commit"])
+
+
+def test_the_delta_versions_of_a_run_give_the_rows_it_learned_from(spark: SparkSession, trained: Trained) -> None:
+    settings, report, _, _ = trained
+    tags = delta.read(spark, Lake.of(settings).path(schemas.TAGS), report.versions["tags"])
+    assert tags.count() == sum(report.images.values()) == 3 * PATIENTS * IMAGES_EACH
+
+
+def test_the_candidate_is_a_pickle_free_model_with_a_signature(trained: Trained, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+    from mlflow.models import get_model_info
+
+    settings, report, _, tracking_uri = trained
+    client = MlflowClient(tracking_uri=tracking_uri)
+    version = client.get_model_version_by_alias("cbmir", "candidate")
+    assert version.run_id == report.run_id and version.tags["model_id"] == report.model_id
+    with tracking.existing_mlflow("the candidate", settings):
+        info = get_model_info("models:/cbmir@candidate")
+    assert info.signature.inputs.to_dict()[0]["tensor-spec"] == {"dtype": "uint8", "shape": (-1, 256, 256)}
+    assert info.signature.outputs.to_dict()[0]["tensor-spec"] == {"dtype": "float32", "shape": (-1, 3)}
+    assert info.saved_input_example_info is not None
+    with tracking.existing_mlflow("the candidate", settings) as mlflow:
+        folder = Path(mlflow.artifacts.download_artifacts("models:/cbmir@candidate", dst_path=str(tmp_path)))
+    names = {path.name for path in folder.rglob("*")}
+    assert "model.pt2" in names and not {name for name in names if name.endswith((".pkl", ".pth", ".pt"))}
+
+
+def test_the_served_model_says_what_ours_says(trained: Trained) -> None:
+    import mlflow
+
+    settings, report, _, _ = trained
+    loaded = artifact.load(*reversed(registry.resolve_model(report.model_uri, settings)))
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 256, 256), dtype=np.uint8)
+    with tracking.existing_mlflow("the candidate", settings):
+        served = mlflow.pyfunc.load_model(report.model_uri).predict(pixels)
+    assert np.allclose(served, embedding.embed_batches(loaded, pixels).scores, atol=1e-5)
+
+
+def test_a_model_is_found_by_alias_version_run_and_folder(trained: Trained, tmp_path: Path) -> None:
+    settings, report, _, _ = trained
+    manifest, weights = registry.resolve_model("models:/cbmir@candidate", settings)
+    loaded = artifact.load(weights, manifest)
+    assert loaded.manifest.model_id == report.model_id and loaded.manifest.preprocessing == "px1-test"
+    assert loaded.manifest.classes == ("CT/CHEST", "CT/HEAD", "MR/HEAD")
+    assert loaded.manifest.possible == {"CT": ("CT/CHEST", "CT/HEAD"), "MR": ("MR/HEAD",)}
+    assert loaded.manifest.snapshot == report.snapshot
+    assert loaded.projection.directions.shape == (128, loaded.manifest.embedding_dim)
+    assert loaded.projection.defect < 1e-12
+    (tmp_path / "manifest.json").write_text(manifest)
+    (tmp_path / "weights.safetensors").write_bytes(weights)
+    for uri in (report.model_uri, f"runs:/{report.run_id}", str(tmp_path)):
+        assert registry.resolve_model(uri, settings) == (manifest, weights)
+
+
+def test_an_alias_moves_to_the_version_with_that_model(trained: Trained) -> None:
+    settings, report, _, _ = trained
+    with pytest.raises(ModelError, match=r"models:/cbmir@champion is not there.*cbmir train"):
+        registry.resolve_model("models:/cbmir@champion", settings)
+    assert registry.move_alias(settings, registry.CHAMPION, report.model_id) == "1"
+    assert registry.resolve_model("models:/cbmir@champion", settings)[0] != ""
+    assert registry.move_alias(settings, registry.CHAMPION, "alexnet-0") is None
+
+
+def test_models_that_are_not_there_are_named_and_nothing_is_made(trained: Trained, tmp_path: Path) -> None:
+    settings, _, _, _ = trained
+    for uri in ("models:/cbmir/7", "models:/other@candidate", "runs:/0123456789abcdef0123456789abcdef"):
+        with pytest.raises(ModelError, match=f"model {uri} is not there"):
+            registry.resolve_model(uri, settings)
+    with pytest.raises(ModelError, match="give it as models:/name@alias"):
+        registry.resolve_model("models:/cbmir", settings)
+    with pytest.raises(ModelError, match=r"no manifest\.json"):
+        registry.resolve_model(str(tmp_path), settings)
+    fresh = settings_for(tmp_path)
+    with pytest.raises(ModelError, match="nothing was trained on this lake"):
+        registry.resolve_model("models:/cbmir@candidate", fresh)
+    assert not (tmp_path / "lake").exists()
+
+
+def test_an_object_store_lake_needs_a_tracking_server() -> None:
+    settings = config.load(overrides=["lake.uri=s3a://bucket/lake"], environ={})
+    lake = Lake(uri="s3a://bucket/lake", vault="s3a://vault")
+    with pytest.raises(ConfigError, match=r"mlflow\.tracking_uri is not set.*s3a://bucket/lake"):
+        tracking.tracking_of(settings, lake)
+    told = settings.mlflow.model_copy(update={"tracking_uri": "http://127.0.0.1:5000"})
+    assert tracking.tracking_of(settings.model_copy(update={"mlflow": told}), lake).uri == "http://127.0.0.1:5000"
+
+
+# pyspark does not close the pipe on which it reads what torchrun prints.
+leaves_pipe = pytest.mark.filterwarnings(r"ignore:unclosed file <_io\.BufferedReader:ResourceWarning")
+
+
+@leaves_pipe
+def test_two_processes_train_one_model(
+    spark: SparkSession, trained: Trained, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Through TorchDistributor, each process on its own shards: the steps that one process takes, but for rounding."""
+    settings, report, _, _ = trained
+    two = settings.model_copy(update={"training": settings.training.model_copy(update={"processes": 2})})
+    second = training_job.run(spark, two)
+    assert second.snapshot == report.snapshot and second.model_uri == "models:/cbmir/2"
+    assert second.model_id != report.model_id
+    assert [epoch.number for epoch in second.history.epochs] == [1, 2]
+    alone = [epoch.loss for epoch in report.history.epochs]
+    assert [epoch.loss for epoch in second.history.epochs] == pytest.approx(alone, rel=0.02)
+    loaded = artifact.load(*reversed(registry.resolve_model("models:/cbmir@candidate", two)))
+    assert loaded.manifest.model_id == second.model_id
+    assert registry.move_alias(two, registry.CHAMPION, report.model_id) == "1"
+    assert capfd.readouterr().out == ""
+
+
+@leaves_pipe
+def test_a_process_that_fails_names_its_cause(spark: SparkSession, trained: Trained) -> None:
+    settings, _, _, _ = trained
+    diverging = settings.training.model_copy(update={"processes": 2, "learning_rate": 1e30, "epochs": 3})
+    with pytest.raises(TrainingError, match=r"a training process failed: the loss is (nan|inf)"):
+        training_job.run(spark, settings.model_copy(update={"training": diverging}))
+
+
+# Several trainings at once
+
+
+def test_a_sweep_is_one_run_with_a_run_for_each_training(spark: SparkSession, trained: Trained) -> None:
+    from mlflow import MlflowClient
+
+    settings, report, _, tracking_uri = trained
+    rates = (1e-3, 1e-4)
+    variants = [
+        settings.model_copy(update={"training": settings.training.model_copy(update={"learning_rate": rate})})
+        for rate in rates
+    ]
+    counted: list[int] = []
+    reports = training_job.sweep(spark, variants, "rates.yaml", counted.append)
+    assert counted == [1, 2] and reports[0].model_id == report.model_id != reports[1].model_id
+    client = MlflowClient(tracking_uri=tracking_uri)
+    children = [client.get_run(each.run_id).data for each in reports]
+    (parent,) = {child.tags["mlflow.parentRunId"] for child in children}
+    assert client.get_run(parent).info.run_name == "rates.yaml"
+    assert [child.params["learning_rate"] for child in children] == [str(rate) for rate in rates]
+    elsewhere = settings.model_copy(update={"lake": settings.lake.model_copy(update={"uri": "/nowhere"})})
+    with pytest.raises(ConfigError, match=r"lake\.uri differs"):
+        training_job.sweep(spark, [settings, elsewhere], "both", counted.append)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("- training.epochz: 3", "epochz"),
+        ("training.epochs: 3", "give a list"),
+        ("- 3", "give a list"),
+        ("[]", "give a list"),
+        ("- {", "is not YAML"),
+        (None, "No such file"),
+    ],
+)
+def test_a_sweep_that_cannot_be_read_trains_nothing(tmp_path: Path, cbmir: Cbmir, text: str | None, said: str) -> None:
+    file = tmp_path / "sweep.yaml"
+    if text is not None:
+        file.write_text(text)
+    status, _, told = cbmir("train", "--sweep", str(file), "--lake", str(tmp_path / "lake"))
+    assert status != 0 and said in told and len(told.strip().splitlines()) == 1
+    assert not (tmp_path / "lake").exists()
+
+
+# Stopped and gone on
+
+
+class Killed(Exception):
+    """What ends a run in the middle, between two epochs."""
+
+
+def test_a_run_that_was_stopped_goes_on_and_ends_in_the_same_model(spark: SparkSession, trained: Trained) -> None:
+    settings, report, _, tracking_uri = trained
+    often = settings.model_copy(update={"training": settings.training.model_copy(update={"checkpoint_steps": 1})})
+    kept = Path(storage.local_path(Lake.of(settings).uri)) / "training"
+    assert not any(kept.rglob("*.safetensors")), "a training that ended leaves no checkpoint"
+
+    def die(epoch: Epoch) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        training_job.run(spark, often, die)
+    assert any(kept.rglob("*.safetensors"))
+    told: list[Epoch] = []
+    again = training_job.run(spark, often, told.append)
+    assert again.model_id == report.model_id
+    assert [epoch.loss for epoch in told] == [epoch.loss for epoch in report.history.epochs]
+    from mlflow import MlflowClient
+
+    tags = MlflowClient(tracking_uri=tracking_uri).get_run(again.run_id).data.tags
+    assert tags["resumed_from_step"] == str(again.history.resumed) != "0"
+    assert not any(kept.rglob("*.safetensors"))
+
+
+def test_runs_are_compared_in_the_terminal(trained: Trained, cbmir: Cbmir, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, report, _, _ = trained
+    monkeypatch.setenv("COLUMNS", "160")
+    folder = storage.local_path(Lake.of(settings).uri)
+    status, printed, _ = cbmir("runs", "--lake", folder, "--json")
+    found = {run["run_id"]: run for run in json.loads(printed)}[report.run_id]
+    assert status == 0 and found["model_id"] == report.model_id and found["parameters"]["preset"] == "alexnet-small"
+    assert report.test is not None and found["metrics"]["test_macro_recall"] == report.test.macro_recall
+    assert report.run_id[:8] in cbmir("runs", "--lake", folder)[1]
+    status, _, told = cbmir("runs", "--lake", f"{folder}-nowhere")
+    assert status == 1 and "nothing was trained on this lake" in told
+
+
+@leaves_pipe
+def test_a_process_that_was_killed_is_started_again_from_the_checkpoint(spark: SparkSession, trained: Trained) -> None:
+    settings, _, _, _ = trained
+    how = {"processes": 2, "checkpoint_steps": 1, "epochs": 4, "seed": 7}
+    two = settings.model_copy(update={"training": settings.training.model_copy(update=how)})
+    checkpoints = Path(storage.local_path(Lake.of(settings).uri)) / "training"
+    killed: list[int] = []
+
+    def kill() -> None:
+        while not any(checkpoints.rglob("*.safetensors")):
+            time.sleep(0.02)
+        # The launcher that watches them has both names on its command line.
+        launchers = below(os.getpid(), "torch.distributed.run")
+        victim = random.choice([each for each in below(os.getpid(), "train.py") if each not in launchers])
+        os.kill(victim, signal.SIGKILL)
+        killed.append(victim)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    report = training_job.run(spark, two)
+    killer.join(timeout=10)
+    assert killed and report.history.resumed is not None
+    assert [epoch.number for epoch in report.history.epochs] == [1, 2, 3, 4]
+
+
+# The gate
+
+
+def figures_of(mean_average_precision: float) -> RankingFigures:
+    return RankingFigures(9, 0, 0.5, 0.5, mean_average_precision, 0.5)
+
+
+def test_a_new_model_is_ranked_beside_the_candidate_on_one_split(spark: SparkSession, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    settings = settings_for(tmp_path, "dataset.validation_fraction=0.25")
+    publish(spark, settings, images())
+    first = training_job.run(spark, settings)
+    assert first.ranking is not None and 0.0 < first.ranking.mean_average_precision <= 1.0
+    assert first.promotion.taken and first.promotion.incumbent_reached is None
+    again = training_job.run(spark, settings)
+    assert again.model_id == first.model_id and again.ranking == first.ranking
+    assert again.promotion.incumbent_reached == again.promotion.reached == first.ranking.mean_average_precision
+    client = MlflowClient(tracking_uri=first.tracking_uri)
+    assert client.get_run(first.run_id).data.metrics["validation_map"] == first.ranking.mean_average_precision
+
+    standing = registry.incumbent(settings)
+    assert standing is not None and standing.version == "2"
+    with tracking.existing_mlflow("the candidate", settings) as mlflow:
+        for challenger, taken in ((0.80, False), (0.895, True), (0.91, True)):
+            client.set_registered_model_alias("cbmir", registry.CANDIDATE, "2")
+            found = registry.promote(mlflow, settings, "1", figures_of(challenger), standing, figures_of(0.9))
+            assert found.taken == taken
+            tags = client.get_model_version("cbmir", "1").tags
+            assert tags["promotion"] == ("candidate" if taken else "refused")
+            assert (tags["promotion.map"], tags["promotion.incumbent_map"]) == (str(challenger), "0.9")
+            holder = client.get_model_version_by_alias("cbmir", registry.CANDIDATE)
+            assert str(holder.version) == ("1" if taken else "2")
