@@ -31,6 +31,7 @@ from cbmir_spark.lake import delta, publication, schemas
 from cbmir_spark.lake.lake import Lake
 from cbmir_spark.retrieval import job as retrieval_job
 from cbmir_spark.spark import session
+from cbmir_spark.storage import ObjectStore
 
 # %%
 defaults = config.load()
@@ -114,7 +115,7 @@ hits.sort_values([cols.QUERY_ID, cols.RANK])[
 # burned-in text are withheld.
 
 # %%
-page = storage.read_bytes(report.gallery, settings.storage).decode()
+page = ObjectStore(settings.storage).read_bytes(report.gallery).decode()
 HTML(f'<div><iframe srcdoc="{html.escape(page)}" width="100%" height="900"></iframe></div>')
 
 # %%

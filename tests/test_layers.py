@@ -1,6 +1,8 @@
-"""The rooms import one way: read from the source, so that a rule cannot be broken unseen."""
+"""The packages form layers that import downwards only, read from the sources so that no arrow goes unseen."""
 
 import ast
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,100 +10,196 @@ import pytest
 import cbmir_spark
 from tests.conftest import REPO
 
-PACKAGE = Path(cbmir_spark.__file__).parent
-MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if not path.stem.startswith("__")}
+ROOT = Path(cbmir_spark.__file__).parent
 
-# What each of these rooms must do without; it has to run where the package is not installed, or stay testable alone.
-FORBIDDEN = {
-    "burned_in": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pydantic", "pydicom", "numpy"},
-    "dicom": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pydantic"},
-    "pixels": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pydantic"},
-    "preflight": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pydantic"},
-    "decoder": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pydantic"},
-    "vocabulary": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pydantic", "pydicom", "numpy"},
-    "model": {"pyspark", "delta", "mlflow", "petastorm", "pydantic", "pyarrow"},
-    "ranking": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pydantic", "pyarrow"},
-    "networks": {"pyspark", "delta", "mlflow", "petastorm", "pydantic", "pyarrow"},
-    "fitting": {"pyspark", "delta", "mlflow", "petastorm", "pydantic", "pyarrow"},
-    "checkpoints": {"pyspark", "delta", "mlflow", "petastorm"},
-    "kernel": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pydantic", "pyarrow"},
-    "arrays": {"mlflow", "torch", "petastorm"},
-    "scan_task": {"mlflow", "torch", "petastorm"},
-    "vector_files": {"mlflow", "torch", "petastorm"},
-    "volume_task": {"mlflow", "torch", "petastorm"},
-    "python_workers": {"delta", "mlflow", "torch", "petastorm", "pydantic", "pyarrow", "numpy"},
-    "synthesis": {"pyspark", "delta", "mlflow", "torch", "petastorm"},
-    "remap": {"mlflow", "torch", "petastorm"},
-    "pseudonyms": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pydicom"},
-    "storage": {"pyspark", "delta", "mlflow", "torch"},
-    "lease": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pyarrow"},
+# From the ground up; packages of one layer do not import each other.
+LAYERS = (
+    {"errors"},
+    {"config"},
+    {"dicom"},
+    {"storage", "spark"},
+    {"lake"},
+    {"ingest", "models", "reports"},
+    {"index", "training"},
+    {"retrieval"},
+    {"evaluation", "maintenance"},
+    {"synthetic", "api"},
+    {"cli"},
+)
+LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
+
+# What a package or module must not reach, by itself or through others of ours.
+WITHOUT = {
+    "dicom": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pydantic", "pyarrow"},
+    "dicom.vocabulary": {"pydicom", "numpy"},
+    "dicom.burned_in": {"pydicom", "numpy"},
+    "storage": {"pyspark", "delta", "mlflow", "torch", "petastorm"},
+    "spark.python_workers": {"delta", "mlflow", "torch", "petastorm", "pydantic", "pyarrow", "numpy"},
+    "lake.lease": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pyarrow"},
+    "lake.pseudonyms": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pydicom"},
+    "models.artifact": {"mlflow", "pydantic", "pyarrow"},
+    "models.networks": {"mlflow", "pydantic", "pyarrow"},
+    "models.embed": {"mlflow", "pydantic", "pyarrow"},
+    "models.projection": {"mlflow", "pydantic", "pyarrow"},
+    "training.loop": {"pyspark", "delta", "mlflow", "petastorm", "pydantic", "pyarrow"},
+    "training.metrics": {"pyspark", "delta", "mlflow", "petastorm", "pydantic", "pyarrow"},
+    "training.checkpoints": {"pyspark", "delta", "mlflow", "petastorm"},
+    "index.arrays": {"mlflow", "torch", "petastorm"},
+    "index.vector_files": {"mlflow", "torch", "petastorm"},
+    "retrieval.kernel": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pydantic", "pyarrow"},
+    "retrieval.bounds": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pydantic", "pyarrow"},
+    "retrieval.tasks": {"mlflow", "torch", "petastorm"},
+    "retrieval.series_tasks": {"mlflow", "torch", "petastorm"},
+    "maintenance.remap": {"mlflow", "torch", "petastorm"},
+    "synthetic": {"pyspark", "delta", "mlflow", "torch", "petastorm"},
 }
-# Packages that one room alone may import, and the rooms of ours that build sessions or read settings.
+# Third-party packages that a few modules alone may import.
 ONLY_IN = {
-    "petastorm": {"dataset"},
-    "mlflow": {"registry"},
-    "delta": {"tables"},
-    "typer": {"cli"},
-    "cbmir_spark.session": {"cli", "doctor"},
-    "cbmir_spark.cli": set(),
+    "petastorm": {"training.loader"},
+    "mlflow": {"models.registry", "models.tracking", "training.run_log"},
+    "delta": {"lake.delta", "lake.publication", "lake.identity"},
+    "py4j": {"lake.delta", "spark.session", "spark.failures", "ingest.listing"},
+    "typer": {"cli.app"},
+    "rich": {"cli.console"},
 }
 
 
-def imported(path: Path) -> set[str]:
-    """Full names of all modules a file imports, inside functions too, but not for type checking alone."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            found.add(node.module)
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+def modules(root: Path) -> dict[str, Path]:
+    """Modules of the package below `root` by dotted name without the package's own, `__init__` under its folder's."""
+    found = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        if name and name != "__main__":
+            found[name] = path
     return found
 
 
-def _uses(path: Path, package: str) -> bool:
-    return any(name == package or name.startswith(package + ".") for name in imported(path))
+def imported(path: Path) -> Iterator[tuple[str, int]]:
+    """Full names that a file imports, inside functions and for type checking too, with their lines."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
 
 
-def _reaches(module: str, package: str, seen: frozenset[str] = frozenset()) -> bool:
-    """Whether a room imports a package itself or through our other rooms."""
-    if _uses(MODULES[module], package):
-        return True
-    ours = {name.split(".")[1] for name in imported(MODULES[module]) if name.startswith("cbmir_spark.")}
-    return any(_reaches(other, package, seen | {module}) for other in (ours & set(MODULES)) - seen - {module})
+def ours(path: Path, known: dict[str, Path]) -> Iterator[tuple[str, int]]:
+    """Our own modules that a file imports."""
+    for name, line in imported(path):
+        inside = name.removeprefix("cbmir_spark.") if name.startswith("cbmir_spark.") else ""
+        while inside and inside not in known:
+            inside = inside.rpartition(".")[0]
+        if inside:
+            yield inside, line
 
 
-@pytest.mark.parametrize(("module", "package"), [(m, p) for m, packages in FORBIDDEN.items() for p in sorted(packages)])
-def test_a_room_does_without(module: str, package: str) -> None:
-    # storage and synthesis take one typed section of the settings, so pydantic is not forbidden to them.
-    assert not _reaches(module, package), f"{module} must not import {package}"
+def upward(root: Path) -> list[str]:
+    """Imports that do not go down a layer, but for those within a package."""
+    known = modules(root)
+    problems = []
+    for module, path in known.items():
+        package = module.partition(".")[0]
+        for target, line in ours(path, known):
+            other = target.partition(".")[0]
+            if other != package and LAYER[other] >= LAYER[package]:
+                problems.append(f"{module}:{line} imports {target}")
+    return problems
 
 
-@pytest.mark.parametrize(("package", "rooms"), ONLY_IN.items())
-def test_a_package_stays_in_its_room(package: str, rooms: set[str]) -> None:
-    assert {name for name, path in MODULES.items() if _uses(path, package)} <= rooms
+def reached(root: Path, start: str) -> set[str]:
+    """Third-party packages that a module, or a package's modules, import by themselves or through ours."""
+    known = modules(root)
+    waiting = [name for name in known if name == start or name.startswith(start + ".")]
+    seen: set[str] = set()
+    packages: set[str] = set()
+    while waiting:
+        module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        packages |= {name.partition(".")[0] for name, _ in imported(known[module])}
+        waiting += [target for target, _ in ours(known[module], known)]
+        # Importing a.b runs a/__init__.py first.
+        waiting += [parent for parent in (module.rpartition(".")[0],) if parent]
+    return packages
 
 
-def test_only_the_cli_loads_settings() -> None:
-    for name, path in MODULES.items():
-        calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
-        loads = [ast.unparse(call.func) for call in calls if ast.unparse(call.func) == "config.load"]
-        assert not loads or name == "cli", f"{name} loads settings itself"
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """A copy of the package's sources, to plant faults in."""
+    root = tmp_path / "cbmir_spark"
+    shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns("__pycache__"))
+    return root
 
 
-def test_only_the_session_room_builds_sessions() -> None:
-    for name, path in MODULES.items():
-        assert "SparkSession.builder" not in path.read_text() or name == "session", name
+def plant(root: Path, module: str, line: str) -> None:
+    path = root / (module.replace(".", "/") + ".py")
+    path.write_text(path.read_text() + f"\n\ndef _planted() -> None:\n    {line}\n")
 
 
-def test_jobs_are_a_few_lines_that_only_enter_the_cli() -> None:
+def test_every_package_has_a_layer() -> None:
+    assert {name.partition(".")[0] for name in modules(ROOT)} <= set(LAYER)
+
+
+def test_imports_go_down() -> None:
+    assert upward(ROOT) == []
+
+
+@pytest.mark.parametrize(("module", "packages"), WITHOUT.items())
+def test_a_module_does_without(module: str, packages: set[str]) -> None:
+    assert not reached(ROOT, module) & packages
+
+
+@pytest.mark.parametrize(("package", "allowed"), ONLY_IN.items())
+def test_a_package_is_imported_in_few_places(package: str, allowed: set[str]) -> None:
+    found = {
+        module for module, path in modules(ROOT).items() for name, _ in imported(path) if name.split(".")[0] == package
+    }
+    assert found <= allowed
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "target"),
+    [
+        ("lake.delta", "from cbmir_spark.index import open", "index.open"),
+        ("storage.uri", "import cbmir_spark.retrieval.job", "retrieval.job"),
+        ("index.embed", "from cbmir_spark.training.loop import fit", "training.loop"),
+        ("ingest.parse", "from cbmir_spark.models import networks", "models.networks"),
+    ],
+)
+def test_a_planted_upward_or_sibling_import_is_found(copied: Path, module: str, line: str, target: str) -> None:
+    plant(copied, module, line)
+    (problem,) = upward(copied)
+    assert problem.startswith(f"{module}:")
+    assert problem.endswith(f"imports {target}")
+
+
+def test_spark_planted_in_dicom_is_found(copied: Path) -> None:
+    assert "pyspark" not in reached(copied, "dicom")
+    plant(copied, "dicom.suv", "from pyspark.sql import DataFrame")
+    assert "pyspark" in reached(copied, "dicom.read")
+
+
+def test_no_module_imports_private_names_of_another() -> None:
+    found = [
+        f"{module}:{line} {name}"
+        for module, path in modules(ROOT).items()
+        for name, line in imported(path)
+        if name.startswith("cbmir_spark.") and name.rpartition(".")[2].startswith("_") and "__" not in name
+    ]
+    assert found == []
+
+
+def test_only_the_session_module_builds_sessions() -> None:
+    assert [name for name, path in modules(ROOT).items() if "SparkSession.builder" in path.read_text()] == [
+        "spark.session"
+    ]
+
+
+def test_jobs_are_a_few_lines_that_only_enter_the_command_line() -> None:
     jobs = sorted((REPO / "jobs").glob("*.py"))
     assert {job.stem for job in jobs} == {"ingest", "remap", "train", "index", "retrieve", "evaluate", "demo"}
     for job in jobs:
-        assert imported(job) == {"cbmir_spark.cli", "cbmir_spark.cli.main"}
+        assert [name for name, _ in imported(job)] == ["cbmir_spark.cli.app.main"]
         assert len(job.read_text().splitlines()) < 10
-
-
-def test_the_rules_can_fail() -> None:
-    assert _reaches("ingest", "pyspark")
-    assert _reaches("retrieval", "torch")

@@ -17,6 +17,7 @@ import yaml
 from cbmir_spark import __version__, config
 from cbmir_spark.cli import console
 from cbmir_spark.errors import CbmirError, ConfigError
+from cbmir_spark.storage import ObjectStore
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -324,7 +325,7 @@ def forget(
         maintenance_forget.PSEUDONYM: pseudonym,
     }
     requests = [maintenance_forget.Request(kind, value) for kind, values in given.items() for value in values or ()]
-    requests += maintenance_forget.read_list(file, settings.storage) if file is not None else ()
+    requests += maintenance_forget.read_list(file, ObjectStore(settings.storage)) if file is not None else ()
     if now:
         console.err.print("Superseded files go at once: readers of older versions of the tables will fail.")
     with _session(settings, "forget") as spark:

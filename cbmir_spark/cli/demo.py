@@ -26,6 +26,7 @@ from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, publication, schemas
 from cbmir_spark.lake.lake import Lake
 from cbmir_spark.retrieval import job as retrieval_job
+from cbmir_spark.storage import ObjectStore
 from cbmir_spark.synthetic import archive as synthetic_archive
 from cbmir_spark.training import job as training_job
 from cbmir_spark.training.manifest import LABEL, TEST, Snapshot
@@ -93,7 +94,7 @@ def run(spark: SparkSession, settings: Settings, progress: Progress | None = Non
     with _step("retrieve", seconds, tell):
         queries = storage.join(folder, QUERIES_FILE)
         rows = query_list(spark, settings, lake, trained.snapshot)
-        storage.write_bytes(queries, as_csv(rows), settings.storage)
+        ObjectStore(settings.storage).write_bytes(queries, as_csv(rows))
         answered = retrieval_job.run(spark, settings)
     with _step("evaluate", seconds, tell):
         judged = evaluation_job.run(spark, settings)
@@ -134,7 +135,7 @@ def query_list(spark: SparkSession, settings: Settings, lake: Lake, snapshot: st
     some seventy test images.
     """
     uri = storage.join(lake.snapshots(), snapshot)
-    held = Snapshot.from_json(storage.read_bytes(storage.join(uri, "manifest.json"), settings.storage), uri)
+    held = Snapshot.from_json(ObjectStore(settings.storage).read_bytes(storage.join(uri, "manifest.json")), uri)
     files = [storage.join(uri, file.path) for file in held.files[TEST]]
     tested = spark.read.parquet(*files).select(cols.IMAGE_ID, LABEL)
     pinned = publication.require_published(spark, lake)

@@ -27,6 +27,7 @@ from cbmir_spark.errors import CbmirError, EnvironmentProblem, InputError
 from cbmir_spark.lake import pseudonyms
 from cbmir_spark.lake.lake import Lake
 from cbmir_spark.spark import session
+from cbmir_spark.storage import ObjectStore
 
 SYNTAXES = (
     ExplicitVRLittleEndian,
@@ -99,7 +100,7 @@ def _decoders() -> str:
 
 def _lake(settings: Settings) -> str:
     lake = Lake.of(settings)
-    found = storage.kind(lake.uri, settings.storage)
+    found = ObjectStore(settings.storage).kind(lake.uri)
     if not lake.is_local:
         return f"{lake.uri}: {'reached' if found == 'folder' else 'nothing there yet'}"
     path = storage.local_path(lake.uri)
@@ -117,7 +118,7 @@ def _archive(settings: Settings) -> str:
     if settings.ingest.archive is None:
         return "none named (--archive, or ingest.archive)"
     archive = storage.canonical(settings.ingest.archive)
-    if storage.kind(archive, settings.storage) != "folder":
+    if ObjectStore(settings.storage).kind(archive) != "folder":
         raise InputError(f"{archive} is not there, or is no folder: give the folder or prefix of the .dcm objects")
     return archive
 

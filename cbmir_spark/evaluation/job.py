@@ -46,6 +46,7 @@ from cbmir_spark.reports.plots import class_figure, confusion_figure
 from cbmir_spark.retrieval import search
 from cbmir_spark.retrieval.query import Query, Status, Wanted
 from cbmir_spark.retrieval.resolve import resolve
+from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training import metrics
 from cbmir_spark.training.manifest import LABEL, SPLITS, TEST, Snapshot
 
@@ -138,7 +139,7 @@ def run(spark: SparkSession, settings: Settings) -> Report:
         relevant = _relevant(spark, index.rows, asked, kind)
         queries = _resolved(spark, settings, index, asked)
         indexed = index.rows.count()
-        base = search.base_of(spark, index, settings.storage)
+        base = search.base_of(spark, index, ObjectStore(settings.storage))
     results: dict[str, dict[str, Any]] = {}
     many = [label for label, patients in patients_of.items() if patients >= MANY_PATIENTS]
     for prefilter in settings.evaluation.prefilters:
@@ -167,7 +168,7 @@ def run(spark: SparkSession, settings: Settings) -> Report:
         out = storage.canonical(settings.evaluation.out or storage.join(lake.uri, "evaluation", record.run_id))
         files = _files(document)
         for name, content in files.items():
-            storage.write_bytes(storage.join(out, name), content, settings.storage)
+            ObjectStore(settings.storage).write_bytes(storage.join(out, name), content)
         mlflow_run = registry.log_evaluation(settings, index.manifest.model_id, _metrics(document), files)
     ended = Report(
         model_id=index.manifest.model_id,
@@ -204,7 +205,7 @@ def snapshot_of(settings: Settings, lake: Lake, manifest: Manifest) -> Snapshot:
     """The snapshot that a model was trained on. Raises ModelError where it is not here, or has no test images."""
     uri = storage.join(lake.snapshots(), manifest.snapshot)
     try:
-        text = storage.read_bytes(storage.join(uri, "manifest.json"), settings.storage)
+        text = ObjectStore(settings.storage).read_bytes(storage.join(uri, "manifest.json"))
     except OSError:
         raise ModelError(
             f"model {manifest.model_id} was trained on snapshot {manifest.snapshot}, which is not in {lake.uri}: "

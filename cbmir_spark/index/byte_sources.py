@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from cbmir_spark import storage
-from cbmir_spark.config import StorageSettings
 from cbmir_spark.errors import TableError
+from cbmir_spark.storage import ObjectStore
+from cbmir_spark.storage.s3 import CONNECT_SECONDS, READ_SECONDS
 
 # Ranges of an object this near to each other are one request, and one request is at most so long.
 _HOLE_BYTES = 2**16
@@ -123,17 +123,18 @@ def merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 @lru_cache(maxsize=4)
-def file_system(files: StorageSettings) -> pa.fs.FileSystem:
+def file_system(store: ObjectStore) -> pa.fs.FileSystem:
     """Object storage as Arrow reads it, with the credentials of wherever the task runs."""
-    if files.endpoint and not files.path_style:
+    settings = store.settings
+    if settings.endpoint and not settings.path_style:
         # Arrow's own client puts the bucket into the path wherever it is told an endpoint.
-        return pa.fs.PyFileSystem(pa.fs.FSSpecHandler(storage.file_system(files, ahead=False)))
-    scheme, _, host = (files.endpoint or "").partition("://")
+        return pa.fs.PyFileSystem(pa.fs.FSSpecHandler(store.file_system(ahead=False)))
+    scheme, _, host = (settings.endpoint or "").partition("://")
     return pa.fs.S3FileSystem(
-        region=files.region,
+        region=settings.region,
         scheme=scheme or "https",
         endpoint_override=host or None,
-        connect_timeout=storage.CONNECT_SECONDS,
-        request_timeout=storage.READ_SECONDS,
-        retry_strategy=pa.fs.AwsStandardS3RetryStrategy(max_attempts=files.attempts),
+        connect_timeout=CONNECT_SECONDS,
+        request_timeout=READ_SECONDS,
+        retry_strategy=pa.fs.AwsStandardS3RetryStrategy(max_attempts=settings.attempts),
     )

@@ -9,7 +9,6 @@ import pyarrow as pa
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from cbmir_spark.config import StorageSettings
 from cbmir_spark.dicom.vocabulary_tables import UNKNOWN
 from cbmir_spark.index import arrays
 from cbmir_spark.index.open import load
@@ -19,19 +18,20 @@ from cbmir_spark.lake import schemas
 from cbmir_spark.models import artifact
 from cbmir_spark.models import embed as embedding
 from cbmir_spark.models.artifact import Loaded
+from cbmir_spark.storage import ObjectStore
 
 # Directions whose signs lay rows out within a file: many, since within a class the first ones hardly differ.
 _CELL_DIRECTIONS = 30
 
 
-def embed(frames: DataFrame, folder: str, files: StorageSettings, batch_size: int, minimum: float) -> DataFrame:
+def embed(frames: DataFrame, folder: str, store: ObjectStore, batch_size: int, minimum: float) -> DataFrame:
     """Live frames with their pixels → rows of FEATURES. Per task; the model is loaded once for each Python worker.
 
     `folder` holds the model (see `publish_model`); a body part is imputed from probability `minimum` on.
     """
 
     def rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        loaded = load(folder, files)
+        loaded = load(folder, store)
         for batch in batches:
             for start in range(0, batch.num_rows, batch_size):
                 yield feature_rows(batch.slice(start, batch_size), loaded, minimum)

@@ -39,6 +39,7 @@ from cbmir_spark.lake.publication import Published
 from cbmir_spark.lake.runs import Record
 from cbmir_spark.models import artifact, registry
 from cbmir_spark.models.artifact import Manifest
+from cbmir_spark.storage import ObjectStore
 
 # Frames for one embedding task: minutes of work on a CPU, so that a lost task costs little.
 FRAMES_PER_TASK = 2048
@@ -71,7 +72,7 @@ def run(spark: SparkSession, settings: Settings) -> Report:
     """
     lake = Lake.of(settings)
     publication.require_published(spark, lake)
-    with lease.hold(lake.vault, lease.INDEX, settings.storage) as held:
+    with lease.hold(lake.vault, lease.INDEX, ObjectStore(settings.storage)) as held:
         return _run(spark, settings, lake, held)
 
 
@@ -87,7 +88,7 @@ def _run(spark: SparkSession, settings: Settings, lake: Lake, held: lease.Held) 
                 f"model {manifest.model_id} was trained on pixels of preprocessing {manifest.preprocessing}, lake "
                 f"{lake.uri} holds {pinned.preprocessing}: train a model on this lake, or name one of its own"
             )
-        folder = publish_model(weights, manifest, lake, settings.storage)
+        folder = publish_model(weights, manifest, lake, ObjectStore(settings.storage))
     path = lake.features(manifest.model_id)
     made_by = {MODEL_PROPERTY: manifest.model_id, PREPROCESSING_PROPERTY: manifest.preprocessing}
     delta.ensure(spark, _table_of(manifest), path, made_by)
@@ -240,7 +241,7 @@ def _embedded(
     return embed(
         frames.repartition(tasks, *KEY),
         folder,
-        settings.storage,
+        ObjectStore(settings.storage),
         settings.index.batch_size,
         settings.index.min_probability,
     )

@@ -10,7 +10,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from cbmir_spark import storage
-from cbmir_spark.config import Settings, StorageSettings
+from cbmir_spark.config import Settings
 from cbmir_spark.errors import ModelError, TableError
 from cbmir_spark.index.vector_files import Place
 from cbmir_spark.lake import columns as cols
@@ -19,6 +19,7 @@ from cbmir_spark.lake.lake import Lake
 from cbmir_spark.models import artifact, registry
 from cbmir_spark.models.artifact import Loaded, Manifest
 from cbmir_spark.models.projection import Projection
+from cbmir_spark.storage import ObjectStore
 
 WEIGHTS, MANIFEST = FILES = "weights.safetensors", "manifest.json"
 # Properties of a FEATURES table: what made it, so that a table in another place is known for what it is.
@@ -37,23 +38,23 @@ class Index:
     projection: Projection
 
 
-def publish_model(weights: bytes, manifest: Manifest, lake: Lake, files: StorageSettings) -> str:
+def publish_model(weights: bytes, manifest: Manifest, lake: Lake, store: ObjectStore) -> str:
     """Put a model's files where every worker can read them, once; their folder. The manifest comes last."""
     folder = lake.models(manifest.model_id)
     target = storage.join(folder, MANIFEST)
-    if storage.kind(target, files) != "file":
-        storage.write_bytes(storage.join(folder, WEIGHTS), weights, files)
-        storage.write_bytes(target, manifest.to_json().encode(), files)
-    elif storage.read_bytes(target, files).decode() != manifest.to_json():
+    if store.kind(target) != "file":
+        store.write_bytes(storage.join(folder, WEIGHTS), weights)
+        store.write_bytes(target, manifest.to_json().encode())
+    elif store.read_bytes(target).decode() != manifest.to_json():
         raise ModelError(f"{folder} holds another manifest under the name {manifest.model_id}: remove that folder")
     return folder
 
 
 @lru_cache(maxsize=1)
-def load(folder: str, files: StorageSettings) -> Loaded:
+def load(folder: str, store: ObjectStore) -> Loaded:
     """The model of a folder. A Python worker keeps it for its later tasks; the folder's name tells it by its digest."""
-    weights = storage.read_bytes(storage.join(folder, WEIGHTS), files)
-    return artifact.load(weights, storage.read_bytes(storage.join(folder, MANIFEST), files))
+    weights = store.read_bytes(storage.join(folder, WEIGHTS))
+    return artifact.load(weights, store.read_bytes(storage.join(folder, MANIFEST)))
 
 
 def open_index(spark: SparkSession, settings: Settings) -> Index:
@@ -77,7 +78,7 @@ def open_index(spark: SparkSession, settings: Settings) -> Index:
         raise TableError(f"model {manifest.model_id} has no index in {lake.uri}: run `cbmir index --model {uri}`")
     check_table(spark, path, manifest)
     version = delta.version(spark, path)
-    folder = publish_model(weights, manifest, lake, settings.storage)
+    folder = publish_model(weights, manifest, lake, ObjectStore(settings.storage))
     return Index(manifest, folder, path, version, delta.read(spark, path, version), projection)
 
 

@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cbmir_spark import storage
-from cbmir_spark.config import StorageSettings
 from cbmir_spark.index import arrays
 from cbmir_spark.index.byte_sources import Local, Remote, Source, file_system
 from cbmir_spark.index.parquet_pages import HEADER_BYTES, as_in_memory, first_byte, page_values
+from cbmir_spark.storage import ObjectStore
 
 # (modality, body_part)
 Place = tuple[str, str]
@@ -57,7 +57,7 @@ class Read:
 class VectorFile:
     """An open file. `read` counts the vectors and the bytes that were taken from it."""
 
-    def __init__(self, file: DataFile, files: StorageSettings) -> None:
+    def __init__(self, file: DataFile, store: ObjectStore) -> None:
         self.place = file.place
         self._source: Source
         if storage.is_local(file.uri):
@@ -66,8 +66,8 @@ class VectorFile:
             self._file = pq.ParquetFile(path, memory_map=True)
         else:
             path = file.uri.removeprefix("s3a://")
-            self._source = Remote(path, file_system(files))
-            self._file = pq.ParquetFile(path, filesystem=file_system(files), pre_buffer=True)
+            self._source = Remote(path, file_system(store))
+            self._file = pq.ParquetFile(path, filesystem=file_system(store), pre_buffer=True)
         self._values_of: dict[str, Numbers | None] = {}
         names = [self._file.metadata.schema.column(n).path.partition(".")[0] for n in range(len(self._file.schema))]
         self._number_of = {name: number for number, name in enumerate(names)}
@@ -181,9 +181,9 @@ class VectorFile:
 class OpenFiles:
     """Files by their number, opened when they are wanted; a few at a time. `read` counts what was taken from all."""
 
-    def __init__(self, files: Mapping[int, DataFile], storage_settings: StorageSettings) -> None:
+    def __init__(self, files: Mapping[int, DataFile], store: ObjectStore) -> None:
         self._files = files
-        self._storage = storage_settings
+        self._store = store
         self._open: OrderedDict[int, VectorFile] = OrderedDict()
         self._read = Read()
 
@@ -199,7 +199,7 @@ class OpenFiles:
         if number not in self._open:
             if len(self._open) == _OPEN_FILES:
                 self._close_oldest()
-            self._open[number] = VectorFile(self._files[number], self._storage)
+            self._open[number] = VectorFile(self._files[number], self._store)
         self._open.move_to_end(number)
         return self._open[number]
 

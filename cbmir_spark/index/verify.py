@@ -20,6 +20,7 @@ from cbmir_spark.lake import delta, publication, schemas
 from cbmir_spark.lake.lake import Lake
 from cbmir_spark.models import artifact
 from cbmir_spark.models.artifact import Manifest
+from cbmir_spark.storage import ObjectStore
 
 KEY = (cols.IMAGE_ID, cols.FRAME)
 OF_TAGS = (
@@ -143,7 +144,7 @@ def check(spark: SparkSession, settings: Settings) -> Checked:
     lake = Lake.of(settings)
     pinned = publication.require_published(spark, lake)
     index = open_index(spark, settings)
-    published = artifact.load(*(storage.read_bytes(storage.join(index.folder, n), settings.storage) for n in FILES))
+    published = artifact.load(*(ObjectStore(settings.storage).read_bytes(storage.join(index.folder, n)) for n in FILES))
     if published.manifest != index.manifest:
         raise ModelError(f"{index.folder} holds another model than the registry: remove that folder")
     tags = delta.read(spark, lake.path(schemas.TAGS), pinned.tags)

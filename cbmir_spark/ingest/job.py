@@ -61,6 +61,7 @@ from cbmir_spark.lake import delta, identity, lease, pseudonyms, publication, sc
 from cbmir_spark.lake.lake import Lake
 from cbmir_spark.lake.publication import Published
 from cbmir_spark.lake.runs import Record
+from cbmir_spark.storage import ObjectStore
 
 # Frames in one file of PIXELS: 128 MB before compression.
 FRAMES_PER_FILE = 2048
@@ -117,9 +118,9 @@ def run(spark: SparkSession, settings: Settings, progress: Progress | None = Non
         raise InputError(f"lake {lake.uri} lies inside archive {archive}: give a lake elsewhere, with --lake")
     preprocessing = preprocessing_of(settings)
     names = pseudonyms.of(settings, storage.local_path(lake.vault) if storage.is_local(lake.vault) else None)
-    with lease.hold(lake.vault, lease.TABLES, settings.storage) as held:
+    with lease.hold(lake.vault, lease.TABLES, ObjectStore(settings.storage)) as held:
         parser = Parser(
-            settings.storage,
+            ObjectStore(settings.storage),
             settings.ingest,
             preprocessing,
             settings.vocabulary.body_parts,
@@ -143,11 +144,11 @@ def _ingest(
     with record.stage("open"):
         pinned, mended = _open_tables(spark, lake, parser)
     staging = storage.join(lake.vault, "staging")
-    storage.delete_folder(staging, settings.storage)
+    ObjectStore(settings.storage).delete_folder(staging)
     try:
         report = _Run(spark, settings, lake, archive, parser, staging, record, held, progress).all(pinned, mended)
     finally:
-        storage.delete_folder(staging, settings.storage)
+        ObjectStore(settings.storage).delete_folder(staging)
     record.write(
         spark,
         lake,
@@ -237,7 +238,9 @@ class _Run:
     def _list(self) -> int:
         with self.record.stage("list"):
             mount = storage.mount_of(self.archive)
-            list_archive(self.spark, self.archive, self.settings.storage).write.parquet(self._at("listing"))
+            list_archive(self.spark, self.archive, ObjectStore(self.settings.storage)).write.parquet(
+                self._at("listing")
+            )
             if storage.mount_of(self.archive) != mount:
                 raise EnvironmentProblem(
                     f"archive {self.archive} was mounted or unmounted while it was listed: nothing was read and "
@@ -420,7 +423,7 @@ def _archive(settings: Settings) -> str:
     archive = storage.canonical(settings.ingest.archive)
     if not storage.is_native(archive):
         return archive
-    found = storage.kind(archive, settings.storage)
+    found = ObjectStore(settings.storage).kind(archive)
     if found != "folder":
         problem = "is a file, not a folder" if found == "file" else "does not exist"
         raise InputError(f"archive {archive} {problem}: give the folder or prefix that holds the .dcm objects")

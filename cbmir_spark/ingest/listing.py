@@ -15,10 +15,10 @@ from pyspark.sql.pandas.types import to_arrow_schema
 from pyspark.sql.types import StructType
 
 from cbmir_spark import storage
-from cbmir_spark.config import StorageSettings
 from cbmir_spark.errors import EnvironmentProblem, InputError
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import schemas
+from cbmir_spark.storage import ObjectStore
 
 # Tasks that list, for each core: folders differ in size, and a task costs a third of a second.
 TASKS_FOR_A_CORE = 4
@@ -32,7 +32,7 @@ CONTENT = "content"
 _OBJECTS_AT_A_TIME = 8
 
 
-def list_archive(spark: SparkSession, archive: str, settings: StorageSettings) -> DataFrame:
+def list_archive(spark: SparkSession, archive: str, store: ObjectStore) -> DataFrame:
     """Every object below an archive, hidden names included: (uri, size, modified, etag).
 
     The driver goes down folder by folder until there are enough of them to share out; tasks list the rest. A folder
@@ -50,7 +50,7 @@ def list_archive(spark: SparkSession, archive: str, settings: StorageSettings) -
         deeper: list[str] = []
         for folder in folders:
             try:
-                below, objects = storage.list_folder(folder, settings)
+                below, objects = store.list_folder(folder)
             except FileNotFoundError:
                 if folder == archive:
                     raise _failure(1) from None
@@ -67,7 +67,7 @@ def list_archive(spark: SparkSession, archive: str, settings: StorageSettings) -
     def list_below(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
             for folder in batch.column(0).to_pylist():
-                yield from _batches(_objects(folder, settings))
+                yield from _batches(_objects(folder, store))
 
     shared = spark.createDataFrame([(folder,) for folder in folders], "folder string")
     return here.unionByName(shared.repartition(tasks).mapInArrow(list_below, LISTING))
@@ -146,9 +146,9 @@ def check_listing(listing: DataFrame) -> int:
     return int(listed)
 
 
-def _objects(folder: str, settings: StorageSettings) -> Iterator[storage.StoredObject]:
+def _objects(folder: str, store: ObjectStore) -> Iterator[storage.StoredObject]:
     try:
-        yield from storage.list_objects(folder, settings)
+        yield from store.list_objects(folder)
     except FileNotFoundError:
         return  # gone since its parent was listed, and its objects with it
     except OSError:

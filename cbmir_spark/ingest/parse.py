@@ -21,7 +21,7 @@ from pyspark.sql.pandas.types import to_arrow_schema
 from pyspark.sql.types import IntegerType, MapType, StringType, StructField, StructType
 
 from cbmir_spark import storage
-from cbmir_spark.config import IngestSettings, Settings, StorageSettings
+from cbmir_spark.config import IngestSettings, Settings
 from cbmir_spark.dicom.decoder import Decoder
 from cbmir_spark.dicom.preprocessing import Preprocessing
 from cbmir_spark.dicom.read import Instance, NotAnImage, Rejected
@@ -31,6 +31,7 @@ from cbmir_spark.ingest.reconcile import IDENTIFIERS, PARSED, STAGED_BY
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import schemas
 from cbmir_spark.lake.pseudonyms import Identity, Pseudonyms, identities, is_forgotten
+from cbmir_spark.storage import ObjectStore
 
 # Reasons that storage gives, beside those of preflight.Reason.
 TOO_LARGE = "TOO_LARGE"
@@ -79,7 +80,7 @@ class Parser:
     carry the identifiers, which belong in the vault alone.
     """
 
-    storage: StorageSettings
+    store: ObjectStore
     limits: IngestSettings
     preprocessing: Preprocessing
     body_parts: Mapping[str, str]
@@ -120,7 +121,7 @@ def parse(objects: DataFrame, parser: Parser, frames_folder: str, tally: Tally) 
     arrow = to_arrow_schema(STAGED)
 
     def stage(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        frames = _Frames(frames_folder, parser.storage)
+        frames = _Frames(frames_folder, parser.store)
         with ThreadPoolExecutor(READ_AHEAD) as readers:
             for batch in batches:
                 rows, done = [], Counter[str]()
@@ -187,7 +188,7 @@ def _fetch(listed: Mapping[str, Any], parser: Parser, content: bytes | None = No
     if listed[cols.SIZE] > parser.limits.max_object_mb * 2**20:
         return _Fetched({cols.OUTCOME: cols.REJECTED, cols.REASON: TOO_LARGE})
     try:
-        content, found = storage.read(listed[cols.URI], parser.storage)
+        content, found = parser.store.read(listed[cols.URI])
     except FileNotFoundError:
         return _Fetched({cols.OUTCOME: cols.VANISHED, cols.REASON: GONE})
     except storage.Replaced:
@@ -246,10 +247,10 @@ def tags_of(instance: Instance, owners: Iterable[Identity]) -> dict[str, object]
 class _Frames:
     """Frames of one attempt of a task, written to a file whenever there are enough of them."""
 
-    def __init__(self, folder: str, settings: StorageSettings) -> None:
+    def __init__(self, folder: str, store: ObjectStore) -> None:
         self.attempt = uuid.uuid4().hex
         self._folder = folder
-        self._storage = settings
+        self._store = store
         self._schema = to_arrow_schema(STAGED_FRAMES)
         self._rows: list[dict[str, Any]] = []
         self._files = 0
@@ -270,7 +271,7 @@ class _Frames:
         pq.write_table(table, sink, compression="none", use_dictionary=False, write_statistics=False)
         self._rows = []
         uri = storage.join(self._folder, f"{self.attempt}-{self._files}.parquet")
-        storage.write_bytes(uri, sink.getvalue(), self._storage, durable=False)
+        self._store.write_bytes(uri, sink.getvalue(), durable=False)
         self._files += 1
 
 

@@ -6,6 +6,7 @@ from cbmir_spark import storage
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import InputError
 from cbmir_spark.lake.schemas import FEATURES, VAULT, Table
+from cbmir_spark.storage import ObjectStore
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Lake:
         uri = storage.canonical(settings.lake.uri)
         vault = storage.canonical(settings.lake.vault) if settings.lake.vault else storage.join(uri, "vault")
         for root in (uri, vault):
-            if storage.kind(root, settings.storage) == "file":
+            if ObjectStore(settings.storage).kind(root) == "file":
                 raise InputError(f"lake {root} is a file: give a folder or prefix, with --lake")
         return cls(uri, vault)
 

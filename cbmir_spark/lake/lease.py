@@ -23,8 +23,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cbmir_spark import storage
-from cbmir_spark.config import StorageSettings
 from cbmir_spark.errors import Busy, EnvironmentProblem
+from cbmir_spark.storage import ObjectStore
 
 SECONDS = 60.0
 FOLDER = "leases"
@@ -101,7 +101,7 @@ class _Holder:
 
 
 @contextmanager
-def hold(vault: str, name: str, files: StorageSettings, seconds: float = SECONDS) -> Iterator[Held]:
+def hold(vault: str, name: str, store: ObjectStore, seconds: float = SECONDS) -> Iterator[Held]:
     """Hold the lease `name` of a vault (canonical URI) while the block runs.
 
     Raises Busy where another job holds it, saying which one and since when. `seconds` is for how long a lease below
@@ -113,8 +113,8 @@ def hold(vault: str, name: str, files: StorageSettings, seconds: float = SECONDS
             yield held
         return
     uri = storage.join(vault, FOLDER, f"{name}.json")
-    _check_conditions(vault, files)
-    renewed = _acquire(uri, name, files, seconds)
+    _check_conditions(vault, store)
+    renewed = _acquire(uri, name, store, seconds)
     renewed.start()
     try:
         yield renewed
@@ -166,8 +166,8 @@ def _is_at(path: str, descriptor: int) -> bool:
 class _Renewed(Held):
     """A lease below `s3a:`, written anew several times in its length by a thread of its own."""
 
-    def __init__(self, uri: str, name: str, files: StorageSettings, holder: _Holder, etag: str) -> None:
-        self._uri, self._name, self._files = uri, name, files
+    def __init__(self, uri: str, name: str, store: ObjectStore, holder: _Holder, etag: str) -> None:
+        self._uri, self._name, self._store = uri, name, store
         self._holder, self._etag = holder, etag
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -205,7 +205,7 @@ class _Renewed(Held):
             following = replace(self._holder, renewals=self._holder.renewals + 1, released=released)
             # Should the answer be lost for good, the next try must know this content for its own.
             self._holder = following
-            etag = storage.replace_if_match(self._uri, following.to_json(), self._etag, self._files)
+            etag = self._store.replace_if_match(self._uri, following.to_json(), self._etag)
             if etag is None:
                 etag = self._recovered()
             if etag is None:
@@ -216,17 +216,17 @@ class _Renewed(Held):
     def _recovered(self) -> str | None:
         """The new ETag, where what stands there is ours after all: an earlier write whose failure was only reported."""
         try:
-            content, found = storage.read(self._uri, self._files)
+            content, found = self._store.read(self._uri)
         except FileNotFoundError:
             return None
         there = _Holder.from_json(content)
         if there is None or there.token != self._holder.token or found.etag is None:
             return None
-        return storage.replace_if_match(self._uri, self._holder.to_json(), found.etag, self._files)
+        return self._store.replace_if_match(self._uri, self._holder.to_json(), found.etag)
 
     def _taken_over(self) -> Busy:
         try:
-            holder = _Holder.from_json(storage.read_bytes(self._uri, self._files))
+            holder = _Holder.from_json(self._store.read_bytes(self._uri))
         except FileNotFoundError:
             holder = None
         return Busy(
@@ -235,35 +235,35 @@ class _Renewed(Held):
         )
 
 
-def _acquire(uri: str, name: str, files: StorageSettings, seconds: float) -> _Renewed:
+def _acquire(uri: str, name: str, store: ObjectStore, seconds: float) -> _Renewed:
     holder = _Holder.this_process(seconds)
     for _ in range(_TRIES):
         try:
-            content, found = storage.read(uri, files)
+            content, found = store.read(uri)
             before = _Holder.from_json(content)
-            if not _is_free(uri, before, files):
+            if not _is_free(uri, before, store):
                 raise _busy(name, before)
-            etag = storage.replace_if_match(uri, holder.to_json(), str(found.etag), files)
+            etag = store.replace_if_match(uri, holder.to_json(), str(found.etag))
         except FileNotFoundError:
-            etag = storage.create_if_absent(uri, holder.to_json(), files)
+            etag = store.create_if_absent(uri, holder.to_json())
         if etag is not None:
-            return _Renewed(uri, name, files, holder, etag)
+            return _Renewed(uri, name, store, holder, etag)
     raise Busy(f"lease {name} of this lake changes hands all the time: try again later")
 
 
-def _is_free(uri: str, holder: _Holder | None, files: StorageSettings) -> bool:
+def _is_free(uri: str, holder: _Holder | None, store: ObjectStore) -> bool:
     if holder is not None and (holder.released or holder.is_dead()):
         return True
     seconds = SECONDS if holder is None else holder.seconds
-    return storage.seconds_old(uri, files) > seconds + _CLOCK_SECONDS
+    return store.seconds_old(uri) > seconds + _CLOCK_SECONDS
 
 
-def _check_conditions(vault: str, files: StorageSettings) -> None:
+def _check_conditions(vault: str, store: ObjectStore) -> None:
     """Refuse a server that writes whatever the condition: two jobs would both believe that they hold the lease."""
     probe = storage.join(vault, FOLDER, "probe")
-    storage.write_bytes(probe, b"there", files)
-    found = storage.find(probe, files)
-    if storage.create_if_absent(probe, b"must not be written", files) is not None or found is None or not found.etag:
+    store.write_bytes(probe, b"there")
+    found = store.find(probe)
+    if store.create_if_absent(probe, b"must not be written") is not None or found is None or not found.etag:
         raise EnvironmentProblem(
             f"the server of vault {vault} ignores conditional writes (If-None-Match) or gives no ETags; both keep two "
             "jobs from writing to one lake: use a server that knows them, or a vault below file:"

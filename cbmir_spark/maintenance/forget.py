@@ -24,7 +24,7 @@ from pyspark.sql import functions as F
 from pyspark.sql.types import StructType
 
 from cbmir_spark import storage
-from cbmir_spark.config import Settings, StorageSettings
+from cbmir_spark.config import Settings
 from cbmir_spark.errors import InputError, TableError
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, identity, lease, pseudonyms, publication, schemas
@@ -33,6 +33,7 @@ from cbmir_spark.lake.pseudonyms import KINDS, Pseudonyms
 from cbmir_spark.lake.publication import Published
 from cbmir_spark.lake.runs import Record
 from cbmir_spark.retrieval import csv_export
+from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training import snapshot_files
 from cbmir_spark.training.manifest import MANIFEST
 
@@ -82,13 +83,13 @@ class Report:
 # --- what is asked for; on the driver ---
 
 
-def read_list(uri: str, files: StorageSettings) -> tuple[Request, ...]:
+def read_list(uri: str, store: ObjectStore) -> tuple[Request, ...]:
     """A CSV with the columns `kind` (patient, study, series, image or pseudonym) and `identifier`.
 
     Raises InputError by the row's number; what it holds is never repeated.
     """
     try:
-        text = storage.read_bytes(storage.canonical(uri), files).decode("utf-8-sig")
+        text = store.read_bytes(storage.canonical(uri)).decode("utf-8-sig")
         rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
     except (OSError, UnicodeDecodeError, csv.Error):
         raise InputError(f"list {uri} cannot be read as CSV in UTF-8: give a file with kind,identifier") from None
@@ -137,8 +138,8 @@ def run(
         raise InputError("nothing to forget: give --patient, --study, --series, --image, --pseudonym or --list")
     lake = Lake.of(settings)
     with (
-        lease.hold(lake.vault, lease.TABLES, settings.storage) as tables,
-        lease.hold(lake.vault, lease.INDEX, settings.storage) as index,
+        lease.hold(lake.vault, lease.TABLES, ObjectStore(settings.storage)) as tables,
+        lease.hold(lake.vault, lease.INDEX, ObjectStore(settings.storage)) as index,
     ):
         return _run(spark, settings, lake, requests, (tables, index), now=now, purge=purge)
 
@@ -173,7 +174,7 @@ def _run(
         )
     places: dict[str, Gone] = {}
     found: list[Row] = []
-    storage.delete_folder(storage.join(lake.vault, "staging"), settings.storage)
+    ObjectStore(settings.storage).delete_folder(storage.join(lake.vault, "staging"))
     if pinned is not None:
         publication.roll_back(spark, lake, pinned)
         evolved = delta.evolve(spark, schemas.SOURCES, lake.path(schemas.SOURCES), pinned.message())
@@ -185,16 +186,18 @@ def _run(
         owners |= {("image", row[cols.IMAGE_ID]) for row in found}
         mask = belonging(owners)
         with record.stage("snapshots"):
-            places["snapshots"] = _snapshots(spark, lake, mask, settings.storage, now, purge)
+            places["snapshots"] = _snapshots(spark, lake, mask, ObjectStore(settings.storage), now, purge)
             # A training that was stopped would not go on from them: its snapshot is another one now.
-            places["checkpoints"] = _checkpoints(lake, settings.storage, now=now or bool(found), purge=purge)
+            places["checkpoints"] = _checkpoints(
+                lake, ObjectStore(settings.storage), now=now or bool(found), purge=purge
+            )
         with record.stage("results"):
             newest = max((row[cols.FORGOTTEN_AT].timestamp() for row in forgotten), default=0.0)
-            places["results"], places["pages"] = _results(lake, mask, newest, settings.storage)
+            places["results"], places["pages"] = _results(lake, mask, newest, ObjectStore(settings.storage))
         for each in held:
             each.check()
         with record.stage("features"):
-            places["features"] = _features(spark, lake, mask, settings.storage)
+            places["features"] = _features(spark, lake, mask, ObjectStore(settings.storage))
         for each in held:
             each.check()
         with record.stage("images"):
@@ -207,7 +210,7 @@ def _run(
     hours = 0 if now else RETENTION_HOURS if purge else None
     if hours is not None:
         with record.stage("vacuum"):
-            for path in _delta_tables(spark, lake, settings.storage):
+            for path in _delta_tables(spark, lake, ObjectStore(settings.storage)):
                 delta.vacuum(spark, path, hours)
     rows_of = {f"{name}_rows": gone.rows for name, gone in places.items() if gone.rows}
     record.write(
@@ -247,98 +250,98 @@ def _is_in(column: str, values: Sequence[str]) -> Mask:
     return lambda rows: pc.is_in(rows[column], value_set=wanted)
 
 
-def _snapshots(spark: SparkSession, lake: Lake, mask: Mask, files: StorageSettings, now: bool, purge: bool) -> Gone:
+def _snapshots(spark: SparkSession, lake: Lake, mask: Mask, store: ObjectStore, now: bool, purge: bool) -> Gone:
     """Training snapshots: their files are written again; those that a killed job left unfinished go with their age."""
     gone = Gone()
-    for folder in _folders(lake.snapshots(), files):
-        if storage.kind(storage.join(folder, MANIFEST), files) == "file":
-            rows, rewritten = snapshot_files.erase(folder, lambda rows: masked(rows, mask), spark, files)
+    for folder in _folders(lake.snapshots(), store):
+        if store.kind(storage.join(folder, MANIFEST)) == "file":
+            rows, rewritten = snapshot_files.erase(folder, lambda rows: masked(rows, mask), spark, store)
             gone.rows += rows
             gone.files += rewritten
         else:
-            gone.files += _left_behind(folder, files, now, purge)
+            gone.files += _left_behind(folder, store, now, purge)
     return gone
 
 
-def _checkpoints(lake: Lake, files: StorageSettings, *, now: bool, purge: bool) -> Gone:
+def _checkpoints(lake: Lake, store: ObjectStore, *, now: bool, purge: bool) -> Gone:
     """Checkpoints of trainings that were stopped and never went on: all of them, or those of their age."""
-    return Gone(files=sum(_left_behind(folder, files, now, purge) for folder in _folders(lake.checkpoints(), files)))
+    return Gone(files=sum(_left_behind(folder, store, now, purge) for folder in _folders(lake.checkpoints(), store)))
 
 
-def _left_behind(folder: str, files: StorageSettings, now: bool, purge: bool) -> int:
+def _left_behind(folder: str, store: ObjectStore, now: bool, purge: bool) -> int:
     """Delete what a job that was killed has left in a folder, `now` or with its age; how many files it had."""
-    written = [found.modified for found in storage.list_objects(folder, files)]
+    written = [found.modified for found in store.list_objects(folder)]
     old = datetime.now(UTC) - timedelta(hours=RETENTION_HOURS)
     if not (now or (purge and all(moment < old for moment in written))):
         return 0
-    storage.delete_folder(folder, files)
+    store.delete_folder(folder)
     return len(written)
 
 
-def _results(lake: Lake, of_owners: Mask, newest: float, files: StorageSettings) -> tuple[Gone, Gone]:
+def _results(lake: Lake, of_owners: Mask, newest: float, store: ObjectStore) -> tuple[Gone, Gone]:
     """Answers below the lake: hits that are of the owners, all of the queries that are, and the pages that show them.
 
     `queries` says what each query was, so it goes last; of answers without it, which older versions wrote, every page
     goes that is not newer than the `newest` tombstone (seconds since 1970).
     """
     rows, pages = Gone(), Gone()
-    for folder in [f for root in ("results", "evaluation") for f in _folders(storage.join(lake.uri, root), files)]:
+    for folder in [f for root in ("results", "evaluation") for f in _folders(storage.join(lake.uri, root), store)]:
         hits, statuses, queries = (
             storage.join(folder, table.name)
             for table in (schemas.RESULTS_HITS, schemas.RESULTS_STATUSES, schemas.RESULTS_QUERIES)
         )
-        asked = [table.filter(of_owners(table)) for table in _tables(queries, files)]
+        asked = [table.filter(of_owners(table)) for table in _tables(queries, store)]
         lost = [query for table in asked for query in table[cols.QUERY_ID].to_pylist()]
         of_query = _is_in(cols.QUERY_ID, lost)
 
         def of_either(table: pa.Table, of_query: Mask = of_query) -> Any:
             return pc.or_(of_owners(table), of_query(table))
 
-        found = any(pc.any(of_either(table)).as_py() for table in _tables(hits, files))
-        recorded = storage.kind(queries, files) == "folder"
-        for page in [each for each in storage.list_folder(folder, files)[1] if each.uri.endswith(".html")]:
-            unsure = not recorded and storage.kind(hits, files) == "folder" and page.modified.timestamp() <= newest + 1
+        found = any(pc.any(of_either(table)).as_py() for table in _tables(hits, store))
+        recorded = store.kind(queries) == "folder"
+        for page in [each for each in store.list_folder(folder)[1] if each.uri.endswith(".html")]:
+            unsure = not recorded and store.kind(hits) == "folder" and page.modified.timestamp() <= newest + 1
             if (lost or found or unsure) and page.size != len(NOTE):
-                storage.write_bytes(page.uri, NOTE.encode(), files)
+                store.write_bytes(page.uri, NOTE.encode())
                 pages.files += 1
         dropped = ((hits, of_either), (statuses, of_query), (queries, of_query))
         if lost or found:
             # As the pages before the rows: a run that is killed in between finds by the rows what is left to do.
-            pages.files += sum(_rewrite_sheets(folder, uri, mask, files) for uri, mask in dropped)
+            pages.files += sum(_rewrite_sheets(folder, uri, mask, store) for uri, mask in dropped)
         for uri, mask in dropped:
-            rows.add(_drop(uri, mask, files))
+            rows.add(_drop(uri, mask, store))
     return rows, pages
 
 
-def _rewrite_sheets(folder: str, uri: str, mask: Mask, files: StorageSettings) -> int:
+def _rewrite_sheets(folder: str, uri: str, mask: Mask, store: ObjectStore) -> int:
     """Make the CSV files of one of an answer's results anew, from its Parquet files without some rows; how many."""
     count = 0
-    for found in _parquet(uri, files):
+    for found in _parquet(uri, store):
         sheet = storage.join(folder, csv_export.FOLDER, csv_export.name_of(found))
-        if storage.kind(sheet, files) == "file":
-            table = pq.read_table(pa.BufferReader(storage.read_bytes(found, files)))
-            storage.write_bytes(sheet, csv_export.as_csv(table.filter(pc.invert(mask(table)))), files)
+        if store.kind(sheet) == "file":
+            table = pq.read_table(pa.BufferReader(store.read_bytes(found)))
+            store.write_bytes(sheet, csv_export.as_csv(table.filter(pc.invert(mask(table)))))
             count += 1
     return count
 
 
-def _tables(uri: str, files: StorageSettings) -> Iterator[pa.Table]:
+def _tables(uri: str, store: ObjectStore) -> Iterator[pa.Table]:
     """The Parquet files of a folder, one after the other; none where there is no folder."""
-    for found in _parquet(uri, files):
-        yield pq.read_table(pa.BufferReader(storage.read_bytes(found, files)))
+    for found in _parquet(uri, store):
+        yield pq.read_table(pa.BufferReader(store.read_bytes(found)))
 
 
-def _parquet(uri: str, files: StorageSettings) -> list[str]:
-    if storage.kind(uri, files) != "folder":
+def _parquet(uri: str, store: ObjectStore) -> list[str]:
+    if store.kind(uri) != "folder":
         return []
-    return [found.uri for found in storage.list_folder(uri, files)[1] if found.uri.endswith(".parquet")]
+    return [found.uri for found in store.list_folder(uri)[1] if found.uri.endswith(".parquet")]
 
 
-def _drop(uri: str, mask: Mask, files: StorageSettings) -> Gone:
+def _drop(uri: str, mask: Mask, store: ObjectStore) -> Gone:
     """Write the Parquet files of a folder again without some rows, each in the place of the old one."""
     gone = Gone()
-    for found in _parquet(uri, files):
-        table = pq.read_table(pa.BufferReader(storage.read_bytes(found, files)))
+    for found in _parquet(uri, store):
+        table = pq.read_table(pa.BufferReader(store.read_bytes(found)))
         kept = table.filter(pc.invert(mask(table)))
         if len(kept) == len(table):
             continue
@@ -346,18 +349,18 @@ def _drop(uri: str, mask: Mask, files: StorageSettings) -> Gone:
         pq.write_table(kept, sink)
         folder, _, name = found.rpartition("/")
         # Hadoop's checksum of the old content would make the new one unreadable.
-        storage.delete(f"{folder}/.{name}.crc", files)
-        storage.write_bytes(found, sink.getvalue().to_pybytes(), files)
+        store.delete(f"{folder}/.{name}.crc")
+        store.write_bytes(found, sink.getvalue().to_pybytes())
         gone.rows += len(table) - len(kept)
         gone.files += 1
     return gone
 
 
-def _features(spark: SparkSession, lake: Lake, mask: Mask, files: StorageSettings) -> Gone:
+def _features(spark: SparkSession, lake: Lake, mask: Mask, store: ObjectStore) -> Gone:
     """FEATURES of every model, at once for every reader; a table without such rows gets no commit."""
     gone = Gone()
     keys = (cols.MODALITY, cols.BODY_PART, cols.IMAGE_ID, cols.FRAME)
-    for path in _folders(storage.join(lake.uri, schemas.FEATURES.name), files):
+    for path in _folders(storage.join(lake.uri, schemas.FEATURES.name), store):
         if not delta.exists(spark, path):
             continue
         ids = delta.read(spark, path).select(*keys, cols.SERIES_ID, cols.STUDY_ID, cols.PATIENT_ID)
@@ -395,13 +398,13 @@ def _images(
     return pinned
 
 
-def _folders(uri: str, files: StorageSettings) -> list[str]:
+def _folders(uri: str, store: ObjectStore) -> list[str]:
     """The folders directly below a URI; none where it is no folder itself."""
-    return storage.list_folder(uri, files)[0] if storage.kind(uri, files) == "folder" else []
+    return store.list_folder(uri)[0] if store.kind(uri) == "folder" else []
 
 
-def _delta_tables(spark: SparkSession, lake: Lake, files: StorageSettings) -> list[str]:
+def _delta_tables(spark: SparkSession, lake: Lake, store: ObjectStore) -> list[str]:
     """Paths of all Delta tables that hold rows about images."""
     paths = [lake.path(table) for table in (schemas.TAGS, schemas.PIXELS, schemas.SOURCES, schemas.IDENTITY)]
-    paths += _folders(storage.join(lake.uri, schemas.FEATURES.name), files)
+    paths += _folders(storage.join(lake.uri, schemas.FEATURES.name), store)
     return [path for path in paths if delta.exists(spark, path)]

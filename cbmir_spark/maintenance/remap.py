@@ -25,6 +25,7 @@ from cbmir_spark.lake import delta, lease, publication, schemas
 from cbmir_spark.lake.lake import Lake
 from cbmir_spark.lake.publication import Published
 from cbmir_spark.lake.runs import Record
+from cbmir_spark.storage import ObjectStore
 
 _RAW = (cols.MODALITY_RAW, cols.BODY_PART_RAW)
 _TERMS = (cols.MODALITY, cols.BODY_PART)
@@ -227,8 +228,8 @@ def run(spark: SparkSession, settings: Settings) -> Report:
     """
     lake = Lake.of(settings)
     with (
-        lease.hold(lake.vault, lease.TABLES, settings.storage) as tables,
-        lease.hold(lake.vault, lease.INDEX, settings.storage) as index,
+        lease.hold(lake.vault, lease.TABLES, ObjectStore(settings.storage)) as tables,
+        lease.hold(lake.vault, lease.INDEX, ObjectStore(settings.storage)) as index,
     ):
         return _run(spark, settings, lake, (tables, index))
 
@@ -355,9 +356,9 @@ def _as_table(spark: SparkSession, changed: Sequence[Change]) -> DataFrame:
 def _features(spark: SparkSession, lake: Lake, settings: Settings) -> dict[str, str]:
     """Paths of all FEATURES tables by model."""
     root = storage.join(lake.uri, schemas.FEATURES.name)
-    if storage.kind(root, settings.storage) != "folder":
+    if ObjectStore(settings.storage).kind(root) != "folder":
         return {}
-    folders, _ = storage.list_folder(root, settings.storage)
+    folders, _ = ObjectStore(settings.storage).list_folder(root)
     named = {folder.rstrip("/").rsplit("/", 1)[1]: folder.rstrip("/") for folder in sorted(folders)}
     return {name: path for name, path in named.items() if delta.exists(spark, path)}
 

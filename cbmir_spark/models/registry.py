@@ -24,7 +24,7 @@ from cbmir_spark.lake.lake import Lake
 from cbmir_spark.models.artifact import Loaded, Manifest, Saved, load
 from cbmir_spark.models.networks import Network
 from cbmir_spark.models.tracking import existing_mlflow, mlflow_at, tracking_of
-from cbmir_spark.training.metrics import RankingFigures
+from cbmir_spark.storage import ObjectStore
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 MANIFEST_ARTIFACT = "cbmir/manifest.json"
@@ -59,7 +59,7 @@ def resolve_model(uri: str, settings: Settings) -> tuple[str, bytes]:
         folder = storage.canonical(uri)
         try:
             manifest, weights = (
-                storage.read_bytes(storage.join(folder, Path(name).name), settings.storage)
+                ObjectStore(settings.storage).read_bytes(storage.join(folder, Path(name).name))
                 for name in (MANIFEST_ARTIFACT, WEIGHTS_ARTIFACT)
             )
         except OSError:
@@ -201,24 +201,22 @@ def promote(
     mlflow: Any,
     settings: Settings,
     version: str,
-    challenger: RankingFigures | None,
+    ours: float | None,
     standing: Incumbent | None,
-    reached: RankingFigures | None,
+    theirs: float | None,
 ) -> Promotion:
     """Move `candidate` to a version unless its mAP is worse than the incumbent's on the same split; say so in its tags.
 
     Worse by more than `training.promotion_margin`, that is. Without figures of both there is nothing to compare.
     """
     margin = settings.training.promotion_margin
-    ours = challenger.mean_average_precision if challenger else None
-    theirs = reached.mean_average_precision if reached else None
-    if challenger is None:
+    if ours is None:
         reason = "no patient was held back for validation"
     elif standing is None:
         reason = "there is no candidate that could be loaded"
     elif theirs is None:
         reason = f"version {standing.version} takes pictures of another preprocessing"
-    elif challenger.mean_average_precision < theirs - margin:
+    elif ours < theirs - margin:
         reason = f"its mAP is worse than that of version {standing.version} by more than {margin}"
     else:
         reason = f"its mAP is not worse than that of version {standing.version} by more than {margin}"

@@ -52,15 +52,15 @@ def tracking_of(settings: Settings, lake: Lake) -> Tracking:
     return Tracking(given, artifacts, None, _object_storage(settings.storage) if artifacts.startswith("s3:") else {})
 
 
-def _object_storage(files: StorageSettings) -> dict[str, str]:
+def _object_storage(storage: StorageSettings) -> dict[str, str]:
     """What makes MLflow's own client talk to the server that ours talks to: by default it asks AWS, whatever we say."""
     variables = {
-        "MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE": "path" if files.path_style else "virtual",
-        "AWS_DEFAULT_REGION": files.region,
+        "MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE": "path" if storage.path_style else "virtual",
+        "AWS_DEFAULT_REGION": storage.region,
         # Many S3-compatible servers know nothing of the checksums that AWS would be sent unasked.
         "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
     }
-    return variables | ({"MLFLOW_S3_ENDPOINT_URL": files.endpoint} if files.endpoint else {})
+    return variables | ({"MLFLOW_S3_ENDPOINT_URL": storage.endpoint} if storage.endpoint else {})
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, publication, schemas
 from cbmir_spark.lake.lake import Lake
 from cbmir_spark.reports.page import data_uri, render_page
+from cbmir_spark.storage import ObjectStore
 
 GALLERY_FILE = "gallery.html"
 
@@ -121,7 +122,7 @@ def gallery(
     total = all_statuses.count()
     page = render_gallery(rows, total, facts or {})
     target = storage.join(folder, GALLERY_FILE)
-    storage.write_bytes(target, page.encode("utf-8"), settings.storage)
+    ObjectStore(settings.storage).write_bytes(target, page.encode("utf-8"))
     return target
 
 

@@ -14,7 +14,7 @@ from pyspark.sql import SparkSession
 from pyspark.sql.pandas.types import to_arrow_schema
 
 from cbmir_spark import storage
-from cbmir_spark.config import Settings, StorageSettings
+from cbmir_spark.config import Settings
 from cbmir_spark.errors import InputError, TableError
 from cbmir_spark.index import open as index_open
 from cbmir_spark.index.vector_files import Place
@@ -28,6 +28,7 @@ from cbmir_spark.retrieval.query import Answered, Status, Wanted
 from cbmir_spark.retrieval.query_list import read_queries
 from cbmir_spark.retrieval.resolve import Resolved, resolve
 from cbmir_spark.retrieval.search import Scanned, base_of, portions, search
+from cbmir_spark.storage import ObjectStore
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,11 @@ def run(spark: SparkSession, settings: Settings) -> Report:
         raise InputError("no query list named: give --queries FILE, a CSV or Parquet file")
     lake = Lake.of(settings)
     out = storage.canonical(options.out or storage.join(lake.uri, "results", record.run_id))
-    _check_free(out, settings.storage)
+    _check_free(out, ObjectStore(settings.storage))
     with record.stage("read"):
-        asked = read_queries(options.queries, settings.storage, options.level)
+        asked = read_queries(options.queries, ObjectStore(settings.storage), options.level)
         index = index_open.open_index(spark, settings)
-        base = base_of(spark, index, settings.storage)
+        base = base_of(spark, index, ObjectStore(settings.storage))
     # By one name for each place of the list, since a bad row may have any.
     pictured = set(sorted(row.query_id for row in asked.rows)[: options.gallery])
     statuses: list[Status] = []
@@ -164,10 +165,10 @@ def _write_portion(
         buffer = io.BytesIO()
         pq.write_table(rows, buffer)
         target = storage.join(out, name, f"part-{number:05d}.parquet")
-        storage.write_bytes(target, buffer.getvalue(), settings.storage)
+        ObjectStore(settings.storage).write_bytes(target, buffer.getvalue())
         if settings.retrieval.csv and name != schemas.RESULTS_QUERIES.name:
             sheet = storage.join(out, csv_export.FOLDER, csv_export.name_of(target))
-            storage.write_bytes(sheet, csv_export.as_csv(rows), settings.storage)
+            ObjectStore(settings.storage).write_bytes(sheet, csv_export.as_csv(rows))
 
 
 def _rows(rows: Sequence[tuple[object, ...]], table: schemas.Table) -> pa.Table:
@@ -191,7 +192,7 @@ def _shown(query_id: str, resolved: Resolved) -> reports_gallery.Asked:
     )
 
 
-def _check_free(out: str, files: StorageSettings) -> None:
-    found = storage.kind(out, files)
-    if found == "file" or (found == "folder" and any(storage.list_folder(out, files))):
+def _check_free(out: str, store: ObjectStore) -> None:
+    found = store.kind(out)
+    if found == "file" or (found == "folder" and any(store.list_folder(out))):
         raise InputError(f"results folder {out} holds something already: give another, with --out")

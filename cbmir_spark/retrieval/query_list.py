@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from cbmir_spark import storage
-from cbmir_spark.config import MOST_HITS, RetrievalSettings, StorageSettings
+from cbmir_spark.config import MOST_HITS, RetrievalSettings
 from cbmir_spark.dicom import vocabulary_tables
 from cbmir_spark.errors import InputError
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.retrieval.query import Answered, Own, Status, Wanted, Within
+from cbmir_spark.storage import ObjectStore
 
 SOP_INSTANCE_UID = "sop_instance_uid"
 SERIES_INSTANCE_UID = "series_instance_uid"
@@ -48,7 +49,7 @@ class QueryList:
     ignored: tuple[str, ...]
 
 
-def read_queries(uri: str, files: StorageSettings, level: str = "image") -> QueryList:
+def read_queries(uri: str, store: ObjectStore, level: str = "image") -> QueryList:
     """A CSV or Parquet query list: `query_id` and one of the level's NAMING in each row; `frame`, which counts for
     images alone, and the columns of OWN if asked.
 
@@ -56,7 +57,7 @@ def read_queries(uri: str, files: StorageSettings, level: str = "image") -> Quer
     used, naming the columns that are missing and those that are there.
     """
     try:
-        content = storage.read_bytes(storage.canonical(uri), files)
+        content = store.read_bytes(storage.canonical(uri))
     except OSError as error:
         raise InputError(
             f"query list {uri}: {error.strerror or 'cannot be read'}; give a CSV or Parquet file"

@@ -43,6 +43,7 @@ from cbmir_spark.models import embed as embedding
 from cbmir_spark.reports import gallery
 from cbmir_spark.retrieval.query import Answered, Query, Status, Wanted
 from cbmir_spark.retrieval.query_list import SOP_INSTANCE_UID
+from cbmir_spark.storage import ObjectStore
 
 # Queries that one task embeds; each costs tens of milliseconds on a CPU.
 QUERIES_PER_TASK = 64
@@ -249,7 +250,7 @@ def read_batch(batch: pa.RecordBatch, reader: Reader) -> Iterator[pa.RecordBatch
     if failed:
         yield pa.RecordBatch.from_pylist(failed, schema=arrow)
     if read:
-        loaded = index_open.load(reader.folder, reader.parser.storage)
+        loaded = index_open.load(reader.folder, reader.parser.store)
         embedded = embedding.embed_batches(loaded, np.stack(pixels), [row[cols.MODALITY] for row in read])
         for row, label, probability in zip(read, embedded.labels, embedded.probabilities.tolist(), strict=True):
             row |= {cols.PREDICTED: label or UNKNOWN, cols.PROBABILITY: probability}
@@ -268,7 +269,7 @@ def read_uri(uri: str, frame: int | None, allowed: bool, reader: Reader) -> dict
     if not (known or any(storage.is_below(uri, root) for root in reader.roots)):
         return _status(Answered.BAD_ROW, "uri is neither in the ingested archive nor below retrieval.roots")
     try:
-        found = storage.find(uri, reader.parser.storage)
+        found = reader.parser.store.find(uri)
     except OSError:
         return _status(Answered.UNREADABLE, cols.UNREADABLE)
     if found is None:
@@ -304,7 +305,7 @@ def _reader(spark: SparkSession, index: Index, settings: Settings, pictured: fro
         )
     roots = [*settings.retrieval.roots, *([settings.ingest.archive] if settings.ingest.archive else [])]
     parser = parse.Parser(
-        settings.storage,
+        ObjectStore(settings.storage),
         settings.ingest,
         preprocessing,
         settings.vocabulary.body_parts,

@@ -18,8 +18,7 @@ from pyspark import Broadcast
 from pyspark.sql import SparkSession
 from pyspark.sql.pandas.types import to_arrow_schema
 
-from cbmir_spark import storage
-from cbmir_spark.config import RetrievalSettings, StorageSettings
+from cbmir_spark.config import RetrievalSettings
 from cbmir_spark.errors import InputError, ModelError
 from cbmir_spark.index.open import Index
 from cbmir_spark.index.vector_files import DataFile, Place, Read
@@ -34,6 +33,7 @@ from cbmir_spark.retrieval.distribute import Item, run_tasks, shares_of, tasks_o
 from cbmir_spark.retrieval.plan import plan, searched_terms
 from cbmir_spark.retrieval.query import ANYTHING, Answered, Query, Status, Within
 from cbmir_spark.retrieval.tasks import Bounded, Found, Job
+from cbmir_spark.storage import ObjectStore
 
 # Queries that are answered at a time, so that memory does not grow with the list; and hits and partial results that the
 # driver may hold of them. A partial result is 90 bytes, and Spark ends a job that sends its driver a gigabyte.
@@ -50,7 +50,7 @@ class Base:
     files: tuple[DataFile, ...]
     dimension: int
     projection: Projection
-    storage: StorageSettings
+    store: ObjectStore
 
     @property
     def places(self) -> tuple[Place, ...]:
@@ -93,12 +93,12 @@ _COLUMN: Mapping[str, str | None] = {
 }
 
 
-def base_of(spark: SparkSession, index: Index, files: StorageSettings) -> Base:
+def base_of(spark: SparkSession, index: Index, store: ObjectStore) -> Base:
     """The files that an index consists of, with their sizes: one listing of its folder."""
-    sizes = {found.uri: found.size for found in storage.list_objects(index.path, files)}
+    sizes = {found.uri: found.size for found in store.list_objects(index.path)}
     live = delta.live_files(spark, index.path, index.version)
     named = [DataFile(number, uri, publication.place_of(uri), sizes[uri]) for number, uri in enumerate(live)]
-    return Base(tuple(named), index.manifest.embedding_dim, index.projection, files)
+    return Base(tuple(named), index.manifest.embedding_dim, index.projection, store)
 
 
 def search(
@@ -366,7 +366,7 @@ def job_of(
         imputed=options.imputed == "include",
         cosine=options.metric == "cosine",
         block_bytes=options.block_mb * 2**20,
-        storage=base.storage,
+        store=base.store,
     )
     if options.method == "scan" or job.cosine or not queries:
         return job

@@ -270,7 +270,7 @@ def described(
 
 def _comparison(base: Base, files: Iterable[DataFile], options: RetrievalSettings) -> Comparison:
     by_number = {file.number: file for file in files}
-    return Comparison(by_number, base.dimension, options.metric == "cosine", options.block_mb * 2**20, base.storage)
+    return Comparison(by_number, base.dimension, options.metric == "cosine", options.block_mb * 2**20, base.store)
 
 
 def _best(found: Sequence[Near], k: NDArray[np.int64], places: Sequence[Place], group: str | None) -> Near:

@@ -16,11 +16,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from cbmir_spark.config import StorageSettings
 from cbmir_spark.index.vector_files import DataFile, OpenFiles, Place, Read, VectorFile
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.retrieval import kernel, tasks
 from cbmir_spark.retrieval.tasks import Job, Share
+from cbmir_spark.storage import ObjectStore
 
 # A component of a vector of length one is at most 1, so sums of fewer than 2¹⁹ frames fit into 64 bits.
 _STEP = 2.0**-44
@@ -110,7 +110,7 @@ class Comparison:
     dimension: int
     cosine: bool
     block_bytes: int
-    storage: StorageSettings
+    store: ObjectStore
 
 
 # --- arrays ---
@@ -173,7 +173,7 @@ def parts(
     held: dict[Key, Part] = {}
     read = Read()
     for share in shares:
-        with VectorFile(share.file, job.storage) as file:
+        with VectorFile(share.file, job.store) as file:
             for row_groups in file.portions(share.part, share.of, height):
                 rows = file.table(row_groups, columns)
                 where = tasks.places_of(file, share.file.number, row_groups)
@@ -290,7 +290,7 @@ def ranked(queries: Sequence[Compared], job: Comparison) -> Ranked:
     Memory: the frames of a query and of one other volume, and up to `block_bytes` of volumes that were read before.
     """
     hits: list[tuple[int, float, NDArray[np.int32]]] = []
-    with OpenFiles(job.files, job.storage) as files:
+    with OpenFiles(job.files, job.store) as files:
         volumes = _Volumes(job, files)
         for each in queries:
             own = volumes.vectors(each.own)

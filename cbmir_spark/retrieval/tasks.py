@@ -14,13 +14,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from cbmir_spark.config import StorageSettings
 from cbmir_spark.index.vector_files import DataFile, OpenFiles, Place, Read, VectorFile
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import schemas
 from cbmir_spark.retrieval import bounds, kernel
 from cbmir_spark.retrieval.bounds import Bounds, Left, Points
 from cbmir_spark.retrieval.query import Within
+from cbmir_spark.storage import ObjectStore
 
 # (3, n) the number of its file, the row group there and the row in that of each of n rows of FEATURES.
 Places = NDArray[np.int32]
@@ -85,7 +85,7 @@ class Job:
     imputed: bool
     cosine: bool
     block_bytes: int
-    storage: StorageSettings
+    store: ObjectStore
     points: Points | None = None
     """The queries' projections, and how far those are from orthonormal, where the bound is to be tried."""
     defect: float = 0.0
@@ -137,7 +137,7 @@ def bounded(shares: Sequence[Share], job: Job) -> Bounded | Found:
     taken = 0
     places: list[Places] = [np.empty((3, 0), dtype=np.int32)]
     for share in shares:
-        with VectorFile(share.file, job.storage) as file:
+        with VectorFile(share.file, job.store) as file:
             for row_groups in file.portions(share.part, share.of, _ROWS_AT_ONCE, 0 if taken else _ROWS_AT_FIRST):
                 rows = file.table(row_groups, (cols.RESIDUAL_NORM, *job.columns()))
                 coordinates = file.vectors(cols.PROJECTION, row_groups, directions)
@@ -184,7 +184,7 @@ def measured(wanted: Wanted, job: Job) -> Found:
     turn = np.arange(len(left.query)) - np.repeat(begins, np.diff(begins, append=len(left.query)))
     turn //= job.k[left.query]
     best = left.take(np.empty(0, dtype=np.int64))
-    with OpenFiles(wanted.files, job.storage) as files:
+    with OpenFiles(wanted.files, job.store) as files:
         first, last = 0, _FIRST_TURNS
         while first <= turn.max(initial=-1):
             due = (turn >= first) & (turn < last) & (left.lower <= limit[left.query])
@@ -288,7 +288,7 @@ def _blocks(share: Share, job: Job) -> Iterator[tuple[NDArray[np.float32], pa.Ta
     buffer = np.empty((0, dimension), dtype=np.float32)
     # The kernel puts groups side by side in a copy, and makes vectors one long in float64.
     height = max(1, job.block_bytes // 2 // ((24 if job.cosine else 8) * dimension))
-    with VectorFile(share.file, job.storage) as file:
+    with VectorFile(share.file, job.store) as file:
         for row_groups in file.portions(share.part, share.of, height):
             before = file.read
             count = sum(file.rows_of(number) for number in row_groups)

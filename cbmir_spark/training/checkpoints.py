@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import safetensors.torch
 
 from cbmir_spark import storage
-from cbmir_spark.config import StorageSettings
+from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training.loop import Checkpoint
 
 _KEPT = 2
@@ -25,13 +25,13 @@ class Folder:
     """The checkpoints of one training, below a folder of their own; written by its first process alone."""
 
     uri: str
-    storage: StorageSettings
+    store: ObjectStore
     every: int
 
     def newest(self) -> Checkpoint | None:
         """The last good one; None where there is none."""
         for name in reversed(self._names()):
-            content = storage.read_bytes(storage.join(self.uri, name), self.storage)
+            content = self.store.read_bytes(storage.join(self.uri, name))
             if hashlib.sha256(content).hexdigest() != name.removesuffix(_SUFFIX).partition("-")[2]:
                 continue
             with suppress(safetensors.SafetensorError, ValueError, KeyError, TypeError):
@@ -45,16 +45,16 @@ class Folder:
         content = safetensors.torch.save(tensors, metadata={_POSITION: json.dumps(dict(checkpoint.position))})
         digest = hashlib.sha256(content).hexdigest()
         name = f"{checkpoint.position['steps']:012d}-{digest}{_SUFFIX}"
-        storage.write_bytes(storage.join(self.uri, name), content, self.storage)
+        self.store.write_bytes(storage.join(self.uri, name), content)
         for old in self._names()[:-_KEPT]:
-            storage.delete(storage.join(self.uri, old), self.storage)
+            self.store.delete(storage.join(self.uri, old))
 
     def clear(self) -> None:
-        storage.delete_folder(self.uri, self.storage)
+        self.store.delete_folder(self.uri)
 
     def _names(self) -> list[str]:
         try:
-            _, found = storage.list_folder(self.uri, self.storage)
+            _, found = self.store.list_folder(self.uri)
         except FileNotFoundError:
             return []
         return sorted(each.uri.rpartition("/")[2] for each in found if each.uri.endswith(_SUFFIX))

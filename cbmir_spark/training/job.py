@@ -33,6 +33,7 @@ from cbmir_spark.models import registry, tracking
 from cbmir_spark.models.artifact import save
 from cbmir_spark.models.networks import Network, build, preset_of
 from cbmir_spark.models.projection import Projection
+from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training import checkpoints, loader, run_log
 from cbmir_spark.training import snapshot as snapshots
 from cbmir_spark.training.allocator import memory_kept
@@ -86,7 +87,7 @@ def run(
     pinned = publication.require_published(spark, lake)
     with record.stage("snapshot"):
         snapshot = snapshots.snapshot(
-            spark, lake, pinned, settings.dataset, settings.storage, settings.privacy.burned_in
+            spark, lake, pinned, settings.dataset, ObjectStore(settings.storage), settings.privacy.burned_in
         )
     fitting = Fitting(
         optimiser=recipe.optimiser,
@@ -173,7 +174,7 @@ def run(
             standing = _ranked_anew(incumbent, snapshot, job) if incumbent is not None else None
         with record.stage("register"):
             version = registry.register(mlflow, settings, run_id, model, saved)
-            promotion = registry.promote(mlflow, settings, version, ranking, incumbent, standing)
+            promotion = registry.promote(mlflow, settings, version, _map_of(ranking), incumbent, _map_of(standing))
         if history.resumed is not None:
             mlflow.set_tag("resumed_from_step", str(history.resumed))
         mlflow.log_metrics({f"{stage}_seconds": value for stage, value in record.seconds.items()})
@@ -298,7 +299,9 @@ def _same_course(job: Mapping[str, Any]) -> str:
 
 
 def _checkpoints(job: Mapping[str, Any]) -> checkpoints.Folder:
-    return checkpoints.Folder(job["checkpoints"], StorageSettings(**job["storage"]), job["checkpoint_steps"] or 0)
+    return checkpoints.Folder(
+        job["checkpoints"], ObjectStore(StorageSettings(**job["storage"])), job["checkpoint_steps"] or 0
+    )
 
 
 def _fit_here(
@@ -329,7 +332,7 @@ def _loader(
     return loader.Loader(
         snapshot,
         split,
-        StorageSettings(**job["storage"]),
+        ObjectStore(StorageSettings(**job["storage"])),
         batch_size=job["batch_size"],
         seed=job["data_seed"],
         shuffle=shuffle,
@@ -384,3 +387,7 @@ def _cause(text: str) -> tuple[str, bool]:
     errors = re.findall(r"^(?:\[rank\d+\]:\s*)?(\w[\w.]*(?:Error|Exception): .+)$", text, flags=re.MULTILINE)
     lines = text.strip().splitlines() or ["no output"]
     return f"a training process failed: {(own or errors or lines)[-1].strip()}", bool(own)
+
+
+def _map_of(ranking: RankingFigures | None) -> float | None:
+    return None if ranking is None else ranking.mean_average_precision

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from cbmir_spark import storage
-from cbmir_spark.config import StorageSettings
 from cbmir_spark.errors import TrainingError
 from cbmir_spark.lake import columns as cols
+from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training.loop import Batch
 from cbmir_spark.training.manifest import TARGET, Snapshot
 
@@ -48,7 +48,7 @@ class Loader:
         self,
         snapshot: Snapshot,
         split: str,
-        storage_settings: StorageSettings,
+        store: ObjectStore,
         *,
         batch_size: int,
         seed: int,
@@ -75,7 +75,7 @@ class Loader:
         self._own = range(rank * each, (rank + 1) * each)
         self.rows = sum(shares[shard] for shard in self._own)
         self._files = [storage.join(snapshot.uri, file.path) for file in files]
-        self._storage = storage_settings
+        self._store = store
         self._seed, self._shuffle = seed, shuffle
 
     def span(self, step: int) -> tuple[int, int]:
@@ -111,7 +111,7 @@ class Loader:
                 yield part
 
     def _row_groups(self, epoch: int, shard: int) -> Generator[RowGroup, None, None]:
-        urls, filesystem = _petastorm_place(self._files, self._storage)
+        urls, filesystem = _petastorm_place(self._files, self._store)
         reader = make_batch_reader(
             urls,
             schema_fields=[f"^{TARGET}$", f"^{cols.PIXELS_COLUMN}$"],
@@ -185,7 +185,7 @@ def _epoch_seed(seed: int, epoch: int) -> int:
     return 1 + int.from_bytes(hashlib.sha256(f"{seed}:{epoch}".encode()).digest()[:4], "big") // 2
 
 
-def _petastorm_place(uris: Sequence[str], settings: StorageSettings) -> tuple[list[str], Any]:
+def _petastorm_place(uris: Sequence[str], store: ObjectStore) -> tuple[list[str], Any]:
     """The URLs, and the file system where Petastorm cannot find it by itself."""
     if all(storage.is_local(uri) for uri in uris):
         return list(uris), None
@@ -194,5 +194,5 @@ def _petastorm_place(uris: Sequence[str], settings: StorageSettings) -> tuple[li
         # Only pyarrow's old file systems select the old reader, which is the one that Petastorm knows.
         from pyarrow.filesystem import S3FSWrapper
 
-        wrapped = S3FSWrapper(storage.file_system(settings))
+        wrapped = S3FSWrapper(store.file_system())
     return [uri.replace("s3a://", "s3://", 1) for uri in uris], wrapped

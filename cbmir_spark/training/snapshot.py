@@ -19,13 +19,14 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from cbmir_spark import storage
-from cbmir_spark.config import Choice, DatasetSettings, StorageSettings
+from cbmir_spark.config import Choice, DatasetSettings
 from cbmir_spark.errors import TrainingError
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, schemas
 from cbmir_spark.lake.lake import Lake
 from cbmir_spark.lake.publication import Published
 from cbmir_spark.models.artifact import UNKNOWN, LabelKind
+from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training.manifest import (
     FORMAT,
     IMAGES,
@@ -88,7 +89,7 @@ def snapshot(
     lake: Lake,
     pinned: Published,
     settings: DatasetSettings,
-    storage_settings: StorageSettings,
+    store: ObjectStore,
     burned_in: Choice = "exclude",
 ) -> Snapshot:
     """The snapshot of the pinned versions, written unless the same rows were written before.
@@ -135,8 +136,8 @@ def snapshot(
     digest = _digest(chosen, settings, classes, pinned.preprocessing)
     uri = storage.join(lake.snapshots(), digest)
     manifest = storage.join(uri, MANIFEST)
-    if storage.kind(manifest, storage_settings) == "file":
-        return Snapshot.from_json(storage.read_bytes(manifest, storage_settings), uri)
+    if store.kind(manifest) == "file":
+        return Snapshot.from_json(store.read_bytes(manifest), uri)
     patients_of = kept.groupby(LABEL)[cols.PATIENT_ID].nunique()
     written = Snapshot(
         format=FORMAT,
@@ -156,9 +157,9 @@ def snapshot(
         lonely=tuple(str(label) for label, n in patients_of.items() if n == 1),
         left_out=left_out,
         versions={"sources": pinned.sources, "tags": pinned.tags, "pixels": pinned.pixels},
-        files=write_files(chosen, uri, rows, classes, settings.rows_per_group, storage_settings),
+        files=write_files(chosen, uri, rows, classes, settings.rows_per_group, store),
     )
-    storage.write_bytes(manifest, written.to_json().encode(), storage_settings)
+    store.write_bytes(manifest, written.to_json().encode())
     return written
 
 

@@ -12,8 +12,8 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from cbmir_spark import storage
-from cbmir_spark.config import StorageSettings
 from cbmir_spark.lake import columns as cols
+from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training.manifest import (
     GROUPS_PER_FILE,
     KEY,
@@ -30,9 +30,7 @@ from cbmir_spark.training.manifest import (
 )
 
 
-def erase(
-    uri: str, lost: Callable[[DataFrame], DataFrame], spark: SparkSession, settings: StorageSettings
-) -> tuple[int, int]:
+def erase(uri: str, lost: Callable[[DataFrame], DataFrame], spark: SparkSession, store: ObjectStore) -> tuple[int, int]:
     """Take frames out of the snapshot in folder `uri`: rows that went, and files that held them.
 
     `lost` picks them by their ids. Tasks write the files that hold such frames again under new names, the manifest then
@@ -40,7 +38,7 @@ def erase(
     whole. Snapshots from before series and study were written to them are known by image and patient alone.
     """
     manifest = storage.join(uri, MANIFEST)
-    snapshot = Snapshot.from_json(storage.read_bytes(manifest, settings), uri)
+    snapshot = Snapshot.from_json(store.read_bytes(manifest), uri)
     split_of = {file.path: split for split, files in snapshot.files.items() for file in files}
     rows, written = 0, {}
     if split_of:
@@ -50,7 +48,7 @@ def erase(
         images_of = (
             lost(frames.select(*ids, place)).groupBy(_PATH).agg(F.collect_set(cols.IMAGE_ID).alias(cols.IMAGE_ID))
         )
-        done = images_of.mapInArrow(_eraser(uri, settings), _ERASED)
+        done = images_of.mapInArrow(_eraser(uri, store), _ERASED)
         written = {row[_PATH]: row for row in done.collect()}
     if written:
         images = {split: dict(counts) for split, counts in snapshot.images.items()}
@@ -71,10 +69,10 @@ def erase(
             uris = [storage.join(uri, file.path) for file in kept]
             patients[split] = spark.read.parquet(*uris).select(cols.PATIENT_ID).distinct().count() if uris else 0
         snapshot = replace(snapshot, images=images, patients=patients, files=files)
-        storage.write_bytes(manifest, snapshot.to_json().encode(), settings)
+        store.write_bytes(manifest, snapshot.to_json().encode())
     named = {storage.join(uri, file.path) for files in snapshot.files.values() for file in files} | {manifest}
-    for left in [found.uri for found in storage.list_objects(uri, settings) if found.uri not in named]:
-        storage.delete(left, settings)
+    for left in [found.uri for found in store.list_objects(uri) if found.uri not in named]:
+        store.delete(left)
     return rows, len(written)
 
 
@@ -82,13 +80,13 @@ _PATH = "path"
 _ERASED = f"{_PATH} string, made string, groups array<int>, sha256 string, lost map<string, int>"
 
 
-def _eraser(uri: str, settings: StorageSettings) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
+def _eraser(uri: str, store: ObjectStore) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
     """Per task: files and the images to leave out of each → what was written in their place, a row for each file."""
 
     def erase_from(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
             for path, images in zip(batch[_PATH].to_pylist(), batch[cols.IMAGE_ID].to_pylist(), strict=True):
-                old = pq.ParquetFile(pa.BufferReader(storage.read_bytes(storage.join(uri, path), settings)))
+                old = pq.ParquetFile(pa.BufferReader(store.read_bytes(storage.join(uri, path))))
                 file = _File()
                 lost: Counter[str] = Counter()
                 for number in range(old.num_row_groups):
@@ -99,7 +97,7 @@ def _eraser(uri: str, settings: StorageSettings) -> Callable[[Iterable[pa.Record
                 stem = path.removesuffix(".parquet")
                 base, _, times = stem.partition("-erased-")
                 made = f"{base}-erased-{int(times or 0) + 1}.parquet"
-                groups, sha256 = file.close(storage.join(uri, made), settings)
+                groups, sha256 = file.close(storage.join(uri, made), store)
                 yield pa.RecordBatch.from_arrays(
                     [
                         pa.array([path]),
@@ -120,7 +118,7 @@ def write_files(
     rows: Mapping[str, int],
     classes: Sequence[str],
     rows_per_group: int,
-    settings: StorageSettings,
+    store: ObjectStore,
 ) -> dict[str, tuple[DataFile, ...]]:
     """Write all splits in one pass; a file's rows and bytes do not depend on how Spark cut its tasks."""
     groups = {name: max(-(-n // rows_per_group), min(n, LEAST_GROUPS)) for name, n in rows.items()}
@@ -130,7 +128,7 @@ def write_files(
     head = F.conv(F.substring(KEY, 1, 8), 16, 10).cast("bigint")
     part = F.coalesce(*(F.when(F.col(SPLIT) == name, F.expr(f"{count}L")) for name, count in parts.items()))
     target = F.array_position(F.array(*(F.lit(name) for name in classes)), F.col(LABEL)) - 1
-    storage.delete_folder(uri, settings)
+    store.delete_folder(uri)
     written = (
         chosen.select(
             SPLIT,
@@ -147,7 +145,7 @@ def write_files(
         .repartition(sum(parts.values()), SPLIT, PART)
         .sortWithinPartitions(SPLIT, PART, KEY)
         .mapInArrow(
-            _part_writer(uri, group_rows, settings),
+            _part_writer(uri, group_rows, store),
             f"{SPLIT} string, path string, groups array<int>, sha256 string",
         )
         .collect()
@@ -163,7 +161,7 @@ def write_files(
 
 
 def _part_writer(
-    uri: str, group_rows: Mapping[str, int], settings: StorageSettings
+    uri: str, group_rows: Mapping[str, int], store: ObjectStore
 ) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
     """Per task: sorted rows in, one Parquet file for each (split, part) out, and a row that describes it."""
 
@@ -177,14 +175,14 @@ def _part_writer(
                 while end < len(names) and names[end] == names[start]:
                     end += 1
                 if open_part is not None and open_part.name != names[start]:
-                    yield open_part.close(uri, settings)
+                    yield open_part.close(uri, store)
                     open_part = None
                 if open_part is None:
                     open_part = _Part(names[start], group_rows[names[start][0]])
                 open_part.add(batch.slice(start, end - start))
                 start = end
         if open_part is not None:
-            yield open_part.close(uri, settings)
+            yield open_part.close(uri, store)
 
     return write
 
@@ -207,13 +205,13 @@ class _File:
         self._writer.write_table(rows, row_group_size=len(rows))
         self._groups.append(len(rows))
 
-    def close(self, uri: str, settings: StorageSettings) -> tuple[list[int], str]:
+    def close(self, uri: str, store: ObjectStore) -> tuple[list[int], str]:
         """Write the file, unless it is empty; the rows of its groups and its digest."""
         if self._writer is None:
             return [], ""
         self._writer.close()
         content = self._sink.getvalue().to_pybytes()
-        storage.write_bytes(uri, content, settings)
+        store.write_bytes(uri, content)
         return self._groups, hashlib.sha256(content).hexdigest()
 
 
@@ -234,11 +232,11 @@ class _Part:
             rows = rows.slice(self._group_rows)
         self._held = rows.to_batches()
 
-    def close(self, uri: str, settings: StorageSettings) -> pa.RecordBatch:
+    def close(self, uri: str, store: ObjectStore) -> pa.RecordBatch:
         if self._held:
             self._write(pa.Table.from_batches(self._held))
         path = f"{self.name[0]}/part-{self.name[1]:05d}.parquet"
-        groups, sha256 = self._file.close(storage.join(uri, path), settings)
+        groups, sha256 = self._file.close(storage.join(uri, path), store)
         return pa.RecordBatch.from_arrays(
             [
                 pa.array([self.name[0]]),

@@ -30,6 +30,7 @@ from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import publication, schemas
 from cbmir_spark.lake.lake import Lake
 from cbmir_spark.spark import session
+from cbmir_spark.storage import ObjectStore
 from tests.benchmarks.common import REPO, SHARED, keep, tell
 
 CORES = 2
@@ -181,7 +182,9 @@ def seed(spark: SparkSession, settings: config.Settings) -> None:
     lake = Lake.of(settings)
     pinned = publication.published(spark, lake)
     assert pinned is not None
-    listing = ingest_listing.list_archive(spark, storage.canonical(str(settings.ingest.archive)), settings.storage)
+    listing = ingest_listing.list_archive(
+        spark, storage.canonical(str(settings.ingest.archive)), ObjectStore(settings.storage)
+    )
     identity = F.sha2(cols.URI, 256)
     rows = listing.select(
         "*",

@@ -47,6 +47,7 @@ from cbmir_spark.models.projection import Projection
 from cbmir_spark.retrieval import search
 from cbmir_spark.retrieval.query import Query
 from cbmir_spark.spark import session
+from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training import augment
 from tests.benchmarks.common import REPO, keep, tell
 
@@ -182,11 +183,11 @@ def store(spark: SparkSession, lake: Path, source: Path, count: int, projection:
 
 
 def base_at(spark: SparkSession, path: str, projection: Projection, files: config.StorageSettings) -> search.Base:
-    sizes = {found.uri: found.size for found in storage.list_objects(path, files)}
+    sizes = {found.uri: found.size for found in ObjectStore(files).list_objects(path)}
     named = [
         DataFile(n, uri, publication.place_of(uri), sizes[uri]) for n, uri in enumerate(delta.live_files(spark, path))
     ]
-    return search.Base(tuple(named), 4096, projection, files)
+    return search.Base(tuple(named), 4096, projection, ObjectStore(files))
 
 
 # --- the contestants: each gives (Q, K) squared distances, and its seconds by stage ---

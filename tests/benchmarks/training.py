@@ -22,6 +22,7 @@ from PIL import Image
 from cbmir_spark import config, storage
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.models import networks
+from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training import allocator, loop
 from cbmir_spark.training import loader as training_loader
 from cbmir_spark.training.manifest import FORMAT, TARGET, TEST, TRAIN, VALIDATION, DataFile, Snapshot
@@ -122,7 +123,7 @@ def bench(folder: Path, presets: Sequence[str], images: int, rounds: int, precis
     targets = np.arange(images, dtype=np.int64) % CLASSES
     snapshot = write(folder, pixels, targets)
     loader = training_loader.Loader(
-        snapshot, TRAIN, config.load(environ={}).storage, batch_size=BATCH, seed=1, shuffle=True
+        snapshot, TRAIN, ObjectStore(config.load(environ={}).storage), batch_size=BATCH, seed=1, shuffle=True
     )
     memory = InMemory(pixels, targets)
     alone = loader_alone(loader, 1 + rounds)[1:]

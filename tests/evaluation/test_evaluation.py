@@ -25,6 +25,7 @@ from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import publication, schemas
 from cbmir_spark.models import artifact, networks
 from cbmir_spark.models.projection import Projection
+from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training import metrics
 from cbmir_spark.training import snapshot as snapshots
 from cbmir_spark.training.manifest import Snapshot
@@ -208,7 +209,7 @@ def evaluated(
         patch.setattr(tiny_lake, "draw", misleading)
         lake = publish(spark, settings, IMAGES)
     pinned = publication.require_published(spark, lake)
-    snapshot = snapshots.snapshot(spark, lake, pinned, settings.dataset, settings.storage)
+    snapshot = snapshots.snapshot(spark, lake, pinned, settings.dataset, ObjectStore(settings.storage))
     torch.manual_seed(1)
     network = networks.build("alexnet-small", len(snapshot.classes)).eval()
     saved = artifact.save(
@@ -311,16 +312,16 @@ def test_classes_with_few_patients_are_told_apart(evaluated: Evaluated) -> None:
 
 def test_the_files_say_what_the_report_says(evaluated: Evaluated) -> None:
     settings, report, rows, _ = evaluated
-    document = json.loads(storage.read_bytes(report.document, settings.storage))
+    document = json.loads(ObjectStore(settings.storage).read_bytes(report.document))
     assert document["indexed"] == report.indexed == len(rows) == len(IMAGES)
     assert document["retrieval"]["none"]["mean"]["average_precision"] == report.retrieval["none"]["average_precision"]
     confusion = np.array(document["classification"]["confusion"]["counts"])
     assert confusion.sum() == document["test_images"] and np.trace(confusion) / confusion.sum() == report.accuracy
-    page = storage.read_bytes(report.page, settings.storage).decode()
+    page = ObjectStore(settings.storage).read_bytes(report.page).decode()
     assert report.model_id in page and f"{report.accuracy:.3f}" in page and page.count("data:image/png") == 2
     folder = report.page.rpartition("/")[0]
     for name in (evaluation_job.CONFUSION, evaluation_job.BY_CLASS):
-        assert storage.read_bytes(f"{folder}/{name}", settings.storage).startswith(b"\x89PNG")
+        assert ObjectStore(settings.storage).read_bytes(f"{folder}/{name}").startswith(b"\x89PNG")
 
 
 def test_a_model_of_another_lake_is_refused(spark: SparkSession, evaluated: Evaluated, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from cbmir_spark.models import artifact, networks, registry
 from cbmir_spark.models import embed as embedding
 from cbmir_spark.models.artifact import Loaded, Saved
 from cbmir_spark.models.projection import Projection
+from cbmir_spark.storage import ObjectStore
 from tests.conftest import MakeSettings
 from tests.support.tiny_lake import PREPROCESSING, Drawn, draw, pseudonym, publish
 
@@ -168,7 +169,7 @@ def test_a_model_of_other_pixels_is_refused(spark: SparkSession, indexed: Indexe
     other = save_model(tmp_path / "other", preprocessing="px9-else").manifest.model_id
     with pytest.raises(ModelError, match=f"px9-else.*{PREPROCESSING}"):
         index_job.run(spark, indexed.with_model(tmp_path / "other"))
-    assert storage.kind(indexed.lake.features(other), indexed.settings.storage) == "nothing"
+    assert ObjectStore(indexed.settings.storage).kind(indexed.lake.features(other)) == "nothing"
 
 
 def test_a_table_of_another_model_is_refused_naming_both(spark: SparkSession, indexed: Indexed, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from cbmir_spark.lake import delta, publication, schemas
 from cbmir_spark.lake.lake import Lake
 from cbmir_spark.retrieval import search
 from cbmir_spark.retrieval.query import Query
+from cbmir_spark.storage import ObjectStore
 from tests.index.test_index import save_model
 from tests.support.tiny_lake import Drawn, publish
 from tests.system.test_cluster import environment
@@ -100,7 +101,7 @@ def test_a_search_keeps_to_the_version_that_it_opened(spark: SparkSession, tmp_p
     publish(spark, settings, night(1, images=8), 1)
     index_job.run(spark, settings)
     index = index_open.open_index(spark, settings)
-    base = search.base_of(spark, index, settings.storage)
+    base = search.base_of(spark, index, ObjectStore(settings.storage))
     vectors = [np.array(row[cols.VECTOR], dtype=np.float32) for row in index.rows.limit(3).collect()]
     queries = [Query(f"q{n}", vector) for n, vector in enumerate(vectors)]
     whole = settings.retrieval.model_copy(update={"prefilter": "none", "unique": "none", "k": 50})
@@ -111,7 +112,7 @@ def test_a_search_keeps_to_the_version_that_it_opened(spark: SparkSession, tmp_p
     publish(spark, settings, night(1, images=8)[:3], 1)
     index_job.run(spark, settings)
     assert search.search(spark, base, queries, whole).hits.equals(first.hits)
-    now = search.base_of(spark, index_open.open_index(spark, settings), settings.storage)
+    now = search.base_of(spark, index_open.open_index(spark, settings), ObjectStore(settings.storage))
     assert len(search.search(spark, now, queries, whole).hits) == 3 * 15
 
 
@@ -221,7 +222,7 @@ def test_searches_beside_index_jobs_answer_from_one_version_each(spark: SparkSes
         job = start(overrides)
         while job.poll() is None:
             index = index_open.open_index(spark, settings)
-            base = search.base_of(spark, index, settings.storage)
+            base = search.base_of(spark, index, ObjectStore(settings.storage))
             vector = np.zeros(base.dimension, dtype=np.float32)
             hits = search.search(spark, base, [Query("q", vector)], whole).hits
             found = set(zip(hits.column(cols.IMAGE_ID).to_pylist(), hits.column(cols.FRAME).to_pylist(), strict=True))

@@ -22,6 +22,7 @@ from cbmir_spark.index.parquet_pages import page_values
 from cbmir_spark.index.vector_files import DataFile, Floats, OpenFiles, VectorFile
 from cbmir_spark.spark import session
 from cbmir_spark.spark.python_workers import without_archives
+from cbmir_spark.storage import ObjectStore
 
 LOCAL = StorageSettings(endpoint=None, region="us-east-1", path_style=True, attempts=2)
 PLAIN: dict[str, Any] = {"compression": "none", "use_dictionary": False, "data_page_size": 2**30}
@@ -42,7 +43,9 @@ DECODED = {
 
 
 def opened(path: Path) -> VectorFile:
-    return VectorFile(DataFile(0, storage.canonical(str(path)), ("CT", "CHEST"), path.stat().st_size), LOCAL)
+    return VectorFile(
+        DataFile(0, storage.canonical(str(path)), ("CT", "CHEST"), path.stat().st_size), ObjectStore(LOCAL)
+    )
 
 
 def written(path: Path, vectors: np.ndarray[Any, Any], how: dict[str, Any], rows: int = 7) -> None:
@@ -154,7 +157,7 @@ def test_a_few_files_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.Monk
         files[number] = DataFile(number, storage.canonical(str(path)), ("CT", "CHEST"), path.stat().st_size)
     found = np.empty((1, 8), np.float32)
     before = len(os.listdir("/proc/self/fd"))
-    with OpenFiles(files, LOCAL) as several:
+    with OpenFiles(files, ObjectStore(LOCAL)) as several:
         for number in (0, 1, 0, 2, 3, 4, 0):
             several[number].some_vectors("vector", np.array([0]), np.array([2]), found)
             assert (found == vectors[number, 2]).all()

@@ -11,6 +11,7 @@ import pytest
 from cbmir_spark import storage
 from cbmir_spark.ingest import parse
 from cbmir_spark.lake import columns as cols
+from cbmir_spark.storage import ObjectStore
 from tests.conftest import MakeSettings
 
 
@@ -18,7 +19,7 @@ from tests.conftest import MakeSettings
 def parser(make_settings: MakeSettings) -> parse.Parser:
     settings = make_settings("ingest.max_object_mb=40")
     preprocessing = parse.preprocessing_of(settings)
-    return parse.Parser(settings.storage, settings.ingest, preprocessing, {}, None)  # type: ignore[arg-type]
+    return parse.Parser(ObjectStore(settings.storage), settings.ingest, preprocessing, {}, None)  # type: ignore[arg-type]
 
 
 def listed(number: int, megabytes: float) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import pytest
 from cbmir_spark import config, storage
 from cbmir_spark.errors import Busy, EnvironmentProblem, StorageError
 from cbmir_spark.lake import lease
+from cbmir_spark.storage import ObjectStore
 from tests.storage.test_storage import Place, bucket, place, s3_settings
 from tests.support.fault_proxy import Answer, DropReply, FaultProxy, Request, each
 from tests.support.s3_server import S3Server
@@ -93,7 +94,7 @@ def held_once_free(place: Place) -> Iterator[lease.Held]:
         deadline = time.monotonic() + 30
         while True:
             try:
-                held = stack.enter_context(lease.hold(place.uri, "tables", place.settings))
+                held = stack.enter_context(lease.hold(place.uri, "tables", ObjectStore(place.settings)))
                 break
             except Busy:
                 assert time.monotonic() < deadline
@@ -102,22 +103,22 @@ def held_once_free(place: Place) -> Iterator[lease.Held]:
 
 
 def test_a_second_writer_is_told_who_holds_the_lease(place: Place) -> None:
-    with lease.hold(place.uri, "tables", place.settings) as held:
+    with lease.hold(place.uri, "tables", ObjectStore(place.settings)) as held:
         held.check()
         said = rf"process {os.getpid()} on host {re.escape(socket.gethostname())} since 20\d\d-"
-        with pytest.raises(Busy, match=said) as caught, lease.hold(place.uri, "tables", place.settings):
+        with pytest.raises(Busy, match=said) as caught, lease.hold(place.uri, "tables", ObjectStore(place.settings)):
             pass
         assert caught.value.exit_code == 75
-        with lease.hold(place.uri, "others", place.settings):
+        with lease.hold(place.uri, "others", ObjectStore(place.settings)):
             held.check()
-    with lease.hold(place.uri, "tables", place.settings) as again:
+    with lease.hold(place.uri, "tables", ObjectStore(place.settings)) as again:
         again.check()
 
 
 def test_a_lease_is_given_back_when_the_job_fails(place: Place) -> None:
-    with pytest.raises(ZeroDivisionError), lease.hold(place.uri, "tables", place.settings):
+    with pytest.raises(ZeroDivisionError), lease.hold(place.uri, "tables", ObjectStore(place.settings)):
         raise ZeroDivisionError
-    with lease.hold(place.uri, "tables", place.settings) as held:
+    with lease.hold(place.uri, "tables", ObjectStore(place.settings)) as held:
         held.check()
 
 
@@ -138,7 +139,7 @@ def test_of_racing_processes_one_holds_the_lease(place: Place, rounds: int, race
 def test_a_killed_holder_frees_the_lease_at_once(place: Place) -> None:
     with jobs(2, place) as (first, second):
         assert first.goes_and_says() == "held"
-        with pytest.raises(Busy), lease.hold(place.uri, "tables", place.settings):
+        with pytest.raises(Busy), lease.hold(place.uri, "tables", ObjectStore(place.settings)):
             pass
         first.process.kill()
         # Not waited for yet: a zombie holds nothing either.
@@ -180,9 +181,9 @@ def test_a_stopped_holder_of_a_local_lease_keeps_it(tmp_path: Path) -> None:
 
 
 def test_renewal_keeps_the_lease_for_longer_than_it_lasts(bucket: Place) -> None:
-    with lease.hold(bucket.uri, "tables", bucket.settings, seconds=1.0):
+    with lease.hold(bucket.uri, "tables", ObjectStore(bucket.settings), seconds=1.0):
         time.sleep(1.0 + 5.0)
-        with pytest.raises(Busy), lease.hold(bucket.uri, "tables", bucket.settings):
+        with pytest.raises(Busy), lease.hold(bucket.uri, "tables", ObjectStore(bucket.settings)):
             pass
 
 
@@ -191,26 +192,29 @@ def test_a_holder_elsewhere_is_waited_for_until_its_lease_runs_out(bucket: Place
     uri = f"{bucket.uri}/leases/tables.json"
     gone = lease._Holder.this_process(2.0)
     elsewhere = json.loads(gone.to_json()) | {"system": "another boot pid:[1]", "pid": 2**30}
-    storage.write_bytes(uri, json.dumps(elsewhere).encode(), bucket.settings)
-    with pytest.raises(Busy), lease.hold(bucket.uri, "tables", bucket.settings):
+    ObjectStore(bucket.settings).write_bytes(uri, json.dumps(elsewhere).encode())
+    with pytest.raises(Busy), lease.hold(bucket.uri, "tables", ObjectStore(bucket.settings)):
         pass
     # The same process id, given to another process since.
     here = json.loads(gone.to_json()) | {"started": "1"}
-    storage.write_bytes(uri, json.dumps(here).encode(), bucket.settings)
-    with lease.hold(bucket.uri, "tables", bucket.settings) as held:
+    ObjectStore(bucket.settings).write_bytes(uri, json.dumps(here).encode())
+    with lease.hold(bucket.uri, "tables", ObjectStore(bucket.settings)) as held:
         held.check()
-    storage.write_bytes(uri, json.dumps(elsewhere).encode(), bucket.settings)
+    ObjectStore(bucket.settings).write_bytes(uri, json.dumps(elsewhere).encode())
     with held_once_free(bucket) as held:
         held.check()
-    storage.write_bytes(uri, b"not JSON", bucket.settings)
-    with pytest.raises(Busy, match="held by another job"), lease.hold(bucket.uri, "tables", bucket.settings):
+    ObjectStore(bucket.settings).write_bytes(uri, b"not JSON")
+    with (
+        pytest.raises(Busy, match="held by another job"),
+        lease.hold(bucket.uri, "tables", ObjectStore(bucket.settings)),
+    ):
         pass
 
 
 def test_lost_replies_and_short_outages_lose_no_lease(s3: S3Server, bucket: Place) -> None:
     with FaultProxy(s3.host, s3.port, [each("PUT", "leases/tables", DropReply(), times=2)]) as proxy:
         settings = s3_settings(proxy.endpoint, attempts=3)
-        with lease.hold(bucket.uri, "tables", settings) as held:
+        with lease.hold(bucket.uri, "tables", ObjectStore(settings)) as held:
             held.check()
             assert len(proxy.faults()) == 2
 
@@ -223,7 +227,7 @@ def test_lost_replies_and_short_outages_lose_no_lease(s3: S3Server, bucket: Plac
                 held.check()
             proxy.rules.clear()
             held.check()
-        with lease.hold(bucket.uri, "tables", settings) as held:
+        with lease.hold(bucket.uri, "tables", ObjectStore(settings)) as held:
             held.check()
 
 
@@ -236,14 +240,14 @@ def test_a_server_that_ignores_conditions_is_refused(s3: S3Server, bucket: Place
     with (
         FaultProxy(s3.host, s3.port, [ignore]) as proxy,
         pytest.raises(EnvironmentProblem, match="ignores conditional writes"),
-        lease.hold(bucket.uri, "tables", s3_settings(proxy.endpoint)),
+        lease.hold(bucket.uri, "tables", ObjectStore(s3_settings(proxy.endpoint))),
     ):
         pass
 
 
 def test_a_removed_lock_file_is_noticed(tmp_path: Path) -> None:
     here = Place(storage.canonical(str(tmp_path)), config.load(environ={}).storage)
-    with lease.hold(here.uri, "tables", here.settings) as held:
+    with lease.hold(here.uri, "tables", ObjectStore(here.settings)) as held:
         (tmp_path / "leases/tables.lock").unlink()
         with pytest.raises(Busy, match="was removed"):
             held.check()

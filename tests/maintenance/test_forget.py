@@ -30,6 +30,7 @@ from cbmir_spark.maintenance import forget
 from cbmir_spark.maintenance.forget import Request
 from cbmir_spark.retrieval import csv_export, resolve
 from cbmir_spark.retrieval import job as retrieval_job
+from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training import loader as training_loader
 from cbmir_spark.training import snapshot as snapshots
 from cbmir_spark.training import snapshot_files
@@ -89,7 +90,7 @@ def prepared(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
     delta.ensure(spark, schemas.FEATURES, other)
     delta.append(delta.read(spark, indexed.table), schemas.FEATURES, other)
     pinned = publication.require_published(spark, lake)
-    snapshot = snapshots.snapshot(spark, lake, pinned, settings.dataset, settings.storage)
+    snapshot = snapshots.snapshot(spark, lake, pinned, settings.dataset, ObjectStore(settings.storage))
     unfinished = Path(storage.local_path(lake.snapshots())) / "unfinished"
     shutil.copytree(storage.local_path(snapshot.uri), unfinished)
     (unfinished / MANIFEST).unlink()
@@ -206,7 +207,7 @@ def test_a_forgotten_patient_leaves_no_byte_and_nobody_else_loses_a_row(
     assert sum(sum(counts.values()) for counts in snapshot.images.values()) == len(IMAGES) - 3
     assert sum(snapshot.patients.values()) == 5
     for split in (TRAIN, TEST):
-        loader = training_loader.Loader(snapshot, split, settings.storage, batch_size=4, seed=1)
+        loader = training_loader.Loader(snapshot, split, ObjectStore(settings.storage), batch_size=4, seed=1)
         assert sum(len(targets) for _, targets in loader.epoch(1)) == snapshot.rows(split)
     page = next(Path(storage.local_path(lake.uri)).glob("results/*/gallery.html")).read_text()
     assert page == forget.NOTE
@@ -293,7 +294,7 @@ def test_what_cannot_be_understood_is_refused_without_being_repeated(
     settings = _copied(prepared, tmp_path)
     listed = tmp_path / "list.csv"
     listed.write_text("kind,identifier\npatient,ID 1\n\npseudonym,image:" + "0a" * 16 + '\nstudy,"1.2,3"\n')
-    found = forget.read_list(str(listed), settings.storage)
+    found = forget.read_list(str(listed), ObjectStore(settings.storage))
     assert [(each.kind, each.value) for each in found] == [
         ("patient", "ID 1"),
         ("pseudonym", "image:" + "0a" * 16),
@@ -309,7 +310,7 @@ def test_what_cannot_be_understood_is_refused_without_being_repeated(
     ]:
         listed.write_text(text)
         with pytest.raises(InputError, match=said) as refused:
-            forget.read_list(str(listed), settings.storage)
+            forget.read_list(str(listed), ObjectStore(settings.storage))
         assert "SECRET" not in str(refused.value)
     lake = Lake.of(settings)
     for request, said in [
@@ -404,7 +405,12 @@ def test_ingest_keeps_identities_while_there_are_images_and_nothing_of_the_forgo
     assert [row[cols.PATIENT_ID] for row in tags] == [names.patient("MRN-CORRECTED")]
     assert ("patient", "MRN-1") not in identities()
     parser = parse.Parser(
-        settings.storage, settings.ingest, parse.preprocessing_of(settings), {}, names, identity.tombstones(spark, lake)
+        ObjectStore(settings.storage),
+        settings.ingest,
+        parse.preprocessing_of(settings),
+        {},
+        names,
+        identity.tombstones(spark, lake),
     )
     reader = resolve.Reader("", (storage.canonical(str(archive)),), parser, frozenset())
     asked = resolve.read_uri(storage.canonical(str(archive / "0.dcm")), None, False, reader)
@@ -454,16 +460,16 @@ def test_a_page_of_answers_that_do_not_say_what_was_asked_goes_if_it_is_older(
 
     mask = forget.belonging([("image", "a" * 32), ("patient", "e" * 32)])
     kept = {"old": "pictures", "new": "pictures", "of the forgotten": "pictures", "run": "figures"}
-    rows, gone = forget._results(lake, forget.belonging([]), 0.0, files)
+    rows, gone = forget._results(lake, forget.belonging([]), 0.0, ObjectStore(files))
     assert (rows.rows, gone.files, pages()) == (0, 0, kept)
     # Killed before a single row is dropped, it has made the CSV files anew: by the rows it would be found again.
     with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
         killed.setattr(forget, "_drop", _killed)
-        forget._results(lake, mask, 0.0, files)
+        forget._results(lake, mask, 0.0, ObjectStore(files))
     sheet = (tmp_path / "results" / "of the forgotten" / "csv" / "hits-00000.csv").read_text()
     assert '"r"' in sheet and '"q"' not in sheet
     (tmp_path / "results" / "of the forgotten" / "gallery.html").write_text("pictures")
-    rows, gone = forget._results(lake, mask, 0.0, files)
+    rows, gone = forget._results(lake, mask, 0.0, ObjectStore(files))
     assert (rows.rows, rows.files, gone.files) == (3, 3, 3)
     for name, left in (("new", ['"q"', '"r"']), ("of the forgotten", ['"r"'])):
         for sheet in (tmp_path / "results" / name / "csv").iterdir():
@@ -476,7 +482,7 @@ def test_a_page_of_answers_that_do_not_say_what_was_asked_goes_if_it_is_older(
         assert pq.read_table(folder / "part-00000.parquet")[cols.QUERY_ID].to_pylist() == ["r"]
         assert not (folder / ".part-00000.parquet.crc").exists()
     # The tombstone is newer than a page that may have shown anything.
-    rows, gone = forget._results(lake, mask, time.time() + 60, files)
+    rows, gone = forget._results(lake, mask, time.time() + 60, ObjectStore(files))
     assert (rows.rows, gone.files) == (0, 1)
     assert pages() == kept | {"of the forgotten": forget.NOTE, "old": forget.NOTE}
-    assert forget._results(lake, mask, time.time() + 60, files) == (forget.Gone(), forget.Gone())
+    assert forget._results(lake, mask, time.time() + 60, ObjectStore(files)) == (forget.Gone(), forget.Gone())

@@ -24,7 +24,6 @@ from cbmir_spark.models import registry, tracking
 from cbmir_spark.training import job as training_job
 from cbmir_spark.training import run_log
 from cbmir_spark.training.job import TrainingReport
-from cbmir_spark.training.metrics import RankingFigures
 from tests.support import mlflow_server
 from tests.support.tiny_lake import Drawn, publish
 from tests.system.test_cluster import environment
@@ -95,8 +94,7 @@ def test_the_alias_stays_for_a_worse_model_and_moves_for_a_better_one(
     assert standing is not None and standing.version == "1"
     for reached, holder in ((0.5, "1"), (0.95, "2")):
         with tracking.mlflow_at(tracking.tracking_of(settings, Lake.of(settings))) as mlflow:
-            challenger, defender = (RankingFigures(9, 0, 0.5, 0.5, value, 0.5) for value in (reached, 0.9))
-            registry.promote(mlflow, settings, "2", challenger, standing, defender)
+            registry.promote(mlflow, settings, "2", reached, standing, 0.9)
         assert str(client.get_model_version_by_alias("cbmir", registry.CANDIDATE).version) == holder
 
 

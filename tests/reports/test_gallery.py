@@ -22,6 +22,7 @@ from cbmir_spark.lake import schemas
 from cbmir_spark.lake.lake import Lake
 from cbmir_spark.reports import gallery
 from cbmir_spark.reports import page as reports_page
+from cbmir_spark.storage import ObjectStore
 from tests.support.tiny_lake import Drawn, draw, pseudonym, publish
 
 RUN = "document.documentElement.setAttribute('data-ran','yes')"
@@ -217,7 +218,7 @@ def test_the_gallery_reads_the_shown_pictures_and_withholds_the_rest(
     asked = [gallery.Asked("q000", image_id=pseudonym("query"))]
     uri = gallery.gallery(spark, settings, results, asked, {"model": "m-1"})
     assert uri == f"{results}/gallery.html"
-    page = storage.read_bytes(uri, settings.storage).decode("utf-8")
+    page = ObjectStore(settings.storage).read_bytes(uri).decode("utf-8")
     seen = _Seen(page)
     expected = [
         gallery.thumbnail(draw(image, 0).tobytes(), side)
@@ -232,7 +233,7 @@ def test_the_gallery_reads_the_shown_pictures_and_withholds_the_rest(
     assert held_back[pseudonym("burned"), 0].pixels is None and held_back[pseudonym("burned"), 0].withheld
     assert held_back[pseudonym("plain"), 0].pixels == draw(IMAGES[0], 0).tobytes()
     included = settings.model_copy(update={"privacy": settings.privacy.model_copy(update={"burned_in": "include"})})
-    page = storage.read_bytes(gallery.gallery(spark, included, results, asked), settings.storage).decode("utf-8")
+    page = ObjectStore(settings.storage).read_bytes(gallery.gallery(spark, included, results, asked)).decode("utf-8")
     assert "0 withheld" in _Seen(page).text or "withheld" not in _Seen(page).text
     assert len(_Seen(page).sources) == 6
 
@@ -246,7 +247,7 @@ def test_a_query_that_is_no_image_of_the_lake_brings_its_own_picture(
         gallery.Asked("q000", pixels=own, modality="CT", body_part="HEAD", age_years=3.0, text_risk=False),
         gallery.Asked("q001", pixels=own, modality="US", body_part="LIVER"),
     ]
-    page = storage.read_bytes(gallery.gallery(spark, settings, results, asked), settings.storage).decode("utf-8")
+    page = ObjectStore(settings.storage).read_bytes(gallery.gallery(spark, settings, results, asked)).decode("utf-8")
     seen = _Seen(page)
     assert "The first 3 of 5 queries" in " ".join(seen.text.split())
     assert "q001" in seen.text and "q003" not in seen.text
@@ -258,10 +259,10 @@ def test_long_answers_are_cut_and_empty_ones_are_a_page_too(
     spark: SparkSession, settings: config.Settings, tmp_path: Path
 ) -> None:
     many = write_results(tmp_path / "many", ["plain"] * (gallery.SHOWN_HITS + 5))
-    page = storage.read_bytes(gallery.gallery(spark, settings, many), settings.storage).decode("utf-8")
+    page = ObjectStore(settings.storage).read_bytes(gallery.gallery(spark, settings, many)).decode("utf-8")
     assert page.count('title="Euclidean distance"') == gallery.SHOWN_HITS and "no picture kept" in page
     none = write_results(tmp_path / "none", [], queries=0)
-    page = storage.read_bytes(gallery.gallery(spark, settings, none), settings.storage).decode("utf-8")
+    page = ObjectStore(settings.storage).read_bytes(gallery.gallery(spark, settings, none)).decode("utf-8")
     assert "the file is not there" in page
 
 

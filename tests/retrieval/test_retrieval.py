@@ -36,6 +36,7 @@ from cbmir_spark.retrieval import job as retrieval_job
 from cbmir_spark.retrieval import plan, search
 from cbmir_spark.retrieval.query import Answered, Query, Status, Wanted
 from cbmir_spark.retrieval.query_list import QueryList, read_queries
+from cbmir_spark.storage import ObjectStore
 from tests.conftest import MakeSettings
 from tests.index.test_index import save_model
 from tests.reports.test_gallery import CHROMIUM, RUN, dom_in_browser
@@ -94,7 +95,7 @@ ID = "0" * 32
 def read(tmp_path: Path, text: str | bytes, name: str = "q.csv") -> QueryList:
     path = tmp_path / name
     path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return read_queries(str(path), config.load(environ={}).storage)
+    return read_queries(str(path), ObjectStore(config.load(environ={}).storage))
 
 
 def test_a_list_keeps_every_row_good_or_bad(tmp_path: Path) -> None:
@@ -157,7 +158,7 @@ def test_a_parquet_list_may_hold_numbers(tmp_path: Path) -> None:
     path = tmp_path / "q.parquet"
     table = pa.table({"query_id": [1, 2], "image_id": [ID, None], "frame": [3, None], "uri": [None, "a.dcm"]})
     pa.parquet.write_table(table, path)
-    found = read_queries(str(path), config.load(environ={}).storage)
+    found = read_queries(str(path), ObjectStore(config.load(environ={}).storage))
     assert found.rows == (Wanted("1", "image_id", ID, 3), Wanted("2", "uri", "a.dcm", None))
 
 
@@ -181,7 +182,7 @@ def test_a_list_that_cannot_be_used_is_refused_in_one_line(tmp_path: Path, text:
 
 def test_a_list_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="No such file"):
-        read_queries(str(tmp_path / "none.csv"), config.load(environ={}).storage)
+        read_queries(str(tmp_path / "none.csv"), ObjectStore(config.load(environ={}).storage))
 
 
 # --- the job, on real files ---
@@ -293,7 +294,7 @@ def test_a_list_of_files_ids_and_mistakes_is_answered_row_by_row(
     assert report.partitions_searched == report.partitions > 1
     assert report.files_read == report.files and 0 < report.bytes_read < 2 * report.bytes
     assert report.gallery is not None
-    assert storage.kind(report.gallery, archive.storage) == "file"
+    assert ObjectStore(archive.storage).kind(report.gallery) == "file"
     runs = delta.read(spark, Lake.of(archive).path(schemas.RUNS)).where("job = 'retrieve'").collect()
     assert runs[-1]["counts"]["bad_row"] == 5
 
@@ -312,11 +313,11 @@ def test_a_list_without_rows_has_an_answer_without_rows(spark: SparkSession, arc
 def test_the_index_lies_so_that_vectors_are_read_by_their_place(spark: SparkSession, archive: Settings) -> None:
     index = index_open.open_index(spark, archive)
     dimensions = {cols.VECTOR: index.manifest.embedding_dim, cols.PROJECTION: index.manifest.projection_dim}
-    base = search.base_of(spark, index, archive.storage)
+    base = search.base_of(spark, index, ObjectStore(archive.storage))
     assert len(base.files) > 1
     for file in base.files:
         for column, dimension in dimensions.items():
-            with VectorFile(file, archive.storage) as opened:
+            with VectorFile(file, ObjectStore(archive.storage)) as opened:
                 one = np.empty((1, dimension), np.float32)
                 opened.some_vectors(column, np.array([0]), np.array([0]), one)
                 assert opened.read.bytes == 4 * dimension
@@ -375,7 +376,7 @@ def test_a_list_of_series_cannot_name_files(archive: Settings, tmp_path: Path) -
     listed = tmp_path / "queries.csv"
     listed.write_text("query_id,uri\nq,a.dcm\n")
     with pytest.raises(InputError, match="lacks column one of series_id, series_instance_uid, image_id"):
-        read_queries(str(listed), archive.storage, "series")
+        read_queries(str(listed), ObjectStore(archive.storage), "series")
 
 
 def test_a_file_that_ingest_has_read_may_be_asked_about_without_naming_its_archive(

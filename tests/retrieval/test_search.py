@@ -26,6 +26,7 @@ from cbmir_spark.lake import schemas
 from cbmir_spark.models.projection import Projection
 from cbmir_spark.retrieval import search
 from cbmir_spark.retrieval.query import Answered, Own, Query, Within
+from cbmir_spark.storage import ObjectStore
 from tests.support.fault_proxy import FaultProxy
 from tests.support.s3_server import S3Server
 from tests.support.tiny_lake import pseudonym
@@ -90,7 +91,7 @@ class Made:
                 pq.write_table(inside, file, row_group_size=rows_per_group, **WRITERS[(number + seed) % len(WRITERS)])
                 files.append((storage.canonical(str(file)), wanted, file.stat().st_size))
         listed = [DataFile(number, *each) for number, each in enumerate(files)]
-        return search.Base(tuple(listed), self.vectors.shape[1], projection, LOCAL)
+        return search.Base(tuple(listed), self.vectors.shape[1], projection, ObjectStore(LOCAL))
 
 
 def make(vectors: Floats, seed: int) -> Made:
@@ -505,7 +506,7 @@ def test_object_storage_sends_what_the_plan_names_and_nothing_else(
         before = len(s3.read(bucket))
         with FaultProxy(s3.host, s3.port) as proxy:
             far = StorageSettings(endpoint=proxy.endpoint, region="us-east-1", path_style=True, attempts=3)
-            answer = search.search(spark, replace(stored, files=files, storage=far), [query], chosen)
+            answer = search.search(spark, replace(stored, files=files, store=far), [query], chosen)
         assert answer.hits.equals(near.hits)
         assert replace(answer.scanned, bytes=0) == replace(near.scanned, bytes=0)
         named = {file.uri.removeprefix(f"s3a://{bucket}/"): file.bytes for file in files if file.place in places}

@@ -29,6 +29,7 @@ from cbmir_spark.retrieval.series_tasks import (
     whole_steps,
 )
 from cbmir_spark.retrieval.tasks import Job, Share
+from cbmir_spark.storage import ObjectStore
 from tests.retrieval.test_search import DIMENSION, LOCAL, PLACES, Made, make, options, outside, sought, with_wishes
 
 Floats = NDArray[np.float32]
@@ -227,7 +228,7 @@ def test_work_in_small_pieces_is_the_same_as_at_once(tmp_path: Path, monkeypatch
     for at_once, block_bytes in ((2048, 2**26), (3, 2**11)):
         monkeypatch.setattr(series_tasks, "_VOLUMES_AT_ONCE", at_once)
         files = {file.number: file for file in base.files}
-        comparison = Comparison(files, DIMENSION, False, block_bytes, LOCAL)
+        comparison = Comparison(files, DIMENSION, False, block_bytes, ObjectStore(LOCAL))
         merged: dict[Key, Any] = {}
         shares = [Share(file) for file in base.files]
         given = 0
@@ -252,7 +253,7 @@ def test_work_in_small_pieces_is_the_same_as_at_once(tmp_path: Path, monkeypatch
             True,
             False,
             2**20,
-            LOCAL,
+            ObjectStore(LOCAL),
         )
         near = series_tasks.nearest(volumes_there, job)
         by_key = {volume.key: volume for volume, _ in volumes_there}

@@ -17,6 +17,8 @@ import pytest
 from cbmir_spark import config, storage
 from cbmir_spark.config import StorageSettings
 from cbmir_spark.errors import AccessDenied, InputError, StorageError
+from cbmir_spark.storage import ObjectStore
+from cbmir_spark.storage import s3 as storage_s3
 from tests.support.fault_proxy import Answer, Before, CutReply, DropReply, FaultProxy, Reset, Rule, Stall, each, share
 from tests.support.s3_server import S3Server
 
@@ -33,9 +35,9 @@ def s3_settings(endpoint: str, attempts: int = 8) -> StorageSettings:
 @pytest.fixture
 def new_clients() -> Iterator[None]:
     """Clients are kept by settings; what a test does to credentials must not outlive it."""
-    storage._client_of.cache_clear()
+    storage_s3._client_of.cache_clear()
     yield
-    storage._client_of.cache_clear()
+    storage_s3._client_of.cache_clear()
 
 
 class Place(NamedTuple):
@@ -105,17 +107,17 @@ def test_only_archives_may_lie_where_hadoop_alone_reads(uri: str) -> None:
     assert storage.canonical(uri) == uri
     assert not storage.is_native(uri) and storage.is_native("s3a://b/x") and storage.is_native("file:///x")
     calls: list[Callable[[], object]] = [
-        lambda: storage.kind(uri, STORAGE),
-        lambda: storage.find(uri, STORAGE),
-        lambda: storage.read(uri, STORAGE),
-        lambda: storage.read_bytes(uri, STORAGE),
-        lambda: storage.list_folder(uri, STORAGE),
-        lambda: list(storage.list_objects(uri, STORAGE)),
-        lambda: storage.write_bytes(uri, b"", STORAGE),
-        lambda: storage.delete_folder(uri, STORAGE),
-        lambda: storage.create_if_absent(uri, b"", STORAGE),
-        lambda: storage.replace_if_match(uri, b"", "etag", STORAGE),
-        lambda: storage.seconds_old(uri, STORAGE),
+        lambda: ObjectStore(STORAGE).kind(uri),
+        lambda: ObjectStore(STORAGE).find(uri),
+        lambda: ObjectStore(STORAGE).read(uri),
+        lambda: ObjectStore(STORAGE).read_bytes(uri),
+        lambda: ObjectStore(STORAGE).list_folder(uri),
+        lambda: list(ObjectStore(STORAGE).list_objects(uri)),
+        lambda: ObjectStore(STORAGE).write_bytes(uri, b""),
+        lambda: ObjectStore(STORAGE).delete_folder(uri),
+        lambda: ObjectStore(STORAGE).create_if_absent(uri, b""),
+        lambda: ObjectStore(STORAGE).replace_if_match(uri, b"", "etag"),
+        lambda: ObjectStore(STORAGE).seconds_old(uri),
     ]
     for call in calls:
         with pytest.raises(InputError, match="only archives"):
@@ -124,49 +126,49 @@ def test_only_archives_may_lie_where_hadoop_alone_reads(uri: str) -> None:
 
 def _put(place: Place, *names: str) -> None:
     for name in names:
-        storage.write_bytes(f"{place.uri}/{name}", name.encode(), place.settings)
+        ObjectStore(place.settings).write_bytes(f"{place.uri}/{name}", name.encode())
 
 
 def test_listing_finds_hidden_and_odd_names_and_reads_them_back(place: Place) -> None:
     _put(place, *NAMES)
-    found = {o.uri: o for o in storage.list_objects(place.uri, place.settings)}
+    found = {o.uri: o for o in ObjectStore(place.settings).list_objects(place.uri)}
     assert set(found) == {f"{place.uri}/{name}" for name in NAMES}
     for name in NAMES:
         uri = f"{place.uri}/{name}"
         # Listing, reading and looking for it must say the very same, or an unchanged object is read every night.
-        assert storage.read(uri, place.settings) == (name.encode(), found[uri])
-        assert storage.find(uri, place.settings) == found[uri]
+        assert ObjectStore(place.settings).read(uri) == (name.encode(), found[uri])
+        assert ObjectStore(place.settings).find(uri) == found[uri]
         assert found[uri].size == len(name.encode())
         assert abs((datetime.now(UTC) - found[uri].modified).total_seconds()) < 60
         etag = hashlib.md5(name.encode()).hexdigest()
         assert found[uri].etag == (None if storage.is_local(uri) else etag)
-    folders, objects = storage.list_folder(place.uri, place.settings)
+    folders, objects = ObjectStore(place.settings).list_folder(place.uri)
     assert folders == [f"{place.uri}/deep"]
     assert [o.uri for o in objects] == sorted(f"{place.uri}/{name}" for name in NAMES if "/" not in name)
-    assert storage.list_folder(f"{place.uri}/deep", place.settings)[0] == [f"{place.uri}/deep/er"]
+    assert ObjectStore(place.settings).list_folder(f"{place.uri}/deep")[0] == [f"{place.uri}/deep/er"]
 
 
 def test_what_stands_at_a_location(place: Place) -> None:
     _put(place, "deep/c", "deeper/d")
     for name, kind in [("deep/c", "file"), ("deep", "folder"), ("dee", "nothing"), ("deep/c/d", "nothing")]:
-        assert storage.kind(f"{place.uri}/{name}", place.settings) == kind
-        assert (storage.find(f"{place.uri}/{name}", place.settings) is not None) == (kind == "file")
-    assert storage.kind(place.uri, place.settings) == "folder"
+        assert ObjectStore(place.settings).kind(f"{place.uri}/{name}") == kind
+        assert (ObjectStore(place.settings).find(f"{place.uri}/{name}") is not None) == (kind == "file")
+    assert ObjectStore(place.settings).kind(place.uri) == "folder"
 
 
 def test_writing_replaces_whole_objects(place: Place) -> None:
     uri = f"{place.uri}/new/object"
-    storage.write_bytes(uri, b"one", place.settings)
-    storage.write_bytes(uri, pa.py_buffer(b"two"), place.settings)
-    assert storage.read_bytes(uri, place.settings) == b"two"
-    assert [o.uri for o in storage.list_objects(place.uri, place.settings)] == [uri]
+    ObjectStore(place.settings).write_bytes(uri, b"one")
+    ObjectStore(place.settings).write_bytes(uri, pa.py_buffer(b"two"))
+    assert ObjectStore(place.settings).read_bytes(uri) == b"two"
+    assert [o.uri for o in ObjectStore(place.settings).list_objects(place.uri)] == [uri]
 
 
 def test_deleting_a_folder_leaves_its_neighbours(place: Place) -> None:
     _put(place, *NAMES, "deeper/d")
-    storage.delete_folder(f"{place.uri}/deep", place.settings)
-    storage.delete_folder(f"{place.uri}/never/was", place.settings)
-    left = {o.uri for o in storage.list_objects(place.uri, place.settings)}
+    ObjectStore(place.settings).delete_folder(f"{place.uri}/deep")
+    ObjectStore(place.settings).delete_folder(f"{place.uri}/never/was")
+    left = {o.uri for o in ObjectStore(place.settings).list_objects(place.uri)}
     assert left == {f"{place.uri}/{name}" for name in [*NAMES, "deeper/d"] if not name.startswith("deep/")}
 
 
@@ -174,7 +176,7 @@ def test_what_is_not_there_raises_without_its_name(place: Place) -> None:
     _put(place, "deep/c")
     for name in ("ZQXJV", "ZQXJV/ZQXJV", "deep/c/ZQXJV", "deep"):
         with pytest.raises(FileNotFoundError) as caught:
-            storage.read(f"{place.uri}/{name}", place.settings)
+            ObjectStore(place.settings).read(f"{place.uri}/{name}")
         assert place.uri not in str(caught.value) and "ZQXJV" not in str(caught.value)
 
 
@@ -182,7 +184,7 @@ def test_what_is_not_there_raises_without_its_name(place: Place) -> None:
 def test_an_object_is_read_as_it_lies_whatever_its_name_says(tmp_path: Path, name: str) -> None:
     for content in (b"not packed at all", gzip.compress(b"packed")):
         (tmp_path / name).write_bytes(content)
-        assert storage.read_bytes(storage.canonical(str(tmp_path / name)), STORAGE) == content
+        assert ObjectStore(STORAGE).read_bytes(storage.canonical(str(tmp_path / name))) == content
 
 
 def test_names_that_are_not_text_get_a_spelling_that_leads_back(tmp_path: Path) -> None:
@@ -191,12 +193,12 @@ def test_names_that_are_not_text_get_a_spelling_that_leads_back(tmp_path: Path) 
     # The last one is the UTF-8 of the character that stands for the byte 0xFC.
     for name in (b"\xfc.dcm", b"\xc3\xbc.dcm", b"\xee\xbf\xbc.dcm", b"\xff\xfe"):
         Path(os.fsdecode(folder + b"/" + name)).write_bytes(name)
-    found = list(storage.list_objects(storage.canonical(str(tmp_path)), STORAGE))
+    found = list(ObjectStore(STORAGE).list_objects(storage.canonical(str(tmp_path))))
     assert len({o.uri.encode("utf-8") for o in found}) == 4
     for each_one in found:
         assert storage.canonical(each_one.uri) == each_one.uri
         assert (
-            storage.read_bytes(each_one.uri, STORAGE)
+            ObjectStore(STORAGE).read_bytes(each_one.uri)
             == os.fsencode(storage.local_path(each_one.uri)).rpartition(b"/")[2]
         )
     assert storage.canonical(os.fsdecode(folder)) == found[0].uri.rpartition("/")[0]
@@ -216,10 +218,10 @@ def test_links_are_followed_but_never_round_in_circles(tmp_path: Path) -> None:
     (root / "b/to a").symlink_to(root / "a")
     os.mkfifo(root / "pipe")
     uri = storage.canonical(str(root))
-    found = sorted(o.uri.removeprefix(uri + "/") for o in storage.list_objects(uri, STORAGE))
+    found = sorted(o.uri.removeprefix(uri + "/") for o in ObjectStore(STORAGE).list_objects(uri))
     assert found == ["a/to b/x.dcm", "a/x.dcm", "b/to a/x.dcm", "b/x.dcm", "elsewhere/x.dcm", "file link"]
     with pytest.raises(FileNotFoundError):
-        storage.read(f"{uri}/pipe", STORAGE)
+        ObjectStore(STORAGE).read(f"{uri}/pipe")
 
 
 def test_a_folder_that_goes_while_it_is_listed_takes_no_other_with_it(tmp_path: Path) -> None:
@@ -227,14 +229,14 @@ def test_a_folder_that_goes_while_it_is_listed_takes_no_other_with_it(tmp_path: 
     for name in ("a", "b", "c"):
         (tmp_path / "archive" / name).mkdir(parents=True)
         (tmp_path / "archive" / name / "one.dcm").touch()
-    listed = storage.list_objects((tmp_path / "archive").as_uri(), STORAGE)
+    listed = ObjectStore(STORAGE).list_objects((tmp_path / "archive").as_uri())
     found = [next(listed).uri]
     shutil.rmtree(tmp_path / "archive" / "b")
     found += [each.uri for each in listed]
     assert [uri[-9:] for uri in found] == ["a/one.dcm", "c/one.dcm"]
     shutil.rmtree(tmp_path / "archive")
     with pytest.raises(FileNotFoundError):
-        list(storage.list_objects((tmp_path / "archive").as_uri(), STORAGE))
+        list(ObjectStore(STORAGE).list_objects((tmp_path / "archive").as_uri()))
 
 
 def test_a_folder_that_may_not_be_read_fails_the_listing() -> None:
@@ -246,21 +248,21 @@ def test_a_folder_that_may_not_be_read_fails_the_listing() -> None:
         (folder / "ZQXJV" / "x.dcm").touch()
         (folder / "ZQXJV").chmod(0o000)
         uri = storage.canonical(str(folder))
-        assert os.getuid() != 0 or len(list(storage.list_objects(uri, STORAGE))) == 1
+        assert os.getuid() != 0 or len(list(ObjectStore(STORAGE).list_objects(uri))) == 1
         child = os.fork()
         if child == 0:
             status = 3
             try:
                 if os.getuid() == 0:
                     os.setuid(65534)
-                list(storage.list_objects(uri, STORAGE))
+                list(ObjectStore(STORAGE).list_objects(uri))
             except PermissionError as error:
                 status = 0 if "ZQXJV" not in str(error) else 4
             finally:
                 os._exit(status)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         with pytest.raises(FileNotFoundError):
-            list(storage.list_objects(uri + "/absent", STORAGE))
+            list(ObjectStore(STORAGE).list_objects(uri + "/absent"))
     finally:
         (folder / "ZQXJV").chmod(0o700)
         shutil.rmtree(folder)
@@ -296,32 +298,32 @@ def test_a_file_that_never_holds_still_is_said_to_be_replaced(tmp_path: Path) ->
             patched.setattr(os, "fstat", fstat)
             if raised:
                 with pytest.raises(storage.Replaced):
-                    storage.read(uri, STORAGE)
+                    ObjectStore(STORAGE).read(uri)
                 continue
-            content, found = storage.read(uri, STORAGE)
+            content, found = ObjectStore(STORAGE).read(uri)
         assert len(content) == found.size == 11
 
 
 def test_objects_with_empty_components_and_folder_markers(bucket: Place) -> None:
     """Keys may hold empty components; empty keys that end in a slash are what browsers make of folders."""
-    client = storage.s3_client(bucket.settings)
+    client = storage_s3.s3_client(bucket.settings)
     name = bucket.uri.split("/")[2]
     client.put_object(Bucket=name, Key="archive/marked/", Body=b"")
     _put(bucket, "marked/x")
-    assert [o.uri for o in storage.list_objects(bucket.uri, bucket.settings)] == [f"{bucket.uri}/marked/x"]
-    assert storage.list_folder(f"{bucket.uri}/marked", bucket.settings)[0] == []
-    assert storage.prefix_of("s3a://b") == ""
-    assert storage.prefix_of("s3a://b/") == "/"
-    assert storage.prefix_of("s3a://b/a/") == "a//"
+    assert [o.uri for o in ObjectStore(bucket.settings).list_objects(bucket.uri)] == [f"{bucket.uri}/marked/x"]
+    assert ObjectStore(bucket.settings).list_folder(f"{bucket.uri}/marked")[0] == []
+    assert storage_s3.prefix_of("s3a://b") == ""
+    assert storage_s3.prefix_of("s3a://b/") == "/"
+    assert storage_s3.prefix_of("s3a://b/a/") == "a//"
     client.put_object(Bucket=name, Key="only/", Body=b"")
-    assert storage.kind(f"s3a://{name}/only", bucket.settings) == "folder"
-    storage.delete_folder(f"s3a://{name}/only", bucket.settings)
-    assert storage.kind(f"s3a://{name}/only", bucket.settings) == "nothing"
-    assert storage.kind(f"s3a://{name}", bucket.settings) == "folder"
-    assert storage.kind("s3a://no-such-bucket", bucket.settings) == "nothing"
-    assert storage.kind("s3a://no-such-bucket/x", bucket.settings) == "nothing"
+    assert ObjectStore(bucket.settings).kind(f"s3a://{name}/only") == "folder"
+    ObjectStore(bucket.settings).delete_folder(f"s3a://{name}/only")
+    assert ObjectStore(bucket.settings).kind(f"s3a://{name}/only") == "nothing"
+    assert ObjectStore(bucket.settings).kind(f"s3a://{name}") == "folder"
+    assert ObjectStore(bucket.settings).kind("s3a://no-such-bucket") == "nothing"
+    assert ObjectStore(bucket.settings).kind("s3a://no-such-bucket/x") == "nothing"
     with pytest.raises(StorageError) as caught:
-        storage.list_folder("s3a://no-such-bucket/x", bucket.settings)
+        ObjectStore(bucket.settings).list_folder("s3a://no-such-bucket/x")
     assert not isinstance(caught.value, FileNotFoundError)
 
 
@@ -331,35 +333,35 @@ def test_long_listings_come_in_pages(s3: S3Server, bucket: Place) -> None:
         path = folder / f"{number % 7}" / f"{number}.dcm"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    assert len({o.uri for o in storage.list_objects(bucket.uri, bucket.settings)}) == 2300
-    folders, _ = storage.list_folder(bucket.uri, bucket.settings)
+    assert len({o.uri for o in ObjectStore(bucket.settings).list_objects(bucket.uri)}) == 2300
+    folders, _ = ObjectStore(bucket.settings).list_folder(bucket.uri)
     assert len(folders) == 7
-    storage.delete_folder(bucket.uri, bucket.settings)
-    assert storage.kind(bucket.uri, bucket.settings) == "nothing"
+    ObjectStore(bucket.settings).delete_folder(bucket.uri)
+    assert ObjectStore(bucket.settings).kind(bucket.uri) == "nothing"
 
 
 def test_conditional_writes_have_one_winner(bucket: Place) -> None:
     uri = f"{bucket.uri}/lease"
-    first = storage.create_if_absent(uri, b"1", bucket.settings)
+    first = ObjectStore(bucket.settings).create_if_absent(uri, b"1")
     assert first == hashlib.md5(b"1").hexdigest()
-    assert storage.create_if_absent(uri, b"2", bucket.settings) is None
-    second = storage.replace_if_match(uri, b"3", first, bucket.settings)
+    assert ObjectStore(bucket.settings).create_if_absent(uri, b"2") is None
+    second = ObjectStore(bucket.settings).replace_if_match(uri, b"3", first)
     assert second is not None
-    assert storage.replace_if_match(uri, b"4", first, bucket.settings) is None
-    assert storage.replace_if_match(f"{uri}-absent", b"4", first, bucket.settings) is None
-    assert storage.read_bytes(uri, bucket.settings) == b"3"
-    assert 0 <= storage.seconds_old(uri, bucket.settings) < 60
+    assert ObjectStore(bucket.settings).replace_if_match(uri, b"4", first) is None
+    assert ObjectStore(bucket.settings).replace_if_match(f"{uri}-absent", b"4", first) is None
+    assert ObjectStore(bucket.settings).read_bytes(uri) == b"3"
+    assert 0 <= ObjectStore(bucket.settings).seconds_old(uri) < 60
 
 
 def test_a_conditional_write_whose_reply_was_lost_is_recognised(s3: S3Server, bucket: Place) -> None:
     uri = f"{bucket.uri}/lease"
     with FaultProxy(s3.host, s3.port, [each("PUT", "lease", DropReply())]) as proxy:
         settings = s3_settings(proxy.endpoint)
-        first = storage.create_if_absent(uri, b"1", settings)
+        first = ObjectStore(settings).create_if_absent(uri, b"1")
         assert first == hashlib.md5(b"1").hexdigest()
         assert [type(fault) for _, fault in proxy.faults()] == [DropReply]
-        assert storage.replace_if_match(uri, b"2", first, settings) == hashlib.md5(b"2").hexdigest()
-        assert storage.create_if_absent(uri, b"3", settings) is None
+        assert ObjectStore(settings).replace_if_match(uri, b"2", first) == hashlib.md5(b"2").hexdigest()
+        assert ObjectStore(settings).create_if_absent(uri, b"3") is None
 
 
 @pytest.mark.parametrize(
@@ -378,18 +380,18 @@ def test_faults_that_pass_are_not_seen(s3: S3Server, bucket: Place, rule: Rule) 
     _put(bucket, "x")
     with FaultProxy(s3.host, s3.port, [rule]) as proxy:
         for _ in range(3):
-            content, found = storage.read(f"{bucket.uri}/x", s3_settings(proxy.endpoint))
+            content, found = ObjectStore(s3_settings(proxy.endpoint)).read(f"{bucket.uri}/x")
             assert content == b"x" and found.etag == hashlib.md5(b"x").hexdigest()
         assert proxy.faults()
 
 
 def test_a_stalled_answer_is_asked_for_again(s3: S3Server, bucket: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert storage.READ_SECONDS < 30
-    monkeypatch.setattr(s3, "READ_SECONDS", 1)
+    assert storage_s3.READ_SECONDS < 30
+    monkeypatch.setattr(storage_s3, "READ_SECONDS", 1)
     _put(bucket, "x")
     with FaultProxy(s3.host, s3.port, [each("GET", "x$", Stall(30))]) as proxy:
         began = time.monotonic()
-        assert storage.read_bytes(f"{bucket.uri}/x", s3_settings(proxy.endpoint)) == b"x"
+        assert ObjectStore(s3_settings(proxy.endpoint)).read_bytes(f"{bucket.uri}/x") == b"x"
         assert time.monotonic() - began < 10
 
 
@@ -398,17 +400,17 @@ def test_faults_that_stay_end_in_an_error_without_names(s3: S3Server, bucket: Pl
     _put(bucket, "ZQXJV/x")
     with FaultProxy(s3.host, s3.port, [rule]) as proxy:
         with pytest.raises(StorageError) as caught:
-            storage.read(f"{bucket.uri}/ZQXJV/x", s3_settings(proxy.endpoint, attempts=2))
+            ObjectStore(s3_settings(proxy.endpoint, attempts=2)).read(f"{bucket.uri}/ZQXJV/x")
         assert len(proxy.faults()) == 2
     assert "ZQXJV" not in str(caught.value) and "127.0.0.1" not in str(caught.value)
 
 
 def test_an_object_replaced_while_it_is_asked_for_describes_itself(s3: S3Server, bucket: Place) -> None:
     uri = f"{bucket.uri}/x"
-    storage.write_bytes(uri, b"the first", bucket.settings)
-    rule = each("GET", "x$", Before(lambda: storage.write_bytes(uri, b"the second one", bucket.settings)))
+    ObjectStore(bucket.settings).write_bytes(uri, b"the first")
+    rule = each("GET", "x$", Before(lambda: ObjectStore(bucket.settings).write_bytes(uri, b"the second one")))
     with FaultProxy(s3.host, s3.port, [rule]) as proxy:
-        content, found = storage.read(uri, s3_settings(proxy.endpoint))
+        content, found = ObjectStore(s3_settings(proxy.endpoint)).read(uri)
     assert (content, found.size) == (b"the second one", 14)
     assert found.etag == hashlib.md5(b"the second one").hexdigest()
 
@@ -423,9 +425,9 @@ def test_refusals_name_the_bucket_alone(
     with FaultProxy(s3.host, s3.port, [lambda _: Answer(status, code)]) as proxy:
         settings = s3_settings(proxy.endpoint)
         calls: list[Callable[[], object]] = [
-            lambda: storage.read(f"{bucket.uri}/ZQXJV", settings),
-            lambda: list(storage.list_objects(f"{bucket.uri}/ZQXJV", settings)),
-            lambda: storage.write_bytes(f"{bucket.uri}/ZQXJV", b"", settings),
+            lambda: ObjectStore(settings).read(f"{bucket.uri}/ZQXJV"),
+            lambda: list(ObjectStore(settings).list_objects(f"{bucket.uri}/ZQXJV")),
+            lambda: ObjectStore(settings).write_bytes(f"{bucket.uri}/ZQXJV", b""),
         ]
         for call in calls:
             with pytest.raises(raised) as caught:
@@ -440,22 +442,22 @@ def test_missing_credentials_are_said(bucket: Place, monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(PermissionError, match="no AWS credentials"):
-        storage.read(f"{bucket.uri}/x", bucket.settings)
+        ObjectStore(bucket.settings).read(f"{bucket.uri}/x")
 
 
 @pytest.mark.usefixtures("new_clients")
 def test_wrong_credentials_are_said_without_the_signature(bucket: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(PermissionError, match=r"refused \(SignatureDoesNotMatch\)") as caught:
-        storage.read(f"{bucket.uri}/ZQXJV", bucket.settings)
+        ObjectStore(bucket.settings).read(f"{bucket.uri}/ZQXJV")
     assert "ZQXJV" not in str(caught.value)
 
 
 def test_a_forked_process_has_a_client_of_its_own(bucket: Place) -> None:
     _put(bucket, "x")
-    ours = storage.s3_client(bucket.settings)
+    ours = storage_s3.s3_client(bucket.settings)
     child = os.fork()
     if child == 0:
-        same = storage.s3_client(bucket.settings) is ours
-        os._exit(0 if not same and storage.read_bytes(f"{bucket.uri}/x", bucket.settings) == b"x" else 3)
+        same = storage_s3.s3_client(bucket.settings) is ours
+        os._exit(0 if not same and ObjectStore(bucket.settings).read_bytes(f"{bucket.uri}/x") == b"x" else 3)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

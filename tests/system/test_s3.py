@@ -18,6 +18,7 @@ from cbmir_spark.ingest import job as ingest_job
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, publication, schemas
 from cbmir_spark.lake.lake import Lake
+from cbmir_spark.storage import ObjectStore
 from tests.ingest.test_ingest import NIGHT, _sample
 from tests.support.fault_proxy import Answer, Before, DropReply, FaultProxy, Request, Reset, Rule, each, listings, share
 from tests.support.s3_server import S3Server
@@ -118,7 +119,7 @@ def _commits(settings: config.Settings) -> dict[str, list[str]]:
     lake = Lake.of(settings)
     found = {}
     for table in TABLES:
-        _, objects = storage.list_folder(storage.join(lake.path(table), "_delta_log"), settings.storage)
+        _, objects = ObjectStore(settings.storage).list_folder(storage.join(lake.path(table), "_delta_log"))
         found[table.name] = [o.uri.rpartition("/")[2] for o in objects if o.uri.endswith(".json")]
         assert found[table.name]
     return found
@@ -160,7 +161,7 @@ def test_archive_and_lake_in_object_storage_hold_what_folders_hold(
     again = ingest_job.run(spark, undisturbed)
     assert (again.read, again.unchanged, again.deleted) == (0, world.objects, 0)
     assert _commits(undisturbed) == before
-    left = [o.uri for o in storage.list_objects(lake.vault, undisturbed.storage) if "/staging/" in o.uri]
+    left = [o.uri for o in ObjectStore(undisturbed.storage).list_objects(lake.vault) if "/staging/" in o.uri]
     assert left == []
 
 
@@ -218,7 +219,9 @@ def moving(spark: SparkSession, world: World, tmp_path_factory: pytest.TempPathF
     replaced, deleted = ("ct/one.dcm", "empty.dcm"), ("ct/two.dcm", ".hidden")
 
     def replace(name: str) -> Rule:
-        return each("GET", re.escape(name) + "$", Before(lambda: storage.write_bytes(f"{uri}/{name}", content, files)))
+        return each(
+            "GET", re.escape(name) + "$", Before(lambda: ObjectStore(files).write_bytes(f"{uri}/{name}", content))
+        )
 
     def delete(name: str) -> Rule:
         return each("GET", re.escape(name) + "$", Before((archive / name).unlink))
@@ -240,7 +243,7 @@ def test_objects_replaced_or_deleted_while_the_job_runs(spark: SparkSession, wor
     rows = {row[cols.URI].removeprefix(moving.archive + "/"): row for row in found}
     assert {name for name, row in rows.items() if row[cols.OUTCOME] == cols.VANISHED} == set(moving.deleted)
     for name in moving.replaced:
-        now = storage.find(f"{moving.archive}/{name}", moving.settings.storage)
+        now = ObjectStore(moving.settings.storage).find(f"{moving.archive}/{name}")
         assert now is not None and now.etag
         assert rows[name][cols.DIGEST] == hashlib.sha256(moving.content).hexdigest()
         assert rows[name][cols.OUTCOME] in (cols.INGESTED, cols.DUPLICATE)

@@ -18,6 +18,7 @@ import torch.multiprocessing
 from cbmir_spark.config import StorageSettings
 from cbmir_spark.errors import TrainingError
 from cbmir_spark.models import networks
+from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training import augment, checkpoints, loop, metrics
 from cbmir_spark.training.loop import Batch, Fitting, Loaders
 
@@ -155,7 +156,7 @@ class Stopping(InMemory):
 
 
 def folder(path: Path, every: int = 2) -> checkpoints.Folder:
-    return checkpoints.Folder(f"file://{path}", LOCAL, every)
+    return checkpoints.Folder(f"file://{path}", ObjectStore(LOCAL), every)
 
 
 @pytest.mark.parametrize("optimiser", ["adamw", "sgd"])

@@ -18,6 +18,7 @@ from cbmir_spark import config, storage
 from cbmir_spark.config import Settings
 from cbmir_spark.lake.lake import Lake
 from cbmir_spark.models import registry
+from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training import job as training_job
 from cbmir_spark.training.job import TrainingReport
 from tests.support.s3_server import S3Server
@@ -68,7 +69,7 @@ def in_a_bucket(
         for file in (folder / table).rglob("*"):
             if file.is_file() and file.suffix != ".crc":
                 uri = storage.join(settings.lake.uri, file.relative_to(folder).as_posix())
-                storage.write_bytes(uri, file.read_bytes(), settings.storage)
+                ObjectStore(settings.storage).write_bytes(uri, file.read_bytes())
     return settings
 
 
@@ -93,7 +94,7 @@ def test_training_from_object_storage_is_training_from_disk(
         candidate, config.load(overrides=overrides, environ={})
     )
     lake = Lake.of(in_a_bucket)
-    left = {each.uri.removeprefix(lake.uri + "/") for each in storage.list_objects(lake.uri, in_a_bucket.storage)}
+    left = {each.uri.removeprefix(lake.uri + "/") for each in ObjectStore(in_a_bucket.storage).list_objects(lake.uri)}
     assert any(name.startswith(f"snapshots/{from_disk.snapshot}/train/") for name in left)
     assert any(name.startswith("mlflow/artifacts/") and name.endswith("/cbmir/weights.safetensors") for name in left)
     assert not any(name.startswith("training/") for name in left), "a training that ended leaves no checkpoint"

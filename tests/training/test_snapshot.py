@@ -32,6 +32,7 @@ from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, publication, schemas
 from cbmir_spark.lake.lake import Lake
 from cbmir_spark.models import networks
+from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training import loader as training_loader
 from cbmir_spark.training import loop
 from cbmir_spark.training import snapshot as snapshots
@@ -145,7 +146,7 @@ def flat(batches: list[list[int]]) -> list[int]:
 
 def test_loader_gives_every_row_once_an_epoch_in_even_batches(tmp_path: Path) -> None:
     snapshot = write_split(tmp_path, [[40, 25], [3]])
-    loader = Loader(snapshot, TRAIN, LOCAL, batch_size=16, seed=1)
+    loader = Loader(snapshot, TRAIN, ObjectStore(LOCAL), batch_size=16, seed=1)
     batches = numbers(loader)
     assert loader.steps == len(batches) == 5
     assert sorted(map(len, batches)) == [13, 13, 14, 14, 14]
@@ -156,7 +157,7 @@ def test_loader_shuffles_by_seed_and_epoch_and_repeats_itself(tmp_path: Path) ->
     snapshot = write_split(tmp_path, [[20] * 6])
 
     def order(seed: int, epoch: int) -> list[int]:
-        return flat(numbers(Loader(snapshot, TRAIN, LOCAL, batch_size=16, seed=seed), epoch))
+        return flat(numbers(Loader(snapshot, TRAIN, ObjectStore(LOCAL), batch_size=16, seed=seed), epoch))
 
     first = order(1, 0)
     assert first == order(1, 0)
@@ -164,7 +165,7 @@ def test_loader_shuffles_by_seed_and_epoch_and_repeats_itself(tmp_path: Path) ->
     # Both the row groups and the rows within them are out of order.
     assert [row // 20 for row in first[::20]] != sorted(row // 20 for row in first[::20])
     assert first[:20] != sorted(first[:20])
-    straight = Loader(snapshot, TRAIN, LOCAL, batch_size=16, seed=1, shuffle=False)
+    straight = Loader(snapshot, TRAIN, ObjectStore(LOCAL), batch_size=16, seed=1, shuffle=False)
     assert numbers(straight, 0) == numbers(straight, 1)
     # Each batch is put together from four shards, and each of them gives its rows as they lie.
     shards = [[row for row in flat(numbers(straight)) if row // 20 % 4 == shard] for shard in range(4)]
@@ -175,7 +176,10 @@ def test_the_batch_of_a_step_does_not_depend_on_the_number_of_processes(tmp_path
     snapshot = write_split(tmp_path, [[20, 7, 20, 13], [9, 20, 20, 16]])
 
     def loaders(world: int) -> list[Loader]:
-        return [Loader(snapshot, TRAIN, LOCAL, batch_size=16, seed=1, rank=rank, world=world) for rank in range(world)]
+        return [
+            Loader(snapshot, TRAIN, ObjectStore(LOCAL), batch_size=16, seed=1, rank=rank, world=world)
+            for rank in range(world)
+        ]
 
     (alone,) = loaders(1)
     whole = numbers(alone)
@@ -195,7 +199,7 @@ def test_the_batch_of_a_step_does_not_depend_on_the_number_of_processes(tmp_path
 
 def test_uneven_shards_have_equal_steps_and_lose_no_row(tmp_path: Path) -> None:
     snapshot = write_split(tmp_path, [[100, 37]])
-    shards = [Loader(snapshot, TRAIN, LOCAL, batch_size=46, seed=1, rank=rank, world=2) for rank in (0, 1)]
+    shards = [Loader(snapshot, TRAIN, ObjectStore(LOCAL), batch_size=46, seed=1, rank=rank, world=2) for rank in (0, 1)]
     assert [loader.rows for loader in shards] == [100, 37]
     batches = [numbers(loader) for loader in shards]
     assert [len(own) for own in batches] == [3, 3] == [loader.steps for loader in shards]
@@ -212,7 +216,7 @@ def _one_of_two(rank: int, folder: str) -> None:
 
 def _losses(folder: Path, rank: int, world: int) -> list[float]:
     snapshot = write_split(folder / f"split {rank} of {world}", [[100, 37]])
-    loader = Loader(snapshot, TRAIN, LOCAL, batch_size=46, seed=1, rank=rank, world=world)
+    loader = Loader(snapshot, TRAIN, ObjectStore(LOCAL), batch_size=46, seed=1, rank=rank, world=world)
     torch.manual_seed(1)
     how = loop.Fitting("sgd", learning_rate=1e-3, weight_decay=0.0, epochs=3, class_weights=(1.0,) * 3, seed=1)
     history = loop.fit(networks.build("alexnet-small", 3), loop.Loaders(loader, None), how)
@@ -227,12 +231,12 @@ def test_two_processes_with_uneven_shards_both_come_to_the_end(tmp_path: Path) -
 
 def test_no_batch_has_a_single_row(tmp_path: Path) -> None:
     """65 rows in batches of 64 would end in one row, of which batch normalisation knows no variance."""
-    loader = Loader(write_split(tmp_path, [[65]]), TRAIN, LOCAL, batch_size=64, seed=1)
+    loader = Loader(write_split(tmp_path, [[65]]), TRAIN, ObjectStore(LOCAL), batch_size=64, seed=1)
     assert sorted(map(len, numbers(loader))) == [32, 33]
 
 
 def test_leaving_an_epoch_early_ends_the_readers_threads(tmp_path: Path) -> None:
-    loader = Loader(write_split(tmp_path, [[10] * 20]), TRAIN, LOCAL, batch_size=5, seed=1)
+    loader = Loader(write_split(tmp_path, [[10] * 20]), TRAIN, ObjectStore(LOCAL), batch_size=5, seed=1)
     before = threading.active_count()
     epoch = loader.epoch(0)
     next(epoch)
@@ -245,9 +249,9 @@ def test_leaving_an_epoch_early_ends_the_readers_threads(tmp_path: Path) -> None
 def test_seed_zero_and_more_processes_than_row_groups_are_refused(tmp_path: Path) -> None:
     snapshot = write_split(tmp_path, [[10]])
     with pytest.raises(TrainingError, match=r"seed 0.*1 up"):
-        Loader(snapshot, TRAIN, LOCAL, batch_size=4, seed=0)
+        Loader(snapshot, TRAIN, ObjectStore(LOCAL), batch_size=4, seed=0)
     with pytest.raises(TrainingError, match=r"1 row group\(s\) for 2 processes"):
-        Loader(snapshot, TRAIN, LOCAL, batch_size=4, seed=1, rank=0, world=2)
+        Loader(snapshot, TRAIN, ObjectStore(LOCAL), batch_size=4, seed=1, rank=0, world=2)
 
 
 def test_files_with_fewer_rows_than_the_manifest_says_are_noticed(
@@ -259,7 +263,7 @@ def test_files_with_fewer_rows_than_the_manifest_says_are_noticed(
     (tmp_path / "train/part-00000.parquet").write_bytes((tmp_path / "other/train/part-00000.parquet").read_bytes())
     assert other.rows(TRAIN) == 19
     with pytest.raises(TrainingError, match=r"gave 9 of 10 rows"):
-        numbers(Loader(snapshot, TRAIN, LOCAL, batch_size=4, seed=1))
+        numbers(Loader(snapshot, TRAIN, ObjectStore(LOCAL), batch_size=4, seed=1))
 
 
 class _Hostile:
@@ -279,11 +283,11 @@ def test_a_pickle_planted_in_the_folder_is_never_run(tmp_path: Path) -> None:
     )
     for folder in (tmp_path, tmp_path / "train"):
         pq.write_metadata(schema, folder / "_common_metadata")
-    assert len(numbers(Loader(snapshot, TRAIN, LOCAL, batch_size=5, seed=1))) == 2
+    assert len(numbers(Loader(snapshot, TRAIN, ObjectStore(LOCAL), batch_size=5, seed=1))) == 2
     assert not bait.exists()
     # The bait is a real one: a folder is all it takes.
     with contextlib.suppress(Exception):
-        snapshots.make_batch_reader((tmp_path / "train").as_uri())
+        training_loader.make_batch_reader((tmp_path / "train").as_uri())
     assert bait.exists()
 
 
@@ -322,7 +326,7 @@ SPLIT = ("dataset.test_fraction=0.3", "dataset.validation_fraction=0")
 
 def make(spark: SparkSession, lake: Lake, settings: Settings) -> Snapshot:
     return snapshots.snapshot(
-        spark, lake, publication.require_published(spark, lake), settings.dataset, settings.storage
+        spark, lake, publication.require_published(spark, lake), settings.dataset, ObjectStore(settings.storage)
     )
 
 
@@ -453,7 +457,7 @@ def digests(snapshot: Snapshot) -> list[str]:
     """Of the pixels of every row that the loaders of both splits give."""
     found = []
     for split in (TRAIN, TEST):
-        for pixels, _ in Loader(snapshot, split, LOCAL, batch_size=4, seed=1).epoch(0):
+        for pixels, _ in Loader(snapshot, split, ObjectStore(LOCAL), batch_size=4, seed=1).epoch(0):
             found += [hashlib.sha256(row.tobytes()).hexdigest() for row in pixels.numpy()]
     return sorted(found)
 

@@ -24,7 +24,6 @@ from cbmir_spark.models import embed as embedding
 from cbmir_spark.training import job as training_job
 from cbmir_spark.training.job import TrainingReport
 from cbmir_spark.training.loop import Epoch
-from cbmir_spark.training.metrics import RankingFigures
 from tests.conftest import Cbmir
 from tests.support.processes import below
 from tests.support.tiny_lake import Drawn, publish
@@ -358,10 +357,6 @@ def test_a_process_that_was_killed_is_started_again_from_the_checkpoint(spark: S
 # The gate
 
 
-def figures_of(mean_average_precision: float) -> RankingFigures:
-    return RankingFigures(9, 0, 0.5, 0.5, mean_average_precision, 0.5)
-
-
 def test_a_new_model_is_ranked_beside_the_candidate_on_one_split(spark: SparkSession, tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
@@ -381,7 +376,7 @@ def test_a_new_model_is_ranked_beside_the_candidate_on_one_split(spark: SparkSes
     with tracking.existing_mlflow("the candidate", settings) as mlflow:
         for challenger, taken in ((0.80, False), (0.895, True), (0.91, True)):
             client.set_registered_model_alias("cbmir", registry.CANDIDATE, "2")
-            found = registry.promote(mlflow, settings, "1", figures_of(challenger), standing, figures_of(0.9))
+            found = registry.promote(mlflow, settings, "1", challenger, standing, 0.9)
             assert found.taken == taken
             tags = client.get_model_version("cbmir", "1").tags
             assert tags["promotion"] == ("candidate" if taken else "refused")
