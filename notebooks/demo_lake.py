@@ -28,7 +28,7 @@ from cbmir_spark import config, storage
 from cbmir_spark.cli import demo
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, publication, schemas
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.retrieval import job as retrieval_job
 from cbmir_spark.spark import session
 from cbmir_spark.storage import ObjectStore
@@ -37,7 +37,7 @@ from cbmir_spark.storage import ObjectStore
 defaults = config.load()
 settings = demo.inside(defaults, storage.canonical(str(config.conf_folder().parent / defaults.demo.folder)))
 spark = session.build(settings, "notebook")
-lake = Lake.of(settings)
+lake = LakePaths.of(settings.lake)
 pinned = publication.require_published(spark, lake)
 asdict(pinned)
 

@@ -24,7 +24,7 @@ from cbmir_spark.index import job as index_job
 from cbmir_spark.ingest import job as ingest_job
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, publication, schemas
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.retrieval import job as retrieval_job
 from cbmir_spark.storage import ObjectStore
 from cbmir_spark.synthetic import archive as synthetic_archive
@@ -76,7 +76,7 @@ def run(spark: SparkSession, settings: Settings, progress: Progress | None = Non
     if not storage.is_local(folder):
         raise InputError(f"demo.folder {folder}: the demo draws its archive on this machine; give a local folder")
     settings = inside(settings, folder)
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
 
     with _step("archive", seconds, tell):
         archive = synthetic_archive.write_demo_archive(
@@ -128,13 +128,13 @@ def inside(settings: Settings, folder: str) -> Settings:
     )
 
 
-def query_list(spark: SparkSession, settings: Settings, lake: Lake, snapshot: str) -> list[dict[str, str]]:
+def query_list(spark: SparkSession, settings: Settings, lake: LakePaths, snapshot: str) -> list[dict[str, str]]:
     """Queries as somebody would hand them in: files of test patients, one image by its id, one file that is not there.
 
     Rows of query_id, uri, image_id; one of the last two is empty. Runs on the driver: a snapshot of the demo has
     some seventy test images.
     """
-    uri = storage.join(lake.snapshots(), snapshot)
+    uri = storage.join(lake.snapshots, snapshot)
     held = Snapshot.from_json(ObjectStore(settings.storage).read_bytes(storage.join(uri, "manifest.json")), uri)
     files = [storage.join(uri, file.path) for file in held.files[TEST]]
     tested = spark.read.parquet(*files).select(cols.IMAGE_ID, LABEL)

@@ -25,7 +25,7 @@ from cbmir_spark import storage
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import CbmirError, EnvironmentProblem, InputError
 from cbmir_spark.lake import pseudonyms
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.spark import session
 from cbmir_spark.storage import ObjectStore
 
@@ -99,7 +99,7 @@ def _decoders() -> str:
 
 
 def _lake(settings: Settings) -> str:
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     found = ObjectStore(settings.storage).kind(lake.uri)
     if not lake.is_local:
         return f"{lake.uri}: {'reached' if found == 'folder' else 'nothing there yet'}"
@@ -124,7 +124,7 @@ def _archive(settings: Settings) -> str:
 
 
 def _key(settings: Settings) -> str:
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     local = storage.local_path(lake.vault) if storage.is_local(lake.vault) else None
     if (
         settings.privacy.key is None
@@ -133,7 +133,7 @@ def _key(settings: Settings) -> str:
         and not os.path.exists(os.path.join(local, pseudonyms.KEY_FILE))
     ):
         return "none yet: the first ingest makes one in the lake's vault"
-    return f"key id {pseudonyms.of(settings, local).key_id}"
+    return f"key id {pseudonyms.load(settings.privacy, local).key_id}"
 
 
 def _mlflow(settings: Settings) -> str:

@@ -37,7 +37,7 @@ from cbmir_spark.evaluation.measures import (
 from cbmir_spark.index import open as index_open
 from cbmir_spark.index.open import Index
 from cbmir_spark.lake import columns as cols
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.lake.runs import Record
 from cbmir_spark.models import registry
 from cbmir_spark.models.artifact import LabelKind, Manifest
@@ -126,7 +126,7 @@ def run(spark: SparkSession, settings: Settings) -> Report:
     images is in the index.
     """
     record = Record("evaluate")
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     index = index_open.open_index(spark, settings)
     kind = index.manifest.label
     with record.stage("queries"):
@@ -201,9 +201,9 @@ def run(spark: SparkSession, settings: Settings) -> Report:
     return ended
 
 
-def snapshot_of(settings: Settings, lake: Lake, manifest: Manifest) -> Snapshot:
+def snapshot_of(settings: Settings, lake: LakePaths, manifest: Manifest) -> Snapshot:
     """The snapshot that a model was trained on. Raises ModelError where it is not here, or has no test images."""
-    uri = storage.join(lake.snapshots(), manifest.snapshot)
+    uri = storage.join(lake.snapshots, manifest.snapshot)
     try:
         text = ObjectStore(settings.storage).read_bytes(storage.join(uri, "manifest.json"))
     except OSError:

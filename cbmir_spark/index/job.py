@@ -34,7 +34,7 @@ from cbmir_spark.index.verify import (
 )
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, lease, publication, schemas
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.lake.publication import Published
 from cbmir_spark.lake.runs import Record
 from cbmir_spark.models import artifact, registry
@@ -70,13 +70,13 @@ def run(spark: SparkSession, settings: Settings) -> Report:
     Run again it embeds nothing and commits nothing. Raises ModelError for a model of other preprocessing, TableError,
     before anything is visible, for vectors that cannot be searched, and Busy while another job writes FEATURES.
     """
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     publication.require_published(spark, lake)
     with lease.hold(lake.vault, lease.INDEX, ObjectStore(settings.storage)) as held:
         return _run(spark, settings, lake, held)
 
 
-def _run(spark: SparkSession, settings: Settings, lake: Lake, held: lease.Held) -> Report:
+def _run(spark: SparkSession, settings: Settings, lake: LakePaths, held: lease.Held) -> Report:
     record = Record("index")
     pinned = publication.require_published(spark, lake)
     with record.stage("model"):
@@ -179,7 +179,7 @@ def _run(spark: SparkSession, settings: Settings, lake: Lake, held: lease.Held) 
     return report
 
 
-def _touched(spark: SparkSession, lake: Lake, pinned: Published, path: str) -> frozenset[int] | None:
+def _touched(spark: SparkSession, lake: LakePaths, pinned: Published, path: str) -> frozenset[int] | None:
     """Ingest batches that are not as the index has seen them; None where that is not known, so that all are looked at.
 
     The index's commits carry the versions of TAGS and PIXELS that they followed.

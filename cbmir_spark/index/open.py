@@ -15,7 +15,7 @@ from cbmir_spark.errors import ModelError, TableError
 from cbmir_spark.index.vector_files import Place
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.models import artifact, registry
 from cbmir_spark.models.artifact import Loaded, Manifest
 from cbmir_spark.models.projection import Projection
@@ -38,7 +38,7 @@ class Index:
     projection: Projection
 
 
-def publish_model(weights: bytes, manifest: Manifest, lake: Lake, store: ObjectStore) -> str:
+def publish_model(weights: bytes, manifest: Manifest, lake: LakePaths, store: ObjectStore) -> str:
     """Put a model's files where every worker can read them, once; their folder. The manifest comes last."""
     folder = lake.models(manifest.model_id)
     target = storage.join(folder, MANIFEST)
@@ -72,7 +72,7 @@ def open_index(spark: SparkSession, settings: Settings) -> Index:
     manifest = Manifest.from_json(text)
     _check_weights(weights, manifest)
     projection = artifact.projection_of(weights)
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     path = lake.features(manifest.model_id)
     if not delta.exists(spark, path):
         raise TableError(f"model {manifest.model_id} has no index in {lake.uri}: run `cbmir index --model {uri}`")

@@ -17,7 +17,7 @@ from cbmir_spark.index import arrays
 from cbmir_spark.index.open import FILES, open_index
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, publication, schemas
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.models import artifact
 from cbmir_spark.models.artifact import Manifest
 from cbmir_spark.storage import ObjectStore
@@ -141,7 +141,7 @@ def check(spark: SparkSession, settings: Settings) -> Checked:
     Raises TableError where a frame is missing, a row has no frame or comes twice, or a vector cannot be searched; and
     ModelError where the table, or the model's files that workers read, are not the model's.
     """
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     pinned = publication.require_published(spark, lake)
     index = open_index(spark, settings)
     published = artifact.load(*(ObjectStore(settings.storage).read_bytes(storage.join(index.folder, n)) for n in FILES))

@@ -58,7 +58,7 @@ from cbmir_spark.ingest.reconcile import (
 )
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, identity, lease, pseudonyms, publication, schemas
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.lake.publication import Published
 from cbmir_spark.lake.runs import Record
 from cbmir_spark.storage import ObjectStore
@@ -113,11 +113,13 @@ def run(spark: SparkSession, settings: Settings, progress: Progress | None = Non
     """
     record = Record("ingest")
     archive = _archive(settings)
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     if storage.is_below(lake.uri, archive) or lake.uri == archive:
         raise InputError(f"lake {lake.uri} lies inside archive {archive}: give a lake elsewhere, with --lake")
     preprocessing = preprocessing_of(settings)
-    names = pseudonyms.of(settings, storage.local_path(lake.vault) if storage.is_local(lake.vault) else None)
+    names = (pseudonyms.create if publication.published(spark, lake) is None else pseudonyms.load)(
+        settings.privacy, lake.vault_folder
+    )
     with lease.hold(lake.vault, lease.TABLES, ObjectStore(settings.storage)) as held:
         parser = Parser(
             ObjectStore(settings.storage),
@@ -134,7 +136,7 @@ def run(spark: SparkSession, settings: Settings, progress: Progress | None = Non
 def _ingest(
     spark: SparkSession,
     settings: Settings,
-    lake: Lake,
+    lake: LakePaths,
     archive: str,
     parser: Parser,
     record: Record,
@@ -179,7 +181,7 @@ class _Run:
 
     spark: SparkSession
     settings: Settings
-    lake: Lake
+    lake: LakePaths
     archive: str
     parser: Parser
     staging: str
@@ -430,7 +432,7 @@ def _archive(settings: Settings) -> str:
     return archive
 
 
-def _open_tables(spark: SparkSession, lake: Lake, parser: Parser) -> tuple[Published, list[str]]:
+def _open_tables(spark: SparkSession, lake: LakePaths, parser: Parser) -> tuple[Published, list[str]]:
     """Tables created where missing, brought back to what is published, and checked to belong to these settings."""
     pinned = publication.published(spark, lake)
     key_id, preprocessing = parser.pseudonyms.key_id, parser.preprocessing.version

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from delta.tables import DeltaTable
@@ -15,6 +17,30 @@ from cbmir_spark import storage
 from cbmir_spark.errors import TableError
 from cbmir_spark.lake.columns import BATCH, IMAGE_ID
 from cbmir_spark.lake.schemas import Table
+
+
+@dataclass(frozen=True)
+class TableVersion:
+    """A Delta table at one version; its rows and files are looked up once, when they are first asked for."""
+
+    spark: SparkSession
+    path: str
+    version: int
+
+    @cached_property
+    def rows(self) -> DataFrame:
+        """The table's rows; lazy."""
+        return self.spark.read.format("delta").option("versionAsOf", self.version).load(self.path)
+
+    @cached_property
+    def files(self) -> tuple[str, ...]:
+        """Canonical URIs of the Parquet files that hold the rows, sorted."""
+        return tuple(sorted(storage.canonical(uri) for uri in self.rows.inputFiles()))
+
+
+def newest(spark: SparkSession, path: str) -> TableVersion | None:
+    """The newest version of a Delta table, None where there is no table."""
+    return TableVersion(spark, path, version(spark, path)) if exists(spark, path) else None
 
 
 def exists(spark: SparkSession, path: str) -> bool:

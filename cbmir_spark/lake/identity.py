@@ -6,7 +6,7 @@ from pyspark.sql import functions as F
 
 from cbmir_spark.lake.columns import KIND, PSEUDONYM
 from cbmir_spark.lake.delta import conform, delete_rows, ensure, exists, read
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.lake.schemas import FORGOTTEN, IDENTITY, OWNERS, Table
 
 
@@ -25,12 +25,12 @@ def merge_new(spark: SparkSession, rows: DataFrame, table: Table, path: str) -> 
     return int(done["num_inserted_rows"]) if done else 0
 
 
-def merge_identities(spark: SparkSession, lake: Lake, rows: DataFrame) -> int:
+def merge_identities(spark: SparkSession, lake: LakePaths, rows: DataFrame) -> int:
     """Add what the vault's IDENTITY lacks of `rows`, before SOURCES is published: a batch tried again adds nothing."""
     return merge_new(spark, rows, IDENTITY, lake.path(IDENTITY))
 
 
-def prune_identities(spark: SparkSession, lake: Lake, tags: DataFrame, left: DataFrame | None = None) -> int:
+def prune_identities(spark: SparkSession, lake: LakePaths, tags: DataFrame, left: DataFrame | None = None) -> int:
     """Remove from IDENTITY what no row of `tags` belongs to any more; how many rows went.
 
     `left` are rows of an earlier TAGS whose image_id, series_id, study_id and patient_id alone are looked at: those of
@@ -56,7 +56,7 @@ def _owners(tags: DataFrame) -> DataFrame:
     return tags.select(F.explode(F.array(*named)).alias("owner")).select("owner.*")
 
 
-def tombstones(spark: SparkSession, lake: Lake) -> frozenset[str]:
+def tombstones(spark: SparkSession, lake: LakePaths) -> frozenset[str]:
     """What must not be kept, as kind:pseudonym; what was asked to be forgotten is a list that a driver can hold."""
     path = lake.path(FORGOTTEN)
     if not exists(spark, path):

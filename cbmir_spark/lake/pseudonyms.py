@@ -12,12 +12,13 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from cbmir_spark.config import Settings
+from cbmir_spark.config import PrivacySettings
 from cbmir_spark.errors import ConfigError
 
 KEY_VARIABLE = "CBMIR_PRIVACY__KEY"
 KEY_FILE = "pseudonym.key"
 SHORTEST_KEY = 16
+NO_KEY = f"privacy: a vault in object storage needs a key; set {KEY_VARIABLE} or privacy.key_file"
 # What identifiers are of, from the smallest to the largest.
 KINDS = ("image", "series", "study", "patient")
 
@@ -87,26 +88,43 @@ def is_forgotten(owners: Iterable[Identity], tombstones: Collection[str]) -> boo
     return any(f"{owner.kind}:{owner.pseudonym}" in tombstones for owner in owners)
 
 
-def of(settings: Settings, vault_folder: str | None) -> Pseudonyms:
-    """The pseudonyms of a lake; `vault_folder` is its vault as a local path, None where it lies in object storage.
+def load(privacy: PrivacySettings, vault_folder: str | None) -> Pseudonyms:
+    """Load the key that the settings name, or that of a local vault; creates nothing. Runs on the driver.
 
-    A local lake without a key gets a generated one in its vault, readable by its owner alone; an object store gets
-    none, since a key beside the data it protects protects nothing. Raises ConfigError saying what to set.
+    `vault_folder` is the vault as a local path, None where it lies in object storage: that one holds no key, since a
+    key beside the data it protects protects nothing. Raises ConfigError saying what to set.
     """
-    key_file = settings.privacy.key_file
-    if settings.privacy.key is not None:
+    if privacy.key is not None:
         # Tasks read the same variable; a key that came by another way would not reach them.
-        if os.environ.get(KEY_VARIABLE) != settings.privacy.key.get_secret_value():
+        if os.environ.get(KEY_VARIABLE) != privacy.key.get_secret_value():
             raise ConfigError(f"privacy.key: give the key as environment variable {KEY_VARIABLE}, or privacy.key_file")
-        key_file = None
-    elif key_file is None:
-        if vault_folder is None:
-            raise ConfigError(f"privacy: a vault in object storage needs a key; set {KEY_VARIABLE} or privacy.key_file")
+        return _from(None)
+    if privacy.key_file is not None:
+        return _from(privacy.key_file)
+    if vault_folder is None:
+        raise ConfigError(NO_KEY)
+    key_file = os.path.join(vault_folder, KEY_FILE)
+    if not os.path.exists(key_file):
+        raise ConfigError(
+            f"the pseudonym key {key_file} is missing: restore it from a backup, or set privacy.key_file to a copy"
+        )
+    return _from(key_file)
+
+
+def create(privacy: PrivacySettings, vault_folder: str | None) -> Pseudonyms:
+    """Load the key as `load` does; where a local vault has none, generate one, readable by its owner alone.
+
+    Only an ingest into an empty lake calls this.
+    """
+    if privacy.key is None and privacy.key_file is None and vault_folder is not None:
         key_file = os.path.join(vault_folder, KEY_FILE)
         if not os.path.exists(key_file):
             _generate(key_file)
-    key = _key(key_file)
-    return Pseudonyms(key_file, hashlib.sha256(b"cbmir key id\0" + key).hexdigest()[:12])
+    return load(privacy, vault_folder)
+
+
+def _from(key_file: str | None) -> Pseudonyms:
+    return Pseudonyms(key_file, hashlib.sha256(b"cbmir key id\0" + _key(key_file)).hexdigest()[:12])
 
 
 def _digest(key: bytes, domain: str, identifier: str) -> str:

@@ -17,7 +17,7 @@ from pyspark.sql import functions as F
 from cbmir_spark.errors import TableError
 from cbmir_spark.lake.columns import BODY_PART, MODALITY, URI
 from cbmir_spark.lake.delta import append, commit_message, conform, ensure, exists, version
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.lake.schemas import PIXELS, SOURCES, TAGS
 
 # A property of SOURCES: the vocabulary that was last published without rows.
@@ -45,7 +45,9 @@ class Published:
         return json.dumps({name: value for name, value in asdict(self).items() if name != SOURCES.name})
 
 
-def publish_empty(spark: SparkSession, lake: Lake, key_id: str, preprocessing: str, vocabulary: str = "") -> Published:
+def publish_empty(
+    spark: SparkSession, lake: LakePaths, key_id: str, preprocessing: str, vocabulary: str = ""
+) -> Published:
     """Create TAGS, PIXELS and at last SOURCES, whose first commit publishes that they are empty: batch 0."""
     ensure(spark, TAGS, lake.path(TAGS))
     ensure(spark, PIXELS, lake.path(PIXELS))
@@ -63,7 +65,9 @@ def publish_empty(spark: SparkSession, lake: Lake, key_id: str, preprocessing: s
     return replace(pinned, sources=version(spark, lake.path(SOURCES)))
 
 
-def publish(spark: SparkSession, lake: Lake, rows: DataFrame, pinned: Published, only_new: bool = False) -> Published:
+def publish(
+    spark: SparkSession, lake: LakePaths, rows: DataFrame, pinned: Published, only_new: bool = False
+) -> Published:
     """Commit SOURCES by URI, pinning the versions of TAGS and PIXELS that belong to it; readers see the batch now.
 
     With `only_new` no URI of `rows` is in SOURCES yet: they are appended, and nothing of it has to be read.
@@ -78,7 +82,7 @@ def publish(spark: SparkSession, lake: Lake, rows: DataFrame, pinned: Published,
     return replace(pinned, sources=version(spark, path))
 
 
-def publish_without_rows(spark: SparkSession, lake: Lake, pinned: Published) -> Published:
+def publish_without_rows(spark: SparkSession, lake: LakePaths, pinned: Published) -> Published:
     """Commit that other versions of TAGS and PIXELS, or another vocabulary, belong to the same rows of SOURCES."""
     path = lake.path(SOURCES)
     with commit_message(spark, pinned.message()):
@@ -90,7 +94,7 @@ def publish_without_rows(spark: SparkSession, lake: Lake, pinned: Published) -> 
     return replace(pinned, sources=version(spark, path))
 
 
-def published(spark: SparkSession, lake: Lake) -> Published | None:
+def published(spark: SparkSession, lake: LakePaths) -> Published | None:
     """The newest versions that belong together, or None before the first batch is published."""
     path = lake.path(SOURCES)
     if not exists(spark, path):
@@ -104,7 +108,7 @@ def published(spark: SparkSession, lake: Lake) -> Published | None:
     return None
 
 
-def require_published(spark: SparkSession, lake: Lake) -> Published:
+def require_published(spark: SparkSession, lake: LakePaths) -> Published:
     """As `published`, with at least one batch. Raises TableError saying to ingest first."""
     found = published(spark, lake)
     if found is None or found.batch == 0:
@@ -112,7 +116,7 @@ def require_published(spark: SparkSession, lake: Lake) -> Published:
     return found
 
 
-def roll_back(spark: SparkSession, lake: Lake, pinned: Published) -> list[str]:
+def roll_back(spark: SparkSession, lake: LakePaths, pinned: Published) -> list[str]:
     """Bring TAGS and PIXELS back to what is published, where a job died before it published; the tables mended."""
     mended = []
     for table, wanted in ((TAGS, pinned.tags), (PIXELS, pinned.pixels)):

@@ -11,7 +11,7 @@ from pyspark.sql import SparkSession
 from cbmir_spark import __version__
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, schemas
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 
 
 class Stages:
@@ -42,7 +42,7 @@ class Record(Stages):
     def write(
         self,
         spark: SparkSession,
-        lake: Lake,
+        lake: LakePaths,
         *,
         counts: Mapping[str, int],
         versions_read: Mapping[str, int] | None = None,

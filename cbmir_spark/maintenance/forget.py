@@ -28,7 +28,7 @@ from cbmir_spark.config import Settings
 from cbmir_spark.errors import InputError, TableError
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, identity, lease, pseudonyms, publication, schemas
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.lake.pseudonyms import KINDS, Pseudonyms
 from cbmir_spark.lake.publication import Published
 from cbmir_spark.lake.runs import Record
@@ -136,7 +136,7 @@ def run(
     """
     if not requests and not (now or purge):
         raise InputError("nothing to forget: give --patient, --study, --series, --image, --pseudonym or --list")
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     with (
         lease.hold(lake.vault, lease.TABLES, ObjectStore(settings.storage)) as tables,
         lease.hold(lake.vault, lease.INDEX, ObjectStore(settings.storage)) as index,
@@ -147,7 +147,7 @@ def run(
 def _run(
     spark: SparkSession,
     settings: Settings,
-    lake: Lake,
+    lake: LakePaths,
     requests: Sequence[Request],
     held: Sequence[lease.Held],
     *,
@@ -155,7 +155,7 @@ def _run(
     purge: bool,
 ) -> Report:
     record = Record("forget")
-    names = pseudonyms.of(settings, storage.local_path(lake.vault) if storage.is_local(lake.vault) else None)
+    names = pseudonyms.load(settings.privacy, lake.vault_folder)
     asked = owners_of(requests, names)
     pinned = publication.published(spark, lake)
     if pinned is not None and pinned.key_id != names.key_id:
@@ -250,10 +250,10 @@ def _is_in(column: str, values: Sequence[str]) -> Mask:
     return lambda rows: pc.is_in(rows[column], value_set=wanted)
 
 
-def _snapshots(spark: SparkSession, lake: Lake, mask: Mask, store: ObjectStore, now: bool, purge: bool) -> Gone:
+def _snapshots(spark: SparkSession, lake: LakePaths, mask: Mask, store: ObjectStore, now: bool, purge: bool) -> Gone:
     """Training snapshots: their files are written again; those that a killed job left unfinished go with their age."""
     gone = Gone()
-    for folder in _folders(lake.snapshots(), store):
+    for folder in _folders(lake.snapshots, store):
         if store.kind(storage.join(folder, MANIFEST)) == "file":
             rows, rewritten = snapshot_files.erase(folder, lambda rows: masked(rows, mask), spark, store)
             gone.rows += rows
@@ -263,9 +263,9 @@ def _snapshots(spark: SparkSession, lake: Lake, mask: Mask, store: ObjectStore, 
     return gone
 
 
-def _checkpoints(lake: Lake, store: ObjectStore, *, now: bool, purge: bool) -> Gone:
+def _checkpoints(lake: LakePaths, store: ObjectStore, *, now: bool, purge: bool) -> Gone:
     """Checkpoints of trainings that were stopped and never went on: all of them, or those of their age."""
-    return Gone(files=sum(_left_behind(folder, store, now, purge) for folder in _folders(lake.checkpoints(), store)))
+    return Gone(files=sum(_left_behind(folder, store, now, purge) for folder in _folders(lake.checkpoints, store)))
 
 
 def _left_behind(folder: str, store: ObjectStore, now: bool, purge: bool) -> int:
@@ -278,7 +278,7 @@ def _left_behind(folder: str, store: ObjectStore, now: bool, purge: bool) -> int
     return len(written)
 
 
-def _results(lake: Lake, of_owners: Mask, newest: float, store: ObjectStore) -> tuple[Gone, Gone]:
+def _results(lake: LakePaths, of_owners: Mask, newest: float, store: ObjectStore) -> tuple[Gone, Gone]:
     """Answers below the lake: hits that are of the owners, all of the queries that are, and the pages that show them.
 
     `queries` says what each query was, so it goes last; of answers without it, which older versions wrote, every page
@@ -356,7 +356,7 @@ def _drop(uri: str, mask: Mask, store: ObjectStore) -> Gone:
     return gone
 
 
-def _features(spark: SparkSession, lake: Lake, mask: Mask, store: ObjectStore) -> Gone:
+def _features(spark: SparkSession, lake: LakePaths, mask: Mask, store: ObjectStore) -> Gone:
     """FEATURES of every model, at once for every reader; a table without such rows gets no commit."""
     gone = Gone()
     keys = (cols.MODALITY, cols.BODY_PART, cols.IMAGE_ID, cols.FRAME)
@@ -375,7 +375,7 @@ def _features(spark: SparkSession, lake: Lake, mask: Mask, store: ObjectStore) -
 
 
 def _images(
-    spark: SparkSession, lake: Lake, pinned: Published, found: Sequence[Row], mask: Mask, places: dict[str, Gone]
+    spark: SparkSession, lake: LakePaths, pinned: Published, found: Sequence[Row], mask: Mask, places: dict[str, Gone]
 ) -> Published:
     """TAGS and PIXELS without the images, published with SOURCES that say why; what is published then."""
     sources = delta.read(spark, lake.path(schemas.SOURCES), pinned.sources).select(*schemas.SOURCES.schema.names)
@@ -403,7 +403,7 @@ def _folders(uri: str, store: ObjectStore) -> list[str]:
     return store.list_folder(uri)[0] if store.kind(uri) == "folder" else []
 
 
-def _delta_tables(spark: SparkSession, lake: Lake, store: ObjectStore) -> list[str]:
+def _delta_tables(spark: SparkSession, lake: LakePaths, store: ObjectStore) -> list[str]:
     """Paths of all Delta tables that hold rows about images."""
     paths = [lake.path(table) for table in (schemas.TAGS, schemas.PIXELS, schemas.SOURCES, schemas.IDENTITY)]
     paths += _folders(storage.join(lake.uri, schemas.FEATURES.name), store)

@@ -22,7 +22,7 @@ from cbmir_spark.errors import TableError
 from cbmir_spark.ingest import parse
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, lease, publication, schemas
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.lake.publication import Published
 from cbmir_spark.lake.runs import Record
 from cbmir_spark.storage import ObjectStore
@@ -226,7 +226,7 @@ def run(spark: SparkSession, settings: Settings) -> Report:
     its own. Killed in between, the next run finishes it. Raises TableError where there is nothing to apply it to, or
     where the `pixels` settings are not those that the lake was made with, Busy while another job writes to the lake.
     """
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     with (
         lease.hold(lake.vault, lease.TABLES, ObjectStore(settings.storage)) as tables,
         lease.hold(lake.vault, lease.INDEX, ObjectStore(settings.storage)) as index,
@@ -234,7 +234,7 @@ def run(spark: SparkSession, settings: Settings) -> Report:
         return _run(spark, settings, lake, (tables, index))
 
 
-def _run(spark: SparkSession, settings: Settings, lake: Lake, held: Sequence[lease.Held]) -> Report:
+def _run(spark: SparkSession, settings: Settings, lake: LakePaths, held: Sequence[lease.Held]) -> Report:
     record = Record("remap")
     vocabulary = Vocabulary(settings.vocabulary.body_parts)
     preprocessing = parse.preprocessing_of(settings)
@@ -280,7 +280,7 @@ def _run(spark: SparkSession, settings: Settings, lake: Lake, held: Sequence[lea
 
 def unmapped(spark: SparkSession, settings: Settings) -> Gaps:
     """The codes of a lake's images that the vocabulary of the settings has no term for; nothing is written."""
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     pinned = publication.require_published(spark, lake)
     found = codes(delta.read(spark, lake.path(schemas.TAGS), pinned.tags)).collect()
     return gaps(
@@ -298,7 +298,7 @@ class _Done:
 
 def _remap_tags(
     spark: SparkSession,
-    lake: Lake,
+    lake: LakePaths,
     pinned: Published,
     vocabulary: Vocabulary,
     preprocessing: Preprocessing,
@@ -353,7 +353,7 @@ def _as_table(spark: SparkSession, changed: Sequence[Change]) -> DataFrame:
     return spark.createDataFrame(rows, f"{text}, {cols.WINDOW_LOW} double, {cols.WINDOW_HIGH} double")
 
 
-def _features(spark: SparkSession, lake: Lake, settings: Settings) -> dict[str, str]:
+def _features(spark: SparkSession, lake: LakePaths, settings: Settings) -> dict[str, str]:
     """Paths of all FEATURES tables by model."""
     root = storage.join(lake.uri, schemas.FEATURES.name)
     if ObjectStore(settings.storage).kind(root) != "folder":

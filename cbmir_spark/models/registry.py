@@ -20,7 +20,7 @@ from cbmir_spark import storage
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import ModelError
 from cbmir_spark.lake import columns as cols
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.models.artifact import Loaded, Manifest, Saved, load
 from cbmir_spark.models.networks import Network
 from cbmir_spark.models.tracking import existing_mlflow, mlflow_at, tracking_of
@@ -107,7 +107,7 @@ def log_evaluation(
 
     None where no registered version has this model id: a model that was taken from a folder has no run.
     """
-    place = tracking_of(settings, Lake.of(settings))
+    place = tracking_of(settings, LakePaths.of(settings.lake))
     if place.database is not None and not place.database.is_file():
         return None
     with mlflow_at(place) as mlflow, TemporaryDirectory(prefix="cbmir-evaluation-") as folder:

@@ -12,7 +12,7 @@ from typing import Any
 from cbmir_spark import storage
 from cbmir_spark.config import Settings, StorageSettings
 from cbmir_spark.errors import ConfigError, ModelError
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Tracking:
 
 def tracking_uri(settings: Settings) -> str:
     """Where runs are recorded. Raises ConfigError for an object-store lake without `mlflow.tracking_uri`."""
-    return tracking_of(settings, Lake.of(settings)).uri
+    return tracking_of(settings, LakePaths.of(settings.lake)).uri
 
 
-def tracking_of(settings: Settings, lake: Lake) -> Tracking:
+def tracking_of(settings: Settings, lake: LakePaths) -> Tracking:
     """Where runs are recorded. Raises ConfigError for an object-store lake without `mlflow.tracking_uri`."""
     folder = storage.join(lake.uri, "mlflow")
     given = settings.mlflow.tracking_uri
@@ -102,7 +102,7 @@ def mlflow_at(place: Tracking) -> Iterator[Any]:
 @contextlib.contextmanager
 def existing_mlflow(wanted: str, settings: Settings) -> Iterator[Any]:
     """As `mlflow_at`, but a lake that was never trained on is said to be so, and gets no empty database."""
-    place = tracking_of(settings, Lake.of(settings))
+    place = tracking_of(settings, LakePaths.of(settings.lake))
     if place.database is not None and not place.database.is_file():
         raise ModelError(f"model {wanted} is not there: nothing was trained on this lake; run `cbmir train` first")
     with mlflow_at(place) as mlflow:

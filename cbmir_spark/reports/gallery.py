@@ -21,7 +21,7 @@ from cbmir_spark.dicom import burned_in
 from cbmir_spark.dicom.vocabulary_tables import UNKNOWN
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, publication, schemas
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.reports.page import data_uri, render_page
 from cbmir_spark.storage import ObjectStore
 
@@ -114,7 +114,7 @@ def gallery(
     needed = {(hit[cols.IMAGE_ID], hit[cols.FRAME]) for found in of_query.values() for hit in found}
     needed |= {(q.image_id, q.frame) for q in questions.values() if q.image_id is not None and q.pixels is None}
     choice = settings.privacy.burned_in
-    pictures = _pictures(spark, Lake.of(settings), needed, choice)
+    pictures = _pictures(spark, LakePaths.of(settings.lake), needed, choice)
     rows = [
         _row(status, questions.get(status[cols.QUERY_ID]), of_query[status[cols.QUERY_ID]], pictures, choice)
         for status in statuses
@@ -159,7 +159,7 @@ class _Picture:
 
 
 def _pictures(
-    spark: SparkSession, lake: Lake, needed: Iterable[tuple[str, int]], choice: Choice
+    spark: SparkSession, lake: LakePaths, needed: Iterable[tuple[str, int]], choice: Choice
 ) -> dict[tuple[str, int], _Picture]:
     """Tags and pixels of the frames that the page shows. TAGS first: it says which batches of PIXELS to open."""
     keys = sorted(set(needed))

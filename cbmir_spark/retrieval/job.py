@@ -19,7 +19,7 @@ from cbmir_spark.errors import InputError, TableError
 from cbmir_spark.index import open as index_open
 from cbmir_spark.index.vector_files import Place
 from cbmir_spark.lake import schemas
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.lake.runs import Record
 from cbmir_spark.reports import gallery as reports_gallery
 from cbmir_spark.retrieval import csv_export
@@ -65,7 +65,7 @@ def run(spark: SparkSession, settings: Settings) -> Report:
     options = settings.retrieval
     if options.queries is None:
         raise InputError("no query list named: give --queries FILE, a CSV or Parquet file")
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     out = storage.canonical(options.out or storage.join(lake.uri, "results", record.run_id))
     _check_free(out, ObjectStore(settings.storage))
     with record.stage("read"):

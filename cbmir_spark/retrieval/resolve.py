@@ -37,7 +37,7 @@ from cbmir_spark.index.vector_files import Place
 from cbmir_spark.ingest import parse, reconcile
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, identity, pseudonyms, publication, schemas
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.lake.pseudonyms import Pseudonyms
 from cbmir_spark.models import embed as embedding
 from cbmir_spark.reports import gallery
@@ -310,14 +310,14 @@ def _reader(spark: SparkSession, index: Index, settings: Settings, pictured: fro
         preprocessing,
         settings.vocabulary.body_parts,
         pseudonyms_of(spark, settings),
-        identity.tombstones(spark, Lake.of(settings)),
+        identity.tombstones(spark, LakePaths.of(settings.lake)),
     )
     return Reader(index.folder, tuple(storage.canonical(root) for root in roots), parser, pictured)
 
 
 def _in_archive(spark: SparkSession, settings: Settings, uris: Sequence[str]) -> set[str]:
     """Those of some URIs that SOURCES lists: ingest has read them already, so a query may."""
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     pinned = publication.require_published(spark, lake)
     sources = delta.read(spark, lake.path(schemas.SOURCES), pinned.sources).where(F.col(cols.OUTCOME) != cols.DELETED)
     asked = spark.createDataFrame([(uri,) for uri in sorted(set(uris))], f"{cols.URI} string")
@@ -328,8 +328,8 @@ def _in_archive(spark: SparkSession, settings: Settings, uris: Sequence[str]) ->
 
 
 def pseudonyms_of(spark: SparkSession, settings: Settings) -> Pseudonyms:
-    lake = Lake.of(settings)
-    names = pseudonyms.of(settings, storage.local_path(lake.vault) if storage.is_local(lake.vault) else None)
+    lake = LakePaths.of(settings.lake)
+    names = pseudonyms.load(settings.privacy, lake.vault_folder)
     pinned = publication.require_published(spark, lake)
     if names.key_id != pinned.key_id:
         raise TableError(

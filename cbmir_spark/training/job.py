@@ -27,7 +27,7 @@ from cbmir_spark import storage
 from cbmir_spark.config import Settings, StorageSettings
 from cbmir_spark.errors import ConfigError, EnvironmentProblem, TrainingError
 from cbmir_spark.lake import publication
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.lake.runs import Record
 from cbmir_spark.models import registry, tracking
 from cbmir_spark.models.artifact import save
@@ -80,7 +80,7 @@ def run(
     training itself. Raises TrainingError, ModelError or ConfigError naming the cause.
     """
     record = Record("train")
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     preset = preset_of(settings.training.preset)
     recipe = preset.recipe
     place = tracking.tracking_of(settings, lake)
@@ -117,7 +117,7 @@ def run(
         "attempts": settings.training.attempts,
         "checkpoint_steps": settings.training.checkpoint_steps,
     }
-    job["checkpoints"] = storage.join(lake.checkpoints(), _same_course(job))
+    job["checkpoints"] = storage.join(lake.checkpoints, _same_course(job))
     versions = {"sources": pinned.sources, "tags": pinned.tags, "pixels": pinned.pixels}
     with (
         tracking.mlflow_at(place) as mlflow,
@@ -213,9 +213,9 @@ def sweep(
     Each passes the gate for `candidate` by itself. Raises ConfigError where they are not of one lake.
     """
     first = variants[0]
-    if len({Lake.of(settings) for settings in variants}) > 1:
+    if len({LakePaths.of(settings.lake) for settings in variants}) > 1:
         raise ConfigError(f"sweep {name}: lake.uri differs between its trainings; give one sweep for each lake")
-    place = tracking.tracking_of(first, Lake.of(first))
+    place = tracking.tracking_of(first, LakePaths.of(first.lake))
     reports = []
     with (
         tracking.mlflow_at(place) as mlflow,

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import ModelError
 from cbmir_spark.lake import schemas
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.models.registry import MODEL_ID_TAG
 from cbmir_spark.models.tracking import existing_mlflow
 from cbmir_spark.reports.plots import small_confusion_figure
@@ -124,7 +124,7 @@ def _revision(module: Path) -> str | None:
         return None
 
 
-def log_inputs(mlflow: Any, lake: Lake, versions: Mapping[str, int], digest: str) -> None:
+def log_inputs(mlflow: Any, lake: LakePaths, versions: Mapping[str, int], digest: str) -> None:
     """Say which versions of which Delta tables the snapshot `digest` was made from, as MLflow's dataset inputs."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

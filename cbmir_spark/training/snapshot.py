@@ -23,7 +23,7 @@ from cbmir_spark.config import Choice, DatasetSettings
 from cbmir_spark.errors import TrainingError
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, schemas
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.lake.publication import Published
 from cbmir_spark.models.artifact import UNKNOWN, LabelKind
 from cbmir_spark.storage import ObjectStore
@@ -86,7 +86,7 @@ def labelled(tags: DataFrame, label: LabelKind, burned_in: Choice = "exclude") -
 
 def snapshot(
     spark: SparkSession,
-    lake: Lake,
+    lake: LakePaths,
     pinned: Published,
     settings: DatasetSettings,
     store: ObjectStore,
@@ -134,7 +134,7 @@ def snapshot(
         .withColumn(KEY, F.sha2(F.concat_ws(":", F.lit(settings.seed), cols.IMAGE_ID, cols.FRAME), 256))
     )
     digest = _digest(chosen, settings, classes, pinned.preprocessing)
-    uri = storage.join(lake.snapshots(), digest)
+    uri = storage.join(lake.snapshots, digest)
     manifest = storage.join(uri, MANIFEST)
     if store.kind(manifest) == "file":
         return Snapshot.from_json(store.read_bytes(manifest), uri)

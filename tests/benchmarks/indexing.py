@@ -22,7 +22,7 @@ import torch
 from cbmir_spark import config, storage
 from cbmir_spark.index import job as index_job
 from cbmir_spark.index import open as index_open
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.models import artifact
 from cbmir_spark.models import embed as embedding
 from cbmir_spark.spark import session
@@ -44,7 +44,7 @@ def main() -> None:
     torch.set_num_threads(cores)
     loaded = artifact.load(*((folder / name).read_bytes() for name in (index_open.WEIGHTS, index_open.MANIFEST)))
     pixels = pictures(asked.lake)
-    table = Path(storage.local_path(Lake.of(settings).features(loaded.manifest.model_id)))
+    table = Path(storage.local_path(LakePaths.of(settings.lake).features(loaded.manifest.model_id)))
     runs: list[dict[str, Any]] = []
     for turn in range(asked.runs + 1):
         start = time.perf_counter()

@@ -28,7 +28,7 @@ from cbmir_spark.ingest import listing as ingest_listing
 from cbmir_spark.ingest import parse
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import publication, schemas
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.spark import session
 from cbmir_spark.storage import ObjectStore
 from tests.benchmarks.common import REPO, SHARED, keep, tell
@@ -154,7 +154,7 @@ def by_size(folder: Path, sizes: list[int], new: int) -> list[dict[str, object]]
             path.write_bytes(changed)
         report = ingest_job.run(spark, settings)
         assert (report.read, report.unchanged) == (new, known)
-        lake = Lake.of(settings)
+        lake = LakePaths.of(settings.lake)
         compare = report.seconds["list"] + report.seconds["compare"]
         found.append(
             {
@@ -179,7 +179,7 @@ def seed(spark: SparkSession, settings: config.Settings) -> None:
         update={"ingest": settings.ingest.model_copy(update={"archive": f"{settings.ingest.archive}/empty"})}
     )
     ingest_job.run(spark, nothing)
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     pinned = publication.published(spark, lake)
     assert pinned is not None
     listing = ingest_listing.list_archive(

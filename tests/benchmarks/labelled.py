@@ -29,7 +29,7 @@ from cbmir_spark.index import open as index_open
 from cbmir_spark.ingest import job as ingest_job
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, pseudonyms, publication, schemas
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.models import artifact, registry
 from cbmir_spark.spark import session
 from cbmir_spark.synthetic import wrap
@@ -44,7 +44,7 @@ LABEL, DATASET, GROUP, TEST, TRUE = "label", "dataset", "group", "test", "true"
 
 def gather(spark: SparkSession, settings: config.Settings) -> tuple[pd.DataFrame, NDArray[np.float32]]:
     """Every picture of the index with its cell, source and side of the split, and their (N, D) float32 vectors."""
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     pinned = publication.require_published(spark, lake)
     index = index_open.open_index(spark, settings)
     rows = index.rows.select(cols.IMAGE_ID, cols.PATIENT_ID, cols.VECTOR, cols.PREDICTED).toPandas()

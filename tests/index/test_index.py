@@ -24,7 +24,7 @@ from cbmir_spark.index import open as index_open
 from cbmir_spark.index import verify as index_verify
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, publication, schemas
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.models import artifact, networks, registry
 from cbmir_spark.models import embed as embedding
 from cbmir_spark.models.artifact import Loaded, Saved
@@ -74,7 +74,7 @@ class Indexed:
     """One lake for all tests here, its first index run, and the model."""
 
     settings: Settings
-    lake: Lake
+    lake: LakePaths
     report: index_job.Report
     model: Loaded
 

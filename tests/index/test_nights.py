@@ -24,7 +24,7 @@ from cbmir_spark.index import open as index_open
 from cbmir_spark.index import verify as index_verify
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, publication, schemas
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.retrieval import search
 from cbmir_spark.retrieval.query import Query
 from cbmir_spark.storage import ObjectStore
@@ -139,7 +139,7 @@ def kill(job: subprocess.Popen[bytes]) -> bool:
 
 
 def assert_whole(spark: SparkSession, settings: Settings) -> None:
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     frames = delta.read(spark, lake.path(schemas.PIXELS), publication.require_published(spark, lake).pixels).select(
         cols.IMAGE_ID, cols.FRAME
     )
@@ -150,7 +150,7 @@ def assert_whole(spark: SparkSession, settings: Settings) -> None:
 
 def log_length(settings: Settings) -> int:
     """Commits of all FEATURES tables so far."""
-    folder = Path(storage.local_path(Lake.of(settings).uri)) / schemas.FEATURES.name
+    folder = Path(storage.local_path(LakePaths.of(settings.lake).uri)) / schemas.FEATURES.name
     return len(list(folder.rglob("_delta_log/*.json")))
 
 

@@ -19,7 +19,7 @@ from cbmir_spark.dicom.read import NotAnImage, Reason, Rejected
 from cbmir_spark.ingest import job as ingest_job
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, schemas
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from tests.conftest import MakeSettings
 from tests.dicom.test_decoder import PLUGIN, SITE
 from tests.dicom.test_read import PREPROCESSING, VOCABULARY, real
@@ -50,7 +50,9 @@ def _outcomes(spark: SparkSession, settings: config.Settings) -> dict[str, tuple
     """Outcome and reason by file, below the archive. Fails where SOURCES has an object twice."""
     assert settings.ingest.archive is not None
     rows = (
-        delta.read(spark, Lake.of(settings).path(schemas.SOURCES)).select(cols.URI, cols.OUTCOME, cols.REASON).collect()
+        delta.read(spark, LakePaths.of(settings.lake).path(schemas.SOURCES))
+        .select(cols.URI, cols.OUTCOME, cols.REASON)
+        .collect()
     )
     found = {
         os.path.relpath(storage.local_path(row[cols.URI]), settings.ingest.archive): (

@@ -21,7 +21,7 @@ from cbmir_spark.ingest import job as ingest_job
 from cbmir_spark.ingest import parse
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, publication, schemas
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from tests.conftest import MakeSettings
 from tests.dicom.test_read import predicted
 
@@ -67,7 +67,7 @@ def _fill(folder: Path) -> Path:
 
 def _live(spark: SparkSession, settings: config.Settings) -> dict[str, list[tuple[object, ...]]]:
     """The live rows of the three tables without what depends on the run."""
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     pinned = publication.require_published(spark, lake)
     found = {}
     for table, version in (
@@ -81,11 +81,11 @@ def _live(spark: SparkSession, settings: config.Settings) -> dict[str, list[tupl
 
 
 def _outcomes(spark: SparkSession, settings: config.Settings) -> dict[str, str]:
-    sources = delta.read(spark, Lake.of(settings).path(schemas.SOURCES))
+    sources = delta.read(spark, LakePaths.of(settings.lake).path(schemas.SOURCES))
     return {row["uri"].rsplit("/archive/", 1)[1]: row["outcome"] for row in sources.collect()}
 
 
-def _key_of(lake: Lake) -> str:
+def _key_of(lake: LakePaths) -> str:
     return f"privacy.key_file={storage.local_path(lake.vault)}/pseudonym.key"
 
 
@@ -127,12 +127,12 @@ def test_each_object_gets_one_outcome(spark: SparkSession, night: Night) -> None
     }
     live = _live(spark, night.settings)
     assert len(live["tags"]) == 3 == len(live["pixels"])
-    tags = delta.read(spark, Lake.of(night.settings).path(schemas.TAGS), night.report.published.tags)
+    tags = delta.read(spark, LakePaths.of(night.settings.lake).path(schemas.TAGS), night.report.published.tags)
     assert {row["sex"] for row in tags.where("modality = 'CT'").collect()} == {"M", "O"}
 
 
 def test_a_second_run_writes_nothing_but_that_it_ran(spark: SparkSession, night: Night) -> None:
-    lake = Lake.of(night.settings)
+    lake = LakePaths.of(night.settings.lake)
     versions = [delta.version(spark, lake.path(table)) for table in (schemas.TAGS, schemas.PIXELS, schemas.SOURCES)]
     again = ingest_job.run(spark, night.settings)
     assert (again.read, again.unchanged, again.deleted, again.batches) == (0, 12, 0, 0)
@@ -145,7 +145,7 @@ def test_a_second_run_writes_nothing_but_that_it_ran(spark: SparkSession, night:
 
 
 def test_the_size_of_batches_does_not_matter(spark: SparkSession, night: Night, tmp_path: Path) -> None:
-    lake = Lake.of(night.settings)
+    lake = LakePaths.of(night.settings.lake)
     whole = [night.overrides[0], f"lake.uri={tmp_path / 'lake'}", _key_of(lake)]
     settings = config.load(overrides=whole, environ={})
     assert ingest_job.run(spark, settings).batches == 1
@@ -195,7 +195,7 @@ def test_what_left_leaves_and_a_run_that_died_is_never_seen(
         with pytest.raises(KeyboardInterrupt):
             ingest_job.run(spark, settings)
     assert _live(spark, settings) == before
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     assert delta.version(spark, lake.path(schemas.TAGS)) > publication.require_published(spark, lake).tags
 
     report = ingest_job.run(spark, settings)
@@ -250,7 +250,7 @@ def test_nothing_of_a_person_is_in_the_lake(spark: SparkSession, make_settings: 
     )
     settings = make_settings(f"ingest.archive={folder}", f"lake.vault={tmp_path / 'vault'}")
     ingest_job.run(spark, settings)
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     for table in (schemas.TAGS, schemas.PIXELS, schemas.RUNS):
         for row in delta.read(spark, lake.path(table)).collect():
             assert token.lower() not in repr(row).lower(), table.name
@@ -267,7 +267,7 @@ def test_real_files_have_the_outcome_that_their_index_predicts(
     settings = make_settings(f"ingest.archive={shared_data / 'dicom'}")
     report = ingest_job.run(spark, settings)
     files = sorted(str(p) for p in (shared_data / "dicom").rglob("*") if p.is_file())
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     rows = delta.read(spark, lake.path(schemas.SOURCES)).collect()
     assert sorted(storage.local_path(row["uri"]) for row in rows) == [os.path.abspath(f) for f in files]
     assert report.listed == len(files) == sum(report.outcomes.values())
@@ -292,7 +292,7 @@ def test_an_archive_that_only_hadoop_can_read(spark: SparkSession, night: Night,
     jvm = spark.sparkContext._jsc
     assert jvm is not None
     jvm.hadoopConfiguration().set("fs.viewfs.mounttable.clinic.link./pacs", night.archive.as_uri())
-    lake = Lake.of(night.settings)
+    lake = LakePaths.of(night.settings.lake)
     settings = config.load(
         overrides=["ingest.archive=viewfs://clinic/pacs", f"lake.uri={tmp_path / 'lake'}", _key_of(lake)], environ={}
     )
@@ -320,7 +320,7 @@ def test_what_a_run_does_not_reach_is_deferred(spark: SparkSession, night: Night
             break
     assert done == 12
     assert told[0][1] == 12
-    whole = delta.read(spark, Lake.of(settings).path(schemas.TAGS), report.published.tags).drop(cols.BATCH)
+    whole = delta.read(spark, LakePaths.of(settings.lake).path(schemas.TAGS), report.published.tags).drop(cols.BATCH)
     assert whole.count() == 3
 
 
@@ -349,7 +349,7 @@ def test_an_image_marked_for_reading_is_read_and_its_rows_made_anew(
     _sample(archive, "two.dcm", hour=1, SOPInstanceUID="1.2.3.2")
     settings = make_settings(f"ingest.archive={archive}")
     first = ingest_job.run(spark, settings)
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     before = _live(spark, settings)
     sources = delta.read(spark, lake.path(schemas.SOURCES)).where("uri like '%two.dcm'")
     marked = sources.withColumn(cols.REASON, F.lit(cols.REREAD)).collect()
@@ -404,7 +404,7 @@ def test_a_lake_of_an_older_version_gets_the_columns_it_lacks(
     _sample(archive, "one.dcm", hour=1)
     settings = make_settings(f"ingest.archive={archive}")
     ingest_job.run(spark, settings)
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     path = tmp_path / "older"
     delta.read(spark, lake.path(schemas.SOURCES)).drop(cols.ETAG).write.format("delta").save(str(path))
     assert delta.evolve(spark, schemas.SOURCES, str(path)) is not None

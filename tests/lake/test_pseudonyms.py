@@ -16,10 +16,10 @@ UID = "1.2.826.0.1.3680043.8.498.1"
 
 def test_a_local_vault_gets_a_key_that_its_owner_alone_reads(tmp_path: Path) -> None:
     settings = config.load(environ={})
-    names = pseudonyms.of(settings, str(tmp_path / "vault"))
+    names = pseudonyms.create(settings.privacy, str(tmp_path / "vault"))
     key_file = tmp_path / "vault" / pseudonyms.KEY_FILE
     assert stat.S_IMODE(key_file.stat().st_mode) == 0o600
-    assert names == pseudonyms.of(settings, str(tmp_path / "vault"))
+    assert names == pseudonyms.create(settings.privacy, str(tmp_path / "vault"))
     key = key_file.read_bytes().strip()
     expected = hmac.new(key, b"image\0" + UID.encode(), hashlib.sha256).hexdigest()[:32]
     assert names.image(UID) == expected == names.image(UID + "\0")
@@ -29,29 +29,29 @@ def test_a_local_vault_gets_a_key_that_its_owner_alone_reads(tmp_path: Path) -> 
 
 def test_another_key_gives_other_names(tmp_path: Path) -> None:
     settings = config.load(environ={})
-    one, two = (pseudonyms.of(settings, str(tmp_path / name)) for name in ("one", "two"))
+    one, two = (pseudonyms.create(settings.privacy, str(tmp_path / name)) for name in ("one", "two"))
     assert one.key_id != two.key_id
     assert one.image(UID) != two.image(UID)
 
 
 def test_an_object_store_gets_no_generated_key() -> None:
     with pytest.raises(ConfigError, match=r"CBMIR_PRIVACY__KEY or privacy\.key_file"):
-        pseudonyms.of(config.load(environ={}), None)
+        pseudonyms.create(config.load(environ={}).privacy, None)
 
 
 def test_a_key_on_the_command_line_or_too_short_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="environment variable"):
-        pseudonyms.of(config.load(overrides=["privacy.key=" + "k" * 32], environ={}), None)
+        pseudonyms.create(config.load(overrides=["privacy.key=" + "k" * 32], environ={}).privacy, None)
     short = tmp_path / "short"
     short.write_text("short")
     with pytest.raises(ConfigError, match="at least 16 bytes"):
-        pseudonyms.of(config.load(overrides=[f"privacy.key_file={short}"], environ={}), None)
+        pseudonyms.create(config.load(overrides=[f"privacy.key_file={short}"], environ={}).privacy, None)
     monkeypatch.setenv("CBMIR_PRIVACY__KEY", "k" * 32)
-    assert pseudonyms.of(config.load(), None).key_file is None
+    assert pseudonyms.create(config.load().privacy, None).key_file is None
 
 
 def test_what_an_instance_belongs_to_has_a_name_even_where_the_header_gives_none(tmp_path: Path) -> None:
-    names = pseudonyms.of(config.load(environ={}), str(tmp_path))
+    names = pseudonyms.create(config.load(environ={}).privacy, str(tmp_path))
     whole = pseudonyms.identities("1.1", "1.2", "1.3", "MRN", names)
     assert [(each.kind, each.identifier) for each in whole] == [
         ("image", "1.1"),

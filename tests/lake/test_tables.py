@@ -11,7 +11,7 @@ from pyspark.sql import DataFrame, SparkSession
 from cbmir_spark.errors import InputError, TableError
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, publication, schemas
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from tests.conftest import MakeSettings
 
 DIGEST = "0" * 64
@@ -42,13 +42,13 @@ def test_conform_puts_columns_in_the_tables_order(spark: SparkSession) -> None:
 
 
 def test_constraints_refuse_rows_that_no_reader_could_use(spark: SparkSession, make_settings: MakeSettings) -> None:
-    path = Lake.of(make_settings()).path(schemas.PIXELS)
+    path = LakePaths.of(make_settings().lake).path(schemas.PIXELS)
     delta.ensure(spark, schemas.PIXELS, path)
     delta.append(_pixels(spark, 1, "a"), schemas.PIXELS, path)
     with pytest.raises((PySparkException, Py4JJavaError), match="whole_frame"):
         delta.append(_pixels(spark, 1, "b", size=100), schemas.PIXELS, path)
     with pytest.raises((PySparkException, Py4JJavaError), match=r"outcome_known|OUTCOME_KNOWN"):
-        sources = Lake.of(make_settings()).path(schemas.SOURCES)
+        sources = LakePaths.of(make_settings().lake).path(schemas.SOURCES)
         delta.ensure(spark, schemas.SOURCES, sources)
         row = spark.sql(
             "SELECT 'u' uri, 1L size, timestamp'2026-01-01' modified, cast(null as string) etag, 'd' digest, "
@@ -60,7 +60,7 @@ def test_constraints_refuse_rows_that_no_reader_could_use(spark: SparkSession, m
 
 
 def test_ensure_twice_changes_nothing(spark: SparkSession, make_settings: MakeSettings) -> None:
-    path = Lake.of(make_settings()).path(schemas.TAGS)
+    path = LakePaths.of(make_settings().lake).path(schemas.TAGS)
     delta.ensure(spark, schemas.TAGS, path)
     version = delta.version(spark, path)
     delta.ensure(spark, schemas.TAGS, path)
@@ -70,7 +70,7 @@ def test_ensure_twice_changes_nothing(spark: SparkSession, make_settings: MakeSe
 def test_images_are_deleted_only_in_the_batches_that_are_named(
     spark: SparkSession, make_settings: MakeSettings
 ) -> None:
-    path = Lake.of(make_settings()).path(schemas.PIXELS)
+    path = LakePaths.of(make_settings().lake).path(schemas.PIXELS)
     delta.ensure(spark, schemas.PIXELS, path)
     delta.append(_pixels(spark, 1, "a", "b"), schemas.PIXELS, path)
     delta.append(_pixels(spark, 2, "d"), schemas.PIXELS, path)
@@ -81,7 +81,7 @@ def test_images_are_deleted_only_in_the_batches_that_are_named(
 def test_readers_open_what_was_published_and_the_rest_can_be_taken_back(
     spark: SparkSession, make_settings: MakeSettings
 ) -> None:
-    lake = Lake.of(make_settings())
+    lake = LakePaths.of(make_settings().lake)
     assert publication.published(spark, lake) is None
     empty = publication.publish_empty(spark, lake, "key", "px")
     assert publication.published(spark, lake) == empty
@@ -103,12 +103,12 @@ def test_a_lake_that_is_a_file_is_refused(make_settings: MakeSettings, tmp_path:
     with open(file, "w"):
         pass
     with pytest.raises(InputError, match="is a file"):
-        Lake.of(make_settings(f"lake.uri={file}"))
+        LakePaths.of(make_settings(f"lake.uri={file}").lake)
 
 
 def test_the_vault_is_inside_the_lake_unless_it_is_named(make_settings: MakeSettings, tmp_path: object) -> None:
-    lake = Lake.of(make_settings())
+    lake = LakePaths.of(make_settings().lake)
     assert lake.path(schemas.SOURCES) == lake.uri + "/vault/sources"
     assert lake.path(schemas.TAGS) == lake.uri + "/tags"
-    apart = Lake.of(make_settings(f"lake.vault={tmp_path}/apart"))
+    apart = LakePaths.of(make_settings(f"lake.vault={tmp_path}/apart").lake)
     assert apart.path(schemas.SOURCES) == f"file://{tmp_path}/apart/sources"

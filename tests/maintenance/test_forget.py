@@ -24,7 +24,7 @@ from cbmir_spark.ingest import job as ingest_job
 from cbmir_spark.ingest import parse
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, identity, pseudonyms, publication, schemas
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.lake.pseudonyms import Pseudonyms
 from cbmir_spark.maintenance import forget
 from cbmir_spark.maintenance.forget import Request
@@ -68,7 +68,7 @@ def _settings(lake: Path) -> Settings:
 
 
 def _names(settings: Settings) -> Pseudonyms:
-    return pseudonyms.of(settings, storage.local_path(Lake.of(settings).vault))
+    return pseudonyms.load(settings.privacy, LakePaths.of(settings.lake).vault_folder)
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +91,10 @@ def prepared(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
     delta.append(delta.read(spark, indexed.table), schemas.FEATURES, other)
     pinned = publication.require_published(spark, lake)
     snapshot = snapshots.snapshot(spark, lake, pinned, settings.dataset, ObjectStore(settings.storage))
-    unfinished = Path(storage.local_path(lake.snapshots())) / "unfinished"
+    unfinished = Path(storage.local_path(lake.snapshots)) / "unfinished"
     shutil.copytree(storage.local_path(snapshot.uri), unfinished)
     (unfinished / MANIFEST).unlink()
-    stopped = Path(storage.local_path(lake.checkpoints())) / "stopped"
+    stopped = Path(storage.local_path(lake.checkpoints)) / "stopped"
     stopped.mkdir(parents=True)
     (stopped / "000000000200-0.safetensors").write_bytes(b"what was learned so far")
     asked = [FORGOTTEN[0], IMAGES[0], IMAGES[-1]]
@@ -113,12 +113,12 @@ def _copied(prepared: Path, folder: Path) -> Settings:
     return _settings(folder / "lake")
 
 
-def _snapshot(lake: Lake) -> Snapshot:
-    (manifest,) = Path(storage.local_path(lake.snapshots())).glob(f"*/{MANIFEST}")
+def _snapshot(lake: LakePaths) -> Snapshot:
+    (manifest,) = Path(storage.local_path(lake.snapshots)).glob(f"*/{MANIFEST}")
     return Snapshot.from_json(manifest.read_bytes(), storage.canonical(str(manifest.parent)))
 
 
-def _rows(spark: SparkSession, lake: Lake) -> dict[str, list[str]]:
+def _rows(spark: SparkSession, lake: LakePaths) -> dict[str, list[str]]:
     """The live rows of everything that holds images."""
     pinned = publication.require_published(spark, lake)
     at = [
@@ -172,7 +172,7 @@ def test_a_forgotten_patient_leaves_no_byte_and_nobody_else_loses_a_row(
     spark: SparkSession, prepared: Path, tmp_path: Path
 ) -> None:
     settings = _copied(prepared, tmp_path)
-    lake, names = Lake.of(settings), _names(settings)
+    lake, names = LakePaths.of(settings.lake), _names(settings)
     before = _rows(spark, lake)
     assert len(_leaks(tmp_path / "lake", names)) > 20
     report = forget.run(spark, settings, [Request("patient", GONE), Request("study", "1.2.3.999")], now=True)
@@ -188,7 +188,7 @@ def test_a_forgotten_patient_leaves_no_byte_and_nobody_else_loses_a_row(
         "identity": 3 + 3 + 1 + 1,
     }
     assert report.places["checkpoints"].files == 1
-    assert not (Path(storage.local_path(lake.checkpoints())) / "stopped").exists()
+    assert not (Path(storage.local_path(lake.checkpoints)) / "stopped").exists()
     assert gone["results"] > hits > 0 and report.places["pages"].files == 1
 
     leaks = _leaks(tmp_path / "lake", names)
@@ -255,7 +255,7 @@ def test_a_run_that_is_killed_anywhere_is_finished_by_the_next(
     spark: SparkSession, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
     settings = _copied(prepared, tmp_path)
-    lake, names = Lake.of(settings), _names(settings)
+    lake, names = LakePaths.of(settings.lake), _names(settings)
     expected = _without(_rows(spark, lake), names)
     image = owners(FORGOTTEN[0], names)[cols.IMAGE_ID]
     steps: list[tuple[Any, str, int]] = [
@@ -312,7 +312,7 @@ def test_what_cannot_be_understood_is_refused_without_being_repeated(
         with pytest.raises(InputError, match=said) as refused:
             forget.read_list(str(listed), ObjectStore(settings.storage))
         assert "SECRET" not in str(refused.value)
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     for request, said in [
         (Request("patient", " \0"), "--patient: the identifier is empty"),
         (Request("pseudonym", "SECRET"), "--pseudonym: give"),
@@ -337,7 +337,7 @@ def test_a_tombstone_may_come_before_the_first_image(spark: SparkSession, tmp_pa
     report = forget.run(spark, settings, [Request("patient", GONE)], purge=True)
     assert (report.unknown, report.tombstones, report.images, report.vacuumed_hours) == (1, 1, 0, 168)
     names = _names(settings)
-    tombstones = identity.tombstones(spark, Lake.of(settings))
+    tombstones = identity.tombstones(spark, LakePaths.of(settings.lake))
     assert tombstones == {f"patient:{names.patient(GONE)}"}
     own = pseudonyms.identities("1.2.3", None, None, GONE, names)
     assert pseudonyms.is_forgotten(own, tombstones)
@@ -366,7 +366,7 @@ def test_ingest_keeps_identities_while_there_are_images_and_nothing_of_the_forgo
     for number, patient in enumerate(["MRN-1", "MRN-1", "MRN-OTHER"]):
         _object(archive / f"{number}.dcm", number, patient)
     settings = make_settings(f"ingest.archive={archive}", "privacy.identity=true")
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     ingest_job.run(spark, settings)
     names = _names(settings)
 
@@ -431,7 +431,7 @@ def test_a_page_of_answers_that_do_not_say_what_was_asked_goes_if_it_is_older(
 ) -> None:
     """Without Spark: what answers hold is read and written by the driver."""
     files = config.load(environ={}).storage
-    lake = Lake(storage.canonical(str(tmp_path)), storage.canonical(str(tmp_path / "vault")))
+    lake = LakePaths(storage.canonical(str(tmp_path)), storage.canonical(str(tmp_path / "vault")))
     hit = dict.fromkeys(schemas.RESULTS_HITS.schema.names, "x") | {cols.RANK: 1, cols.IMAGE_ID: "b" * 32}
     for name, asked in (("old", None), ("new", "c" * 32), ("of the forgotten", "a" * 32)):
         folder = tmp_path / "results" / name

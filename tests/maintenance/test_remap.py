@@ -23,7 +23,7 @@ from cbmir_spark.ingest import job as ingest_job
 from cbmir_spark.ingest import parse
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, publication, schemas
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.maintenance import remap
 from tests.conftest import MakeSettings
 from tests.dicom.test_read import made
@@ -53,7 +53,7 @@ def make_lake(spark: SparkSession, folder: Path, *overrides: str) -> Settings:
     given = [f"lake.uri={folder / 'lake'}", "index.min_probability=0.0", f"index.model={folder.parent / 'model'}"]
     settings = config.load(overrides=[*given, *overrides], environ={})
     vocabulary = Vocabulary(settings.vocabulary.body_parts)
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     publication.publish_empty(spark, lake, KEY_ID, parse.preprocessing_of(settings).version, vocabulary.version)
     for batch in (1, 2):
         drawn = [
@@ -89,14 +89,14 @@ def lakes(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Lake
 
 def copy(lakes: Lakes, folder: Path) -> Settings:
     """The lake made with the old vocabulary, to be changed, with settings that name the new one."""
-    shutil.copytree(storage.local_path(Lake.of(lakes.before).uri), folder / "lake")
+    shutil.copytree(storage.local_path(LakePaths.of(lakes.before.lake).uri), folder / "lake")
     lake = lakes.wanted.lake.model_copy(update={"uri": str(folder / "lake")})
     return lakes.wanted.model_copy(update={"lake": lake})
 
 
 def rows(spark: SparkSession, settings: Settings) -> dict[str, list[str]]:
     """All that readers see, in an order of its own."""
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     pinned = publication.require_published(spark, lake)
     found = {
         "tags": delta.read(spark, lake.path(schemas.TAGS), pinned.tags),
@@ -111,7 +111,7 @@ def rows(spark: SparkSession, settings: Settings) -> dict[str, list[str]]:
 
 
 def versions(spark: SparkSession, settings: Settings) -> list[int]:
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     paths = [lake.path(table) for table in (schemas.TAGS, schemas.PIXELS, schemas.SOURCES)]
     return [delta.version(spark, path) for path in (*paths, *remap._features(spark, lake, settings).values())]
 
@@ -122,7 +122,7 @@ def test_it_equals_a_lake_that_was_made_with_the_new_vocabulary(
     settings = copy(lakes, tmp_path)
     for table in ("tags", "features"):
         assert lakes.rows_before[table] != lakes.rows_wanted[table]
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     second = [uri for uri in delta.live_files(spark, lake.path(schemas.TAGS)) if f"{cols.BATCH}=2/" in uri]
     report = remap.run(spark, settings)
     assert rows(spark, settings) == lakes.rows_wanted
@@ -170,7 +170,7 @@ def test_killed_anywhere_the_next_run_goes_on_to_the_same_tables(
 
     die_at("publish", 1)
     assert rows(spark, settings) == lakes.rows_before
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     assert delta.version(spark, lake.path(schemas.TAGS)) > publication.require_published(spark, lake).tags
     die_at("update_rows", 2)
     seen = rows(spark, settings)
@@ -251,7 +251,7 @@ def test_gaps_are_printed_as_settings_that_close_them(
     assert [line.split("#")[1].strip() for line in printed.splitlines() if ": UNKNOWN" in line] == ["CT 2", "MR 1"]
     pasted = tmp_path / "site.yaml"
     pasted.write_text(printed.replace('"SCHAEDEL NATIV": UNKNOWN', '"SCHAEDEL NATIV": HEAD'))
-    settings = config.load(pasted, [f"lake.uri={Lake.of(lakes.before).uri}"], environ={})
+    settings = config.load(pasted, [f"lake.uri={LakePaths.of(lakes.before.lake).uri}"], environ={})
     assert Vocabulary(settings.vocabulary.body_parts).body_part("Schaedel nativ") == "HEAD"
     closed = remap.unmapped(spark, settings)
     assert (closed.body_parts, closed.images) == ([], gaps.images)
@@ -276,7 +276,7 @@ def test_a_vocabulary_applied_later_equals_one_that_was_there(
     given = [f"ingest.archive={archive}"]
     before = make_settings(*given)
     ingest_job.run(spark, before)
-    key = f"privacy.key_file={storage.local_path(Lake.of(before).vault)}/pseudonym.key"
+    key = f"privacy.key_file={storage.local_path(LakePaths.of(before.lake).vault)}/pseudonym.key"
     later = make_settings(*given, *PARTS)
     with pytest.raises(TableError, match="run `cbmir remap` first"):
         ingest_job.run(spark, later)
@@ -287,7 +287,7 @@ def test_a_vocabulary_applied_later_equals_one_that_was_there(
     ingest_job.run(spark, fresh)
     found = []
     for settings in (later, fresh):
-        lake = Lake.of(settings)
+        lake = LakePaths.of(settings.lake)
         pinned = publication.require_published(spark, lake)
         tables = [(schemas.TAGS, pinned.tags), (schemas.PIXELS, pinned.pixels), (schemas.SOURCES, pinned.sources)]
         read = [delta.read(spark, lake.path(table), version).drop(cols.BATCH) for table, version in tables]

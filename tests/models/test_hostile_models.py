@@ -19,7 +19,7 @@ from cbmir_spark.cli import app as app_module
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import ModelError
 from cbmir_spark.index import job as index_job
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.models import artifact, registry, tracking
 from cbmir_spark.models.artifact import Saved
 from tests.conftest import Cbmir
@@ -110,7 +110,7 @@ def test_a_pickle_in_a_model_s_folder_is_refused_and_not_run(
 def registered(lake: Settings, tmp_path_factory: pytest.TempPathFactory) -> tuple[Saved, Path, list[Path]]:
     """A registered candidate; the folders of its run's files and of what MLflow serves of it."""
     saved = save_model(tmp_path_factory.mktemp("registered") / "model")
-    place = tracking.tracking_of(lake, Lake.of(lake))
+    place = tracking.tracking_of(lake, LakePaths.of(lake.lake))
     with (
         tracking.mlflow_at(place) as mlflow,
         mlflow.start_run(experiment_id=tracking.experiment(mlflow, lake, place)) as run,

@@ -19,7 +19,7 @@ from cbmir_spark.index import job as index_job
 from cbmir_spark.index import open as index_open
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, lease, publication, schemas
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.models import registry, tracking
 from cbmir_spark.training import job as training_job
 from cbmir_spark.training import run_log
@@ -66,7 +66,7 @@ def test_two_runs_are_compared_by_the_client(server: str, two: tuple[Settings, l
         assert len(client.get_metric_history(report.run_id, "train_loss")) == 2
         sources = {each.dataset.name: json.loads(each.dataset.source) for each in run.inputs.dataset_inputs}
         assert sources["tags"] == {
-            "path": Lake.of(settings).path(schemas.TAGS),
+            "path": LakePaths.of(settings.lake).path(schemas.TAGS),
             "delta_table_version": report.versions["tags"],
         }
         files = {file.path for name in ("test", "cbmir") for file in client.list_artifacts(report.run_id, name)}
@@ -93,7 +93,7 @@ def test_the_alias_stays_for_a_worse_model_and_moves_for_a_better_one(
     standing = registry.incumbent(settings)
     assert standing is not None and standing.version == "1"
     for reached, holder in ((0.5, "1"), (0.95, "2")):
-        with tracking.mlflow_at(tracking.tracking_of(settings, Lake.of(settings))) as mlflow:
+        with tracking.mlflow_at(tracking.tracking_of(settings, LakePaths.of(settings.lake))) as mlflow:
             registry.promote(mlflow, settings, "2", reached, standing, 0.9)
         assert str(client.get_model_version_by_alias("cbmir", registry.CANDIDATE).version) == holder
 
@@ -136,7 +136,7 @@ def assert_one_index(spark: SparkSession, server: str, settings: Settings) -> No
         registry.CANDIDATE: candidate.version,
         registry.CHAMPION: candidate.version,
     }
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     frames = delta.read(spark, lake.path(schemas.PIXELS), publication.require_published(spark, lake).pixels)
     rows = index_open.open_index(spark, settings).rows
     keys = [cols.IMAGE_ID, cols.FRAME]
@@ -152,7 +152,7 @@ def test_an_index_job_beside_another_one_is_told_to_wait(
     settings, _ = two
     grow(spark, settings, batch=2)
     job = start_index(settings)
-    lock = Path(storage.local_path(Lake.of(settings).vault)) / lease.FOLDER / f"{lease.INDEX}.lock"
+    lock = Path(storage.local_path(LakePaths.of(settings.lake).vault)) / lease.FOLDER / f"{lease.INDEX}.lock"
     while f'"pid": {job.pid}' not in (lock.read_text() if lock.exists() else ""):
         assert job.poll() is None, job.communicate()
         time.sleep(0.02)

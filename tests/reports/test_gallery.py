@@ -19,7 +19,7 @@ from pyspark.sql.pandas.types import to_arrow_schema
 from cbmir_spark import config, storage
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import schemas
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.reports import gallery
 from cbmir_spark.reports import page as reports_page
 from cbmir_spark.storage import ObjectStore
@@ -228,7 +228,7 @@ def test_the_gallery_reads_the_shown_pictures_and_withholds_the_rest(
     assert page.count("withheld: may carry burned-in text") == 3
     assert "3 withheld" in seen.text and "the file is not there" in seen.text and "m-1" in seen.text
     assert seen.text.count("●") - 1 == 3 and seen.text.count("○") - 1 == 2  # one of each is in the legend
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     held_back = gallery._pictures(spark, lake, [(pseudonym("burned"), 0), (pseudonym("plain"), 0)], "exclude")
     assert held_back[pseudonym("burned"), 0].pixels is None and held_back[pseudonym("burned"), 0].withheld
     assert held_back[pseudonym("plain"), 0].pixels == draw(IMAGES[0], 0).tobytes()

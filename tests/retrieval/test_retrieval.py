@@ -31,7 +31,7 @@ from cbmir_spark.ingest import job as ingest_job
 from cbmir_spark.ingest import parse
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, pseudonyms, schemas
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.retrieval import job as retrieval_job
 from cbmir_spark.retrieval import plan, search
 from cbmir_spark.retrieval.query import Answered, Query, Status, Wanted
@@ -240,7 +240,7 @@ def test_a_list_of_files_ids_and_mistakes_is_answered_row_by_row(
 ) -> None:
     dcm = Path(str(archive.ingest.archive))
     uid = str(pydicom.dcmread(dcm / "more1.dcm").SOPInstanceUID)
-    names = pseudonyms.of(archive, storage.local_path(Lake.of(archive).vault))
+    names = pseudonyms.load(archive.privacy, LakePaths.of(archive.lake).vault_folder)
     image = names.image(uid)
     lines = [
         "query_id,uri,image_id,sop_instance_uid,frame",
@@ -295,7 +295,7 @@ def test_a_list_of_files_ids_and_mistakes_is_answered_row_by_row(
     assert report.files_read == report.files and 0 < report.bytes_read < 2 * report.bytes
     assert report.gallery is not None
     assert ObjectStore(archive.storage).kind(report.gallery) == "file"
-    runs = delta.read(spark, Lake.of(archive).path(schemas.RUNS)).where("job = 'retrieve'").collect()
+    runs = delta.read(spark, LakePaths.of(archive.lake).path(schemas.RUNS)).where("job = 'retrieve'").collect()
     assert runs[-1]["counts"]["bad_row"] == 5
 
     with pytest.raises(InputError, match="holds something already"):
@@ -327,7 +327,7 @@ def test_the_index_lies_so_that_vectors_are_read_by_their_place(spark: SparkSess
 def test_a_list_of_series_is_answered_with_series(spark: SparkSession, archive: Settings, tmp_path: Path) -> None:
     dcm = Path(str(archive.ingest.archive))
     header = pydicom.dcmread(dcm / "more1.dcm")
-    names = pseudonyms.of(archive, storage.local_path(Lake.of(archive).vault))
+    names = pseudonyms.load(archive.privacy, LakePaths.of(archive.lake).vault_folder)
     image, uid = names.image(str(header.SOPInstanceUID)), str(header.SeriesInstanceUID)
     series = names.of_kind("series", uid)
     lines = [

@@ -505,7 +505,7 @@ def test_object_storage_sends_what_the_plan_names_and_nothing_else(
         near = search.search(spark, stored, [query], chosen)
         before = len(s3.read(bucket))
         with FaultProxy(s3.host, s3.port) as proxy:
-            far = StorageSettings(endpoint=proxy.endpoint, region="us-east-1", path_style=True, attempts=3)
+            far = ObjectStore(StorageSettings(endpoint=proxy.endpoint, region="us-east-1", path_style=True, attempts=3))
             answer = search.search(spark, replace(stored, files=files, store=far), [query], chosen)
         assert answer.hits.equals(near.hits)
         assert replace(answer.scanned, bytes=0) == replace(near.scanned, bytes=0)

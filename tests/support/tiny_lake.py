@@ -14,7 +14,7 @@ from pyspark.sql import SparkSession
 from cbmir_spark.config import Settings
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, publication, schemas
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.lake.pseudonyms import Pseudonyms
 
 PREPROCESSING = "px1-test"
@@ -78,9 +78,9 @@ def publish(
     images: Sequence[Drawn],
     batch: int = 1,
     names: Pseudonyms | None = None,
-) -> Lake:
+) -> LakePaths:
     """Write TAGS and PIXELS of the images as one batch and publish it, as ingest does."""
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     key_id = names.key_id if names is not None else KEY_ID
     known = publication.published(spark, lake) or publication.publish_empty(spark, lake, key_id, PREPROCESSING)
     tags, pixels = [], []

@@ -17,7 +17,7 @@ from cbmir_spark.errors import CbmirError
 from cbmir_spark.ingest import job as ingest_job
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, publication, schemas
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.storage import ObjectStore
 from tests.ingest.test_ingest import NIGHT, _sample
 from tests.support.fault_proxy import Answer, Before, DropReply, FaultProxy, Request, Reset, Rule, each, listings, share
@@ -93,7 +93,7 @@ def _fill(folder: Path, files: int) -> int:
 
 
 def _rows(spark: SparkSession, settings: config.Settings, table: schemas.Table) -> DataFrame:
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     pinned = publication.require_published(spark, lake)
     return delta.read(spark, lake.path(table), getattr(pinned, table.name))
 
@@ -116,7 +116,7 @@ def _digest(spark: SparkSession, settings: config.Settings) -> dict[str, str]:
 
 def _commits(settings: config.Settings) -> dict[str, list[str]]:
     """The names of the commits of each table, straight from storage."""
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     found = {}
     for table in TABLES:
         _, objects = ObjectStore(settings.storage).list_folder(storage.join(lake.path(table), "_delta_log"))
@@ -156,7 +156,7 @@ def test_archive_and_lake_in_object_storage_hold_what_folders_hold(
     spark: SparkSession, world: World, undisturbed: config.Settings
 ) -> None:
     assert _digest(spark, undisturbed) == world.digest
-    lake = Lake.of(undisturbed)
+    lake = LakePaths.of(undisturbed.lake)
     before = _commits(undisturbed)
     again = ingest_job.run(spark, undisturbed)
     assert (again.read, again.unchanged, again.deleted) == (0, world.objects, 0)

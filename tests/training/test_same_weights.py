@@ -16,7 +16,7 @@ from pyspark.sql import SparkSession
 
 from cbmir_spark import config, storage
 from cbmir_spark.config import Settings
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.models import registry
 from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training import job as training_job
@@ -64,7 +64,7 @@ def in_a_bucket(
     place = ["lake.uri=s3a://training/lake", f"storage.endpoint={s3.endpoint}"]
     place += [f"mlflow.tracking_uri=sqlite:///{tmp_path / 'mlflow.db'}"]
     settings = config.load(overrides=[*overrides, *place], environ={})
-    folder = Path(storage.local_path(Lake.of(config.load(overrides=overrides, environ={})).uri))
+    folder = Path(storage.local_path(LakePaths.of(config.load(overrides=overrides, environ={}).lake).uri))
     for table in ("vault/sources", "tags", "pixels"):
         for file in (folder / table).rglob("*"):
             if file.is_file() and file.suffix != ".crc":
@@ -93,7 +93,7 @@ def test_training_from_object_storage_is_training_from_disk(
     assert registry.resolve_model(candidate, in_a_bucket) == registry.resolve_model(
         candidate, config.load(overrides=overrides, environ={})
     )
-    lake = Lake.of(in_a_bucket)
+    lake = LakePaths.of(in_a_bucket.lake)
     left = {each.uri.removeprefix(lake.uri + "/") for each in ObjectStore(in_a_bucket.storage).list_objects(lake.uri)}
     assert any(name.startswith(f"snapshots/{from_disk.snapshot}/train/") for name in left)
     assert any(name.startswith("mlflow/artifacts/") and name.endswith("/cbmir/weights.safetensors") for name in left)
@@ -114,7 +114,7 @@ def start(overrides: Sequence[str], output: int = subprocess.DEVNULL) -> subproc
 
 def newest_step(overrides: Sequence[str]) -> int:
     """The step of the newest checkpoint below the lake, 0 where there is none."""
-    folder = Path(storage.local_path(Lake.of(config.load(overrides=overrides, environ={})).uri)) / "training"
+    folder = Path(storage.local_path(LakePaths.of(config.load(overrides=overrides, environ={}).lake).uri)) / "training"
     return max((int(file.name.partition("-")[0]) for file in folder.rglob("*.safetensors")), default=0)
 
 

@@ -30,7 +30,7 @@ from cbmir_spark.errors import TrainingError
 from cbmir_spark.ingest import job as ingest_job
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, publication, schemas
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.models import networks
 from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training import loader as training_loader
@@ -312,7 +312,7 @@ def some_images() -> list[Drawn]:
 
 
 @pytest.fixture(scope="module")
-def lake_and_settings(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> tuple[Lake, Settings]:
+def lake_and_settings(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> tuple[LakePaths, Settings]:
     from cbmir_spark import config
 
     folder = tmp_path_factory.mktemp("lake")
@@ -324,7 +324,7 @@ def lake_and_settings(spark: SparkSession, tmp_path_factory: pytest.TempPathFact
 SPLIT = ("dataset.test_fraction=0.3", "dataset.validation_fraction=0")
 
 
-def make(spark: SparkSession, lake: Lake, settings: Settings) -> Snapshot:
+def make(spark: SparkSession, lake: LakePaths, settings: Settings) -> Snapshot:
     return snapshots.snapshot(
         spark, lake, publication.require_published(spark, lake), settings.dataset, ObjectStore(settings.storage)
     )
@@ -336,7 +336,7 @@ def content(snapshot: Snapshot, split: str) -> pd.DataFrame:
 
 
 def test_snapshot_holds_every_usable_frame_once_and_no_patient_twice(
-    spark: SparkSession, lake_and_settings: tuple[Lake, Settings]
+    spark: SparkSession, lake_and_settings: tuple[LakePaths, Settings]
 ) -> None:
     snapshot = make(spark, *lake_and_settings)
     assert snapshot.classes == ("CT/CHEST", "MR/HEAD", "US/LIVER")
@@ -359,7 +359,7 @@ def test_snapshot_holds_every_usable_frame_once_and_no_patient_twice(
 
 
 def test_rows_of_older_lakes_are_left_out_unless_the_policy_includes_them(
-    spark: SparkSession, lake_and_settings: tuple[Lake, Settings]
+    spark: SparkSession, lake_and_settings: tuple[LakePaths, Settings]
 ) -> None:
     lake, _ = lake_and_settings
     pinned = publication.require_published(spark, lake)
@@ -373,7 +373,7 @@ def test_rows_of_older_lakes_are_left_out_unless_the_policy_includes_them(
 
 
 def test_snapshot_manifest_says_what_the_files_hold(
-    spark: SparkSession, lake_and_settings: tuple[Lake, Settings]
+    spark: SparkSession, lake_and_settings: tuple[LakePaths, Settings]
 ) -> None:
     snapshot = make(spark, *lake_and_settings)
     folder = Path(storage.local_path(snapshot.uri))
@@ -387,7 +387,7 @@ def test_snapshot_manifest_says_what_the_files_hold(
 
 
 def test_snapshot_is_written_once_and_found_again(
-    spark: SparkSession, lake_and_settings: tuple[Lake, Settings]
+    spark: SparkSession, lake_and_settings: tuple[LakePaths, Settings]
 ) -> None:
     lake, settings = lake_and_settings
     first = make(spark, lake, settings)
@@ -401,7 +401,7 @@ def test_snapshot_is_written_once_and_found_again(
 
 
 def test_an_unfinished_snapshot_is_written_again_to_the_same_bytes(
-    spark: SparkSession, lake_and_settings: tuple[Lake, Settings]
+    spark: SparkSession, lake_and_settings: tuple[LakePaths, Settings]
 ) -> None:
     first = make(spark, *lake_and_settings)
     folder = Path(storage.local_path(first.uri))
@@ -413,11 +413,11 @@ def test_an_unfinished_snapshot_is_written_again_to_the_same_bytes(
 
 
 def test_snapshot_errors_name_the_cause(
-    spark: SparkSession, lake_and_settings: tuple[Lake, Settings], tmp_path: Path
+    spark: SparkSession, lake_and_settings: tuple[LakePaths, Settings], tmp_path: Path
 ) -> None:
     lake, settings = lake_and_settings
 
-    def ask(where: Lake, **changes: object) -> None:
+    def ask(where: LakePaths, **changes: object) -> None:
         chosen = settings.model_copy(update={"dataset": settings.dataset.model_copy(update=changes)})
         make(spark, where, chosen)
 
@@ -475,7 +475,7 @@ def test_rows_of_files_that_delta_removed_are_in_no_snapshot_and_in_no_batch(
     own = [f"lake.uri={tmp_path / 'lake'}", f"ingest.archive={archive}"]
     settings = config.load(overrides=[*own, "dataset.min_images=2", "dataset.rows_per_group=2", *SPLIT], environ={})
     ingest_job.run(spark, settings)
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     before = digests(make(spark, lake, settings))
     assert len(set(before)) == 16
 

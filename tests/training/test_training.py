@@ -18,7 +18,7 @@ from cbmir_spark import config, storage
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import ConfigError, ModelError, TrainingError
 from cbmir_spark.lake import delta, schemas
-from cbmir_spark.lake.lake import Lake
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.models import artifact, registry, tracking
 from cbmir_spark.models import embed as embedding
 from cbmir_spark.training import job as training_job
@@ -88,7 +88,7 @@ def test_mlflow_run_holds_parameters_metrics_data_versions_and_figures(trained: 
     client = MlflowClient(tracking_uri=tracking_uri)
     run = client.get_run(report.run_id)
     assert run.info.status == "FINISHED"
-    lake = Lake.of(settings)
+    lake = LakePaths.of(settings.lake)
     assert run.info.artifact_uri.startswith(storage.join(lake.uri, "mlflow", "artifacts"))
     assert (
         run.data.params.items()
@@ -127,7 +127,7 @@ def test_mlflow_run_holds_parameters_metrics_data_versions_and_figures(trained: 
 
 def test_the_delta_versions_of_a_run_give_the_rows_it_learned_from(spark: SparkSession, trained: Trained) -> None:
     settings, report, _, _ = trained
-    tags = delta.read(spark, Lake.of(settings).path(schemas.TAGS), report.versions["tags"])
+    tags = delta.read(spark, LakePaths.of(settings.lake).path(schemas.TAGS), report.versions["tags"])
     assert tags.count() == sum(report.images.values()) == 3 * PATIENTS * IMAGES_EACH
 
 
@@ -203,7 +203,7 @@ def test_models_that_are_not_there_are_named_and_nothing_is_made(trained: Traine
 
 def test_an_object_store_lake_needs_a_tracking_server() -> None:
     settings = config.load(overrides=["lake.uri=s3a://bucket/lake"], environ={})
-    lake = Lake(uri="s3a://bucket/lake", vault="s3a://vault")
+    lake = LakePaths(uri="s3a://bucket/lake", vault="s3a://vault")
     with pytest.raises(ConfigError, match=r"mlflow\.tracking_uri is not set.*s3a://bucket/lake"):
         tracking.tracking_of(settings, lake)
     told = settings.mlflow.model_copy(update={"tracking_uri": "http://127.0.0.1:5000"})
@@ -296,7 +296,7 @@ class Killed(Exception):
 def test_a_run_that_was_stopped_goes_on_and_ends_in_the_same_model(spark: SparkSession, trained: Trained) -> None:
     settings, report, _, tracking_uri = trained
     often = settings.model_copy(update={"training": settings.training.model_copy(update={"checkpoint_steps": 1})})
-    kept = Path(storage.local_path(Lake.of(settings).uri)) / "training"
+    kept = Path(storage.local_path(LakePaths.of(settings.lake).uri)) / "training"
     assert not any(kept.rglob("*.safetensors")), "a training that ended leaves no checkpoint"
 
     def die(epoch: Epoch) -> None:
@@ -319,7 +319,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_in_the_same_model(spark: SparkS
 def test_runs_are_compared_in_the_terminal(trained: Trained, cbmir: Cbmir, monkeypatch: pytest.MonkeyPatch) -> None:
     settings, report, _, _ = trained
     monkeypatch.setenv("COLUMNS", "160")
-    folder = storage.local_path(Lake.of(settings).uri)
+    folder = storage.local_path(LakePaths.of(settings.lake).uri)
     status, printed, _ = cbmir("runs", "--lake", folder, "--json")
     found = {run["run_id"]: run for run in json.loads(printed)}[report.run_id]
     assert status == 0 and found["model_id"] == report.model_id and found["parameters"]["preset"] == "alexnet-small"
@@ -334,7 +334,7 @@ def test_a_process_that_was_killed_is_started_again_from_the_checkpoint(spark: S
     settings, _, _, _ = trained
     how = {"processes": 2, "checkpoint_steps": 1, "epochs": 4, "seed": 7}
     two = settings.model_copy(update={"training": settings.training.model_copy(update=how)})
-    checkpoints = Path(storage.local_path(Lake.of(settings).uri)) / "training"
+    checkpoints = Path(storage.local_path(LakePaths.of(settings.lake).uri)) / "training"
     killed: list[int] = []
 
     def kill() -> None:

@@ -1,0 +1,132 @@
+"""Open a lake: pin the published versions and load the pseudonym key, once per job. Runs on the driver."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from pyspark.sql import DataFrame, SparkSession
+
+from cbmir_spark import storage
+from cbmir_spark.config import PrivacySettings, Settings
+from cbmir_spark.errors import ConfigError, InputError, TableError
+from cbmir_spark.lake import lease, pseudonyms, publication
+from cbmir_spark.lake.delta import TableVersion
+from cbmir_spark.lake.paths import LakePaths
+from cbmir_spark.lake.pseudonyms import Pseudonyms
+from cbmir_spark.lake.publication import Published
+from cbmir_spark.lake.schemas import PIXELS, SOURCES, TAGS
+from cbmir_spark.storage import ObjectStore
+
+
+@dataclass(frozen=True)
+class OpenLake:
+    """A lake as one job sees it. Constructing one does no I/O; `open_lake` looks up what goes in.
+
+    `published` are the versions that belonged together when the lake was opened, None before the first ingest.
+    `pseudonyms` is None where no key is at hand and nothing was asked that needs one. `leases` are those that the job
+    holds while it writes.
+    """
+
+    spark: SparkSession
+    paths: LakePaths
+    store: ObjectStore
+    published: Published | None = None
+    pseudonyms: Pseudonyms | None = None
+    leases: tuple[lease.Held, ...] = ()
+
+    @property
+    def versions(self) -> Published:
+        """The published versions. Raises TableError where no image has been ingested."""
+        if self.published is None or self.published.batch == 0:
+            raise TableError(no_images(self.paths))
+        return self.published
+
+    @property
+    def names(self) -> Pseudonyms:
+        """The lake's pseudonyms. Raises ConfigError where no key is configured."""
+        if self.pseudonyms is None:
+            raise ConfigError(pseudonyms.NO_KEY)
+        return self.pseudonyms
+
+    @cached_property
+    def tags(self) -> DataFrame:
+        """TAGS at the published version."""
+        return TableVersion(self.spark, self.paths.path(TAGS), self.versions.tags).rows
+
+    @cached_property
+    def pixels(self) -> DataFrame:
+        """PIXELS at the published version."""
+        return TableVersion(self.spark, self.paths.path(PIXELS), self.versions.pixels).rows
+
+    @cached_property
+    def sources(self) -> DataFrame:
+        """SOURCES at the published version."""
+        return TableVersion(self.spark, self.paths.path(SOURCES), self.versions.sources).rows
+
+    def at(self, published: Published) -> "OpenLake":
+        """The same lake at other published versions."""
+        return replace(self, published=published)
+
+    def check_leases(self) -> None:
+        """Raise Busy where another job has taken one of the leases; called right before a commit."""
+        for each in self.leases:
+            each.check()
+
+
+def open_lake(spark: SparkSession, settings: Settings) -> OpenLake:
+    """Open the lake that the settings name, at its published versions.
+
+    Raises InputError where a file stands in its place, ConfigError where its key is missing, and TableError where the
+    configured key is not the one that its pseudonyms were made with. Creates nothing.
+    """
+    paths, store = LakePaths.of(settings.lake), ObjectStore(settings.storage)
+    _check_roots(paths, store)
+    published = publication.published(spark, paths)
+    return OpenLake(spark, paths, store, published, _pseudonyms(paths, settings.privacy, published))
+
+
+@contextmanager
+def open_for_writing(
+    spark: SparkSession, settings: Settings, *leases: str, may_be_new: bool = False
+) -> Iterator[OpenLake]:
+    """Hold the named leases of a lake while the block runs, and open it once they are held.
+
+    Raises Busy where another job holds one, TableError where the lake has no tables and `may_be_new` is false;
+    otherwise as `open_lake`.
+    """
+    paths, store = LakePaths.of(settings.lake), ObjectStore(settings.storage)
+    _check_roots(paths, store)
+    # Before the leases, since taking one creates the vault's folder.
+    if not may_be_new and store.kind(storage.join(paths.path(SOURCES), "_delta_log")) != "folder":
+        raise TableError(no_images(paths))
+    with ExitStack() as stack:
+        held = tuple(stack.enter_context(lease.hold(paths.vault, name, store)) for name in leases)
+        published = publication.published(spark, paths)
+        names = _pseudonyms(paths, settings.privacy, published)
+        yield OpenLake(spark, paths, store, published, names, held)
+
+
+def no_images(paths: LakePaths) -> str:
+    """The message for a lake without images."""
+    return f"lake {paths.uri} holds no images yet: run `cbmir ingest` first"
+
+
+def _check_roots(paths: LakePaths, store: ObjectStore) -> None:
+    for root in (paths.uri, paths.vault):
+        if store.kind(root) == "file":
+            raise InputError(f"lake {root} is a file: give a folder or prefix, with --lake")
+
+
+def _pseudonyms(paths: LakePaths, privacy: PrivacySettings, published: Published | None) -> Pseudonyms | None:
+    """The key that the lake was made with, where there is one to check or to find."""
+    configured = privacy.key is not None or privacy.key_file is not None
+    if not configured and (published is None or paths.vault_folder is None):
+        return None
+    names = pseudonyms.load(privacy, paths.vault_folder)
+    if published is not None and names.key_id != published.key_id:
+        raise TableError(
+            f"lake {paths.uri} was made with pseudonym key {published.key_id}, the settings give {names.key_id}: "
+            "give its own key, as with another one every pseudonym would differ"
+        )
+    return names
