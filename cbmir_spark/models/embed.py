@@ -1,6 +1,8 @@
 """Embed batches of pictures with a loaded model."""
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +13,10 @@ from cbmir_spark.errors import ModelError
 from cbmir_spark.models.artifact import UNKNOWN, Loaded, Manifest
 from cbmir_spark.models.networks import SIDE
 
-# Rows of one forward pass of embed_batches; smaller batches are filled up, see there.
-_ROWS = 16
+# Rows of one forward pass of embed_batches; smaller batches are filled up. BLAS kernels work on blocks of 4 or 6 rows
+# and may round the rest of a batch differently: 12 leaves no rest, and one query costs little.
+_ROWS = 12
+_THREADS = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ def embed_batches(loaded: Loaded, pixels: NDArray[np.uint8], modalities: Sequenc
     """Vectors and class scores of (N, 256, 256) uint8 pixels; runs per task, on the model's device.
 
     `modalities` are the N normalised Modality values; UNKNOWN, or no modalities, leaves every class open.
+    On one type of processor, a frame gets the same bytes alone and in any batch, in every process: the network runs on
+    one thread, over a fixed number of rows. Between types of processors vectors differ by up to 1e-5 of their length.
     Raises ModelError for pixels of another shape or type.
     """
     if pixels.dtype != np.uint8 or pixels.shape[1:] != (SIDE, SIDE):
@@ -42,11 +48,9 @@ def embed_batches(loaded: Loaded, pixels: NDArray[np.uint8], modalities: Sequenc
     device = model.device
     vectors = np.empty((len(pixels), manifest.embedding_dim), dtype=np.float32)
     logits = np.empty((len(pixels), len(manifest.classes)), dtype=np.float32)
-    with torch.inference_mode():
+    with _one_thread(), torch.inference_mode():
         for start in range(0, len(pixels), _ROWS):
             rows = pixels[start : start + _ROWS]
-            # Matrix products of another height round differently: always the same height, so that a picture
-            # gets the same vector alone, as a query, and among others, in the index.
             batch = np.zeros((_ROWS, SIDE, SIDE), dtype=np.uint8)
             batch[: len(rows)] = rows
             inputs = model.to_input(torch.from_numpy(batch).to(device)).contiguous(memory_format=torch.channels_last)
@@ -61,6 +65,22 @@ def embed_batches(loaded: Loaded, pixels: NDArray[np.uint8], modalities: Sequenc
         for index, probability in zip(best, probabilities, strict=True)
     )
     return Embedded(vectors, scores, labels, probabilities)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread: matrix products round differently with each number of threads.
+
+    MKL's number of threads is one for the whole process, hence the lock. Spark gives its Python workers one thread each
+    anyway.
+    """
+    with _THREADS:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 def class_scores(

@@ -116,6 +116,7 @@ def test_each_live_frame_has_the_vector_that_a_query_of_it_gets(spark: SparkSess
         alone = embedding.embed_batches(indexed.model, draw(image, row[cols.FRAME])[None], [image.modality])
         assert np.array(row[cols.VECTOR], dtype=np.float32).tobytes() == alone.vectors[0].tobytes()
         assert row[cols.PREDICTED] == (alone.labels[0] or "UNKNOWN")
+        assert np.float32(row[cols.PROBABILITY]) == alone.probabilities[0]
         projection, residual = indexed.model.projection.apply(alone.vectors)
         np.testing.assert_allclose(row[cols.PROJECTION], projection[0], rtol=1e-5, atol=1e-5)
         assert row[cols.RESIDUAL_NORM] == pytest.approx(residual[0], rel=1e-9)

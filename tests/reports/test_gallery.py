@@ -3,7 +3,6 @@
 import base64
 import io
 import re
-import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
@@ -24,6 +23,7 @@ from cbmir_spark.reports import gallery
 from cbmir_spark.reports import page as reports_page
 from cbmir_spark.storage import ObjectStore
 from tests.support.tiny_lake import Drawn, draw, pseudonym, publish
+from tests.support.tools import require_tool
 
 RUN = "document.documentElement.setAttribute('data-ran','yes')"
 PAYLOADS = [
@@ -125,14 +125,12 @@ def test_the_policy_comes_before_everything_else() -> None:
     assert page.index("<title>") > policy.start()
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
 def dom_in_browser(page: str, folder: Path) -> str:
     """The page's DOM after headless Chromium has loaded it and run what it would run."""
+    chromium = require_tool("chromium", "chromium-browser", "google-chrome")
     path = folder / "page.html"
     path.write_text(page, encoding="utf-8")
-    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
+    command = [str(chromium), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
     done = subprocess.run(
         [*command, "--virtual-time-budget=2000", "--dump-dom", path.as_uri()], capture_output=True, timeout=60
     )
@@ -140,7 +138,6 @@ def dom_in_browser(page: str, folder: Path) -> str:
     return done.stdout.decode("utf-8")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine to run the page in")
 def test_a_real_browser_runs_no_script(tmp_path: Path) -> None:
     page = hostile_page()
     dom = dom_in_browser(page, tmp_path)

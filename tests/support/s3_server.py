@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
+from tests.support.tools import require_tool
 
 VERSION = "v1.8.0"
 MODULE = f"github.com/versity/versitygw/cmd/versitygw@{VERSION}"
@@ -54,7 +54,7 @@ class S3Server:
 
 
 def binary() -> Path:
-    """versitygw from the PATH, or built once into the user's cache. Skips the test where there is no Go."""
+    """versitygw from the PATH, or built once into the user's cache. Without Go, see `require_tool`."""
     found = shutil.which("versitygw")
     if found:
         return Path(found)
@@ -64,9 +64,7 @@ def binary() -> Path:
     with (cache / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            go = shutil.which("go")
-            if go is None:
-                pytest.skip("neither versitygw nor Go to build it is on the PATH: no S3 server to test against")
+            go = require_tool("versitygw", "go")
             # Built beside its place: a build that is cut short leaves nothing that looks finished.
             unfinished = cache / "building"
             built = subprocess.run(

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from cbmir_spark import config
+from tests.support.tools import require_tool
 
 REPO = Path(__file__).resolve().parents[2]
 DEPLOY = REPO / "deploy"
@@ -91,11 +92,11 @@ def _files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize("script", ["entrypoint.sh", "submit.sh", "check_machine.sh", "gpus.sh"])
+@pytest.mark.parametrize(
+    "script", [*(f"deploy/{name}.sh" for name in ("entrypoint", "submit", "check_machine", "gpus")), ".ci/run"]
+)
 def test_scripts_pass_shellcheck(script: str) -> None:
-    if shutil.which("shellcheck") is None:
-        pytest.skip("shellcheck is not installed")
-    done = run("shellcheck", DEPLOY / script)
+    done = run(require_tool("shellcheck"), REPO / script)
     assert done.returncode == 0, done.stdout
 
 
