@@ -21,7 +21,7 @@ Figures = dict[str, float | None]
 
 
 def ranking(found: Sequence[Sequence[int]], relevant: Sequence[int], k: int, depth: int) -> dict[str, NDArray[Any]]:
-    """Each measure of MEASURES for each query, float64 (queries,), NaN where there is nothing to find.
+    """Compute each of MEASURES for each query, float64 (queries,), NaN where there is nothing to find.
 
     `found` holds the ranks (from 1, rising, of those judged) of a query's relevant hits, `relevant` how many relevant
     images there are to find. Missing hits count as wrong ones. precision_at_min is precision at rank
@@ -44,27 +44,27 @@ def ranking(found: Sequence[Sequence[int]], relevant: Sequence[int], k: int, dep
 
 
 def mean(values: Mapping[str, NDArray[Any]], where: NDArray[np.bool_] | None = None) -> Figures:
-    """Mean of each measure over the queries that have one; None where none has."""
+    """Average each measure over the queries that have one; None where none has."""
     chosen = {name: column if where is None else column[where] for name, column in values.items()}
     return {name: float(np.nanmean(column)) if np.isfinite(column).any() else None for name, column in chosen.items()}
 
 
 def by_label(values: Mapping[str, NDArray[Any]], labels: Sequence[str]) -> dict[str, Figures]:
-    """Means over the queries of each label, for the labels that have something to find."""
+    """Average over the queries of each label, for labels that have something to find."""
     of = np.asarray(labels)
     means = {str(label): mean(values, of == label) for label in np.unique(of)}
     return {label: figures for label, figures in means.items() if figures[PRECISION] is not None}
 
 
 def macro(by_class: Mapping[str, Mapping[str, Any]], labels: Sequence[str] | None = None) -> Figures:
-    """Means of the classes' figures, each class counting once; of `labels` alone where they are given."""
+    """Average the classes' figures, each class counting once; only those in `labels` if given."""
     chosen = [figures for label, figures in by_class.items() if labels is None or label in labels]
     names = list(next(iter(by_class.values()), {}))
     return {name: float(np.mean([figures[name] for figures in chosen])) if chosen else None for name in names}
 
 
 def confusion_matrix(pairs: Mapping[tuple[str, str], int], classes: Sequence[str]) -> NDArray[np.int64]:
-    """Counts by (true, predicted) label as an int64 (classes, classes) matrix."""
+    """Arrange counts by (true, predicted) label as an int64 (classes, classes) matrix."""
     place = {label: number for number, label in enumerate(classes)}
     counts = np.zeros((len(classes), len(classes)), dtype=np.int64)
     for (true, predicted), count in pairs.items():
@@ -73,7 +73,7 @@ def confusion_matrix(pairs: Mapping[tuple[str, str], int], classes: Sequence[str
 
 
 def circularity(prefilter: Prefilter, label: LabelKind) -> str:
-    """Whether a prefilter uses the label that it is judged by: `yes`, `partly` (its modality) or `no`."""
+    """Say whether a prefilter uses the label that it is judged by: `yes`, `partly` (its modality) or `no`."""
     if prefilter == "tags":
         return "yes"
     # The predicted class too is chosen among those of the query's modality.

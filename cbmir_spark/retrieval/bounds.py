@@ -1,4 +1,4 @@
-"""Which rows may be among the nearest of a query, told from projections alone: arrays in, arrays out. No Spark.
+"""Rule out rows that cannot be among the nearest of a query, by projections alone: arrays in, arrays out. No Spark.
 
 A model's projection (`model.Projection`) gives each vector x K coordinates b = P(x − mean) and the length s of what
 they leave over. For two vectors, with Δb = b₁ − b₂ and P's rows orthonormal but for δ = ‖PPᵀ − I‖₂,
@@ -7,7 +7,7 @@ they leave over. For two vectors, with Δb = b₁ − b₂ and P's rows orthonor
 
 since ‖Pᵀ Δb + Δr‖² = Δbᵀ(2I − PPᵀ)Δb + ‖Δr‖² for residual vectors r = (x − mean) − Pᵀb, whatever P is. If at least k
 groups have a row whose upper bound is at most U, no row with a lower bound above U is among the k nearest groups. So a
-search reads K + 1 numbers of each vector, and whole vectors only of the rows that are left.
+search reads K + 1 numbers of each vector, and whole vectors only of the rows that remain.
 
 Letters as in kernel.py: Q, n, t numbers of queries, rows, queries of one tile.
 """
@@ -22,8 +22,8 @@ from cbmir_spark.retrieval.kernel import (
     GREATEST,
     UNIT,
     Doubles,
+    ExcludedPairs,
     Floats,
-    Hidden,
     Numbers,
     Texts,
     approximate,
@@ -38,8 +38,8 @@ from cbmir_spark.retrieval.kernel import (
 # A number of 64 bits for each of some groups, as `codes` makes them.
 Codes = NDArray[np.uint64]
 
-# Where more than one pair in so many is left, reading all vectors costs hardly more than measuring those pairs, and
-# the pairs are more than the driver should hold.
+# Where more than one pair in so many remains, reading all vectors costs hardly more than measuring those pairs, and
+# the pairs are too many for the driver.
 USEFUL = 40
 # How far, of itself, a value may be out of its place in the order of `by_query`.
 _ORDER = 2.0**-31
@@ -59,7 +59,7 @@ class Points:
 
 
 @dataclass(frozen=True)
-class Left:
+class Candidates:
     """Pairs that may be results: m queries and rows, bounds of their squared distance, codes of the rows' groups."""
 
     query: NDArray[np.signedinteger[Any]]
@@ -68,23 +68,23 @@ class Left:
     upper: NDArray[np.floating[Any]]
     group: Codes | None
 
-    def take(self, places: Numbers | NDArray[np.bool_]) -> "Left":
+    def take(self, places: Numbers | NDArray[np.bool_]) -> "Candidates":
         group = None if self.group is None else self.group[places]
-        return Left(self.query[places], self.row[places], self.lower[places], self.upper[places], group)
+        return Candidates(self.query[places], self.row[places], self.lower[places], self.upper[places], group)
 
-    def packed(self) -> "Left":
+    def packed(self) -> "Candidates":
         """The same in half the bytes: bounds a little wider, and numbers of fewer than 2³¹ queries and rows."""
         with np.errstate(over="ignore"):
             lower = np.nextafter(self.lower.astype(np.float32), np.float32(-np.inf))
             upper = np.nextafter(self.upper.astype(np.float32), np.float32(np.inf))
-        return Left(self.query.astype(np.int32), self.row.astype(np.int32), lower, upper, self.group)
+        return Candidates(self.query.astype(np.int32), self.row.astype(np.int32), lower, upper, self.group)
 
 
 class Bounds:
     """The pairs of queries and rows that bounds cannot rule out, over all blocks added so far.
 
     `queries` are projected as the rows are. k: (Q,) groups that each query takes. `defect` is δ above, `budget` bounds
-    the bytes of one tile, and `most` the pairs that may be left.
+    the bytes of one tile, `most` the pairs that may remain.
     """
 
     def __init__(self, queries: Points, k: Numbers, defect: float, budget: int, most: int) -> None:
@@ -95,47 +95,49 @@ class Bounds:
         self._budget = budget
         self._most = most
         self._kth = np.full(len(k), np.inf)
-        self._left: list[Left] = []
-        self._settled = 0
+        self._remaining: list[Candidates] = []
+        self._pruned = 0
         self._pairs = 0
         self.rows_seen = 0
         """Rows added so far, compared or not; the next one gets this number."""
         self.candidates: Numbers = np.zeros(len(k), dtype=np.int64)
         """(Q,) rows that each query was compared with."""
-        self.hopeless = False
-        """Whether so many rows are left that whole vectors had better be compared; nothing more is then added."""
+        self.ineffective = False
+        """Whether so many pairs remain that comparing whole vectors is cheaper; nothing more is added then."""
 
-    def add(self, rows: Points, group: Codes | None, queries: Numbers, hidden: Hidden | None) -> None:
+    def add(self, rows: Points, group: Codes | None, queries: Numbers, excluded: ExcludedPairs | None) -> None:
         """Compare n rows with some queries (their numbers, sorted); group: (n,) codes of what lists hold only once."""
         first = self.rows_seen
         self.rows_seen += len(rows.values)
-        if self.hopeless or not len(rows.values) or not len(queries):
+        if self.ineffective or not len(rows.values) or not len(queries):
             return
         points, numbers, starts = rows.values, np.arange(len(rows.values)), None
         if group is not None:
             order, starts = by_group(group)
             if order is not None:
                 points, numbers, group = points[order], order, group[order]
-                hidden = None if hidden is None else hidden.reordered(order)
+                excluded = None if excluded is None else excluded.reordered(order)
         norms = square_norms(points)
         for tile in tiles(queries, len(points), self._budget):
-            within = None if hidden is None else hidden.within(tile)
-            found = self._within_reach(tile, points, norms, group, starts, within)
+            excluded_here = None if excluded is None else excluded.for_tile(tile)
+            found = self._within_reach(tile, points, norms, group, starts, excluded_here)
             if found is None or self._too_many(len(found.query)):
-                self.hopeless = True
-                self._left = []
+                self.ineffective = True
+                self._remaining = []
                 return
-            self._left.append(Left(found.query, first + numbers[found.row], found.lower, found.upper, found.group))
-        if sum(len(part.query) for part in self._left) > 2 * self._settled + 1024:
-            self._settle()
+            self._remaining.append(
+                Candidates(found.query, first + numbers[found.row], found.lower, found.upper, found.group)
+            )
+        if sum(len(part.query) for part in self._remaining) > 2 * self._pruned + 1024:
+            self._prune()
 
-    def left(self) -> Left:
-        """The pairs that are left, none where it is hopeless."""
-        if self._left:
-            self._settle()
-            return self._left[0]
+    def remaining(self) -> Candidates:
+        """The pairs that remain, none where bounds are ineffective."""
+        if self._remaining:
+            self._prune()
+            return self._remaining[0]
         nothing = np.empty(0, dtype=np.int64)
-        return Left(nothing, nothing, nothing.astype(np.float64), nothing.astype(np.float64), None)
+        return Candidates(nothing, nothing, nothing.astype(np.float64), nothing.astype(np.float64), None)
 
     def _within_reach(
         self,
@@ -144,23 +146,23 @@ class Bounds:
         norms: Doubles,
         group: Codes | None,
         starts: Numbers | None,
-        hidden: Hidden | None,
-    ) -> Left | None:
-        queries, own, k = self._queries[tile], self._squares[tile], self._k[tile]
-        reach = (np.sqrt(own) + np.sqrt(norms.max())) ** 2
+        excluded: ExcludedPairs | None,
+    ) -> Candidates | None:
+        queries, query_squares, k = self._queries[tile], self._squares[tile], self._k[tile]
+        reach = (np.sqrt(query_squares) + np.sqrt(norms.max())) ** 2
         if not (reach < GREATEST).all():
             return None
         error = self._error(reach, points.shape[1])
         lower = approximate(queries, points, norms)
         self.candidates[tile] += len(points)
         self._pairs += lower.size
-        if hidden is not None:
-            buried = hidden.bury(lower)
-            self.candidates[tile] -= buried
-            self._pairs -= int(buried.sum())
+        if excluded is not None:
+            masked = excluded.mask(lower)
+            self.candidates[tile] -= masked
+            self._pairs -= int(masked.sum())
         # (s₁ + s₂)² = (s₁ − s₂)² + 4 s₁s₂.
         spread = 4 * queries[:, -1].astype(np.float64)
-        limit = self._kth[tile] + error - own
+        limit = self._kth[tile] + error - query_squares
         near = not_above(lower, limit)
         groups = len(points) if starts is None else len(starts)
         # Finding a k-th smallest costs more than it spares where few rows are near.
@@ -172,12 +174,14 @@ class Bounds:
             # Both sides are off by one error: the upper bound of the k-th group, and the lower bound of the others.
             limit[crowded] = np.minimum(limit[crowded], smallest(ranked, k[crowded]) + 2 * error[crowded])
             near &= not_above(lower, limit)
-        if hidden is not None:
-            hidden.clear(near)
+        if excluded is not None:
+            excluded.clear(near)
         query, row = np.divmod(np.flatnonzero(near), len(points))
-        low = lower[query, row].astype(np.float64) + own[query]
+        low = lower[query, row].astype(np.float64) + query_squares[query]
         high = low + spread[query] * points[row, -1]
-        return Left(tile[query], row, low - error[query], high + error[query], None if group is None else group[row])
+        return Candidates(
+            tile[query], row, low - error[query], high + error[query], None if group is None else group[row]
+        )
 
     def _error(self, reach: Doubles, columns: int) -> Doubles:
         """How far a bound, as computed, may be from the one above at most, for reach = (‖(b,s)₁‖ + ‖(b,s)₂‖)².
@@ -190,21 +194,21 @@ class Bounds:
 
     def _too_many(self, further: int) -> bool:
         limit = min(self._most, self._pairs // USEFUL + 8 * int(self._k.sum()))
-        if further + sum(len(part.query) for part in self._left) > limit and self._left:
-            self._settle()
-        return further + sum(len(part.query) for part in self._left) > limit
+        if further + sum(len(part.query) for part in self._remaining) > limit and self._remaining:
+            self._prune()
+        return further + sum(len(part.query) for part in self._remaining) > limit
 
-    def _settle(self) -> None:
-        merged, kth = settle(join(self._left), self._k)
+    def _prune(self) -> None:
+        merged, kth = prune(concatenate(self._remaining), self._k)
         self._kth = np.minimum(self._kth, kth)
-        self._left = [merged]
-        self._settled = len(merged.query)
+        self._remaining = [merged]
+        self._pruned = len(merged.query)
 
 
-def join(parts: list[Left]) -> Left:
-    """Pairs of several tasks, whose rows are numbered alike; all have groups, or none."""
+def concatenate(parts: list[Candidates]) -> Candidates:
+    """Concatenate candidates whose rows are numbered alike; either all have groups, or none has."""
     groups = [part.group for part in parts if part.group is not None]
-    return Left(
+    return Candidates(
         np.concatenate([part.query for part in parts]),
         np.concatenate([part.row for part in parts]),
         np.concatenate([part.lower for part in parts]),
@@ -213,23 +217,23 @@ def join(parts: list[Left]) -> Left:
     )
 
 
-def settle(left: Left, k: Numbers) -> tuple[Left, Doubles]:
+def prune(candidates: Candidates, k: Numbers) -> tuple[Candidates, Doubles]:
     """The pairs that are still possible, and for each query, (Q,), what the k-th smallest upper bound over groups does
     not exceed.
 
     That is infinite where a query has met fewer groups than it takes.
     """
     kth = np.full(len(k), np.inf)
-    order = by_query(left.query, left.upper)
-    if left.group is not None:
-        order = order[_first_of_each(left.group[order] + left.query[order].astype(np.uint64) * _ODD)]
-    query = left.query[order]
+    order = by_query(candidates.query, candidates.upper)
+    if candidates.group is not None:
+        order = order[_first_of_each(candidates.group[order] + candidates.query[order].astype(np.uint64) * _ODD)]
+    query = candidates.query[order]
     begins = np.flatnonzero(np.diff(query, prepend=-1))
     rank = np.arange(len(order)) - np.repeat(begins, np.diff(begins, append=len(order)))
     last = rank == k[query] - 1
-    kth[query[last]] = left.upper[order[last]].astype(np.float64) * (1 + 2 * _ORDER)
-    possible = left.lower <= kth[left.query]
-    return (left if possible.all() else left.take(possible)), kth
+    kth[query[last]] = candidates.upper[order[last]].astype(np.float64) * (1 + 2 * _ORDER)
+    possible = candidates.lower <= kth[candidates.query]
+    return (candidates if possible.all() else candidates.take(possible)), kth
 
 
 def by_query(query: NDArray[np.signedinteger[Any]], value: NDArray[np.floating[Any]]) -> Numbers:

@@ -1,12 +1,13 @@
-"""The retrieve job: a query list → hits, statuses, what the queries were and a gallery, in one folder.
+"""The retrieve job: a query list → hits, statuses, queries and a gallery, in one folder.
 
-Queries are resolved and searched in portions, so that memory does not grow with the list; see search.py for how.
+Queries are resolved and searched in batches, so that memory does not grow with the list; see search.py for how.
 """
 
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,25 +16,27 @@ from pyspark.sql.pandas.types import to_arrow_schema
 
 from cbmir_spark import storage
 from cbmir_spark.config import Settings
-from cbmir_spark.errors import InputError, TableError
-from cbmir_spark.index import open as index_open
+from cbmir_spark.errors import InputError, ModelError, TableError
+from cbmir_spark.index.open import Index, open_index
 from cbmir_spark.index.vector_files import Place
-from cbmir_spark.lake import schemas
-from cbmir_spark.lake.paths import LakePaths
+from cbmir_spark.ingest import parse
+from cbmir_spark.lake import identity, schemas
+from cbmir_spark.lake.open import OpenLake, open_lake
 from cbmir_spark.lake.runs import Record
-from cbmir_spark.reports import gallery as reports_gallery
+from cbmir_spark.lake.schemas import Table
+from cbmir_spark.reports import gallery as gallery_page
 from cbmir_spark.retrieval import csv_export
-from cbmir_spark.retrieval import series as retrieval_series
-from cbmir_spark.retrieval.query import Answered, Status, Wanted
-from cbmir_spark.retrieval.query_list import read_queries
-from cbmir_spark.retrieval.resolve import Resolved, resolve
-from cbmir_spark.retrieval.search import Scanned, base_of, portions, search
+from cbmir_spark.retrieval.answer import Base, Resolved, Scanned, Searcher, base_of, batches
+from cbmir_spark.retrieval.query import QueryRow, QueryStatus, Status
+from cbmir_spark.retrieval.query_files import Reader
+from cbmir_spark.retrieval.query_list import QueryList, read_queries
+from cbmir_spark.retrieval.searchers import ImageSearcher, SeriesSearcher
 from cbmir_spark.storage import ObjectStore
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a retrieve run did."""
+    """What a retrieve run did; counts are queries, partitions, files, vectors and bytes."""
 
     model_id: str
     index_version: int
@@ -55,53 +58,45 @@ class Report:
     gallery: str | None
 
 
-def run(spark: SparkSession, settings: Settings) -> Report:
-    """Answer the query list of `retrieval.queries`: hits, statuses, what the queries were and a gallery, in one folder.
+def run(spark: SparkSession, settings: Settings, queries: QueryList | None = None) -> Report:
+    """Answer `queries`, or the list that `retrieval.queries` names; write the answer into one folder.
 
-    Raises InputError for a list that cannot be used or a folder that holds something already, ModelError and
-    TableError as `features.open_index` does; all before anything is written.
+    Raises InputError for a list that cannot be used or a folder that is not empty, ModelError and TableError as
+    `open_index` does; all before anything is written.
     """
     record = Record("retrieve")
     options = settings.retrieval
-    if options.queries is None:
-        raise InputError("no query list named: give --queries FILE, a CSV or Parquet file")
-    lake = LakePaths.of(settings.lake)
-    out = storage.canonical(options.out or storage.join(lake.uri, "results", record.run_id))
-    _check_free(out, ObjectStore(settings.storage))
+    if queries is None and options.queries is None:
+        raise InputError("no query list: give --queries FILE, a CSV or Parquet file")
+    lake = open_lake(spark, settings)
+    out = storage.canonical(options.out) if options.out else lake.paths.results(record.run_id)
+    _check_free(out, lake.store)
     with record.stage("read"):
-        asked = read_queries(options.queries, ObjectStore(settings.storage), options.level)
-        index = index_open.open_index(spark, settings)
-        base = base_of(spark, index, ObjectStore(settings.storage))
-    # By one name for each place of the list, since a bad row may have any.
-    pictured = set(sorted(row.query_id for row in asked.rows)[: options.gallery])
+        if queries is None:
+            queries = read_queries(options.queries or "", lake.store, options.level)
+        index = open_index(spark, settings)
+        base = base_of(index, lake.store)
+    # Chosen by id before any row is resolved, since rows may turn out to be bad.
+    shown = frozenset(sorted(row.query_id for row in queries.rows)[: options.gallery])
+    searcher = _searcher(lake, settings, index, base, record, shown)
     statuses: list[Status] = []
-    shown: list[reports_gallery.Asked] = []
+    cards: list[gallery_page.Asked] = []
     searched: set[Place] = set()
     scanned = Scanned()
-    most = max([options.k, *(row.own.k or 0 for row in asked.rows if isinstance(row, Wanted))])
-    for number, rows in enumerate(portions(spark, asked.rows, most, options)):
-        wanted = [row for row in rows if isinstance(row, Wanted)]
-        if options.level == "series":
-            with record.stage("resolve"):
-                series = retrieval_series.resolve(spark, wanted, index, base, settings)
-                resolved = series.resolved
-            answer = retrieval_series.search(
-                spark, base, list(resolved.queries.values()), series.volumes, options, record
-            )
-        else:
-            with record.stage("resolve"):
-                resolved = resolve(spark, wanted, index, settings, pictured)
-            answer = search(spark, base, list(resolved.queries.values()), options, record)
+    most_hits = max([options.k, *(row.overrides.k or 0 for row in queries.rows if isinstance(row, QueryRow))])
+    for number, rows in enumerate(batches(spark, queries.rows, most_hits, options)):
+        resolved, answer = searcher.answer([row for row in rows if isinstance(row, QueryRow)])
         by_id = {**resolved.failed, **{status.query_id: status for status in answer.statuses}}
-        statuses += [by_id[row.query_id] if isinstance(row, Wanted) else row for row in rows]
+        statuses += [by_id[row.query_id] if isinstance(row, QueryRow) else row for row in rows]
         with record.stage("write"):
-            _write_portion(out, number, answer.hits, statuses[-len(rows) :], resolved, settings)
-        shown += [_shown(query_id, resolved) for query_id in sorted(pictured & resolved.queries.keys())]
+            _write_batch(lake.store, out, number, answer.hits, statuses[-len(rows) :], resolved, options.csv)
+        cards += [_card(query_id, resolved) for query_id in sorted(shown & resolved.queries.keys())]
         searched |= set(answer.partitions)
         scanned += answer.scanned
-    if len(statuses) != len(asked.rows):
-        raise TableError(f"{len(asked.rows)} queries, yet {len(statuses)} statuses: the answers in {out} are not whole")
-    counts = Counter(status.status for status in statuses)
+    if len(statuses) != len(queries.rows):
+        raise TableError(
+            f"{len(queries.rows)} queries, yet {len(statuses)} statuses: the answer in {out} is incomplete"
+        )
     gallery = None
     if options.gallery:
         with record.stage("gallery"):
@@ -113,15 +108,16 @@ def run(spark: SparkSession, settings: Settings) -> Report:
                 "metric": options.metric,
                 "partitions searched": f"{len(searched)} of {len(base.places)}",
             }
-            gallery = reports_gallery.gallery(spark, settings, out, shown, facts)
-    ended = Report(
+            gallery = gallery_page.gallery(spark, settings, out, cards, facts)
+    counts = Counter(status.status for status in statuses)
+    report = Report(
         model_id=index.manifest.model_id,
         index_version=index.version,
         queries=len(statuses),
-        answered=counts[Answered.ANSWERED],
-        empty=counts[Answered.NO_CANDIDATES],
-        failed=counts[Answered.NOT_FOUND] + counts[Answered.UNREADABLE] + counts[Answered.BAD_ROW],
-        statuses={str(status): counts[status] for status in Answered},
+        answered=counts[QueryStatus.ANSWERED],
+        empty=counts[QueryStatus.NO_CANDIDATES],
+        failed=counts[QueryStatus.NOT_FOUND] + counts[QueryStatus.UNREADABLE] + counts[QueryStatus.BAD_ROW],
+        statuses={str(status): counts[status] for status in QueryStatus},
         partitions_searched=len(searched),
         partitions=len(base.places),
         files_read=scanned.files,
@@ -129,60 +125,104 @@ def run(spark: SparkSession, settings: Settings) -> Report:
         vectors_read=scanned.vectors,
         bytes_read=scanned.bytes,
         bytes=sum(file.bytes for file in base.files),
-        ignored_columns=asked.ignored,
+        ignored_columns=queries.ignored,
         seconds=record.seconds,
         out=out,
         gallery=gallery,
     )
     record.write(
         spark,
-        lake,
+        lake.paths,
         counts={
-            "queries": ended.queries,
-            **ended.statuses,
-            "files_read": ended.files_read,
-            "vectors_read": ended.vectors_read,
-            "bytes_read": ended.bytes_read,
+            "queries": report.queries,
+            **report.statuses,
+            "files_read": report.files_read,
+            "vectors_read": report.vectors_read,
+            "bytes_read": report.bytes_read,
         },
         versions_read={"features": index.version},
     )
-    return ended
+    return report
 
 
-def _write_portion(
-    out: str, number: int, hits: pa.Table, statuses: Sequence[Status], resolved: Resolved, settings: Settings
+def _searcher(
+    lake: OpenLake, settings: Settings, index: Index, base: Base, record: Record, shown: frozenset[str]
+) -> Searcher:
+    options = settings.retrieval
+    if options.level == "series":
+        return SeriesSearcher(lake, index, base, options, record)
+
+    @cache
+    def reader() -> Reader:
+        return file_reader(lake, settings, index, shown)
+
+    return ImageSearcher(lake, index, base, options, record, reader)
+
+
+def file_reader(lake: OpenLake, settings: Settings, index: Index, shown: frozenset[str]) -> Reader:
+    """Build what tasks need to read query files; `shown` are the query_ids whose pictures the gallery needs.
+
+    Raises ModelError where the `pixels` settings are not those that the model was trained with.
+    """
+    preprocessing = parse.preprocessing_of(settings)
+    manifest = index.manifest
+    if preprocessing.version != manifest.preprocessing:
+        raise ModelError(
+            f"the `pixels` settings give preprocessing {preprocessing.version}, model {manifest.model_id} was trained "
+            f"with {manifest.preprocessing}: restore the settings, or name a model trained with them"
+        )
+    roots = [*settings.retrieval.roots, *([settings.ingest.archive] if settings.ingest.archive else [])]
+    parser = parse.Parser(
+        lake.store,
+        settings.ingest,
+        preprocessing,
+        settings.vocabulary.body_parts,
+        lake.names,
+        identity.tombstones(lake.spark, lake.paths),
+    )
+    return Reader(index.folder, tuple(storage.canonical(root) for root in roots), parser, shown)
+
+
+def _write_batch(
+    store: ObjectStore,
+    out: str,
+    number: int,
+    hits: pa.Table,
+    statuses: Sequence[Status],
+    resolved: Resolved,
+    csv: bool,
 ) -> None:
-    """One Parquet file of each kind of result; hits and statuses as CSV too, where that is asked for."""
-    told = [(s.query_id, str(s.status), s.reason, list(s.partitions), s.candidates, s.hits) for s in statuses]
+    """Write one Parquet file of each kind of result; hits and statuses as CSV too if asked."""
+    ended = [(s.query_id, str(s.status), s.reason, list(s.partitions), s.candidates, s.hits) for s in statuses]
     names = schemas.RESULTS_QUERIES.schema.names
-    meant = [tuple(getattr(query, name) for name in names) for query in resolved.queries.values()]
+    asked = [tuple(getattr(query, name) for name in names) for query in resolved.queries.values()]
     results = {
         schemas.RESULTS_HITS.name: hits,
-        schemas.RESULTS_STATUSES.name: _rows(told, schemas.RESULTS_STATUSES),
-        schemas.RESULTS_QUERIES.name: _rows(meant, schemas.RESULTS_QUERIES),
+        schemas.RESULTS_STATUSES.name: _rows(ended, schemas.RESULTS_STATUSES),
+        schemas.RESULTS_QUERIES.name: _rows(asked, schemas.RESULTS_QUERIES),
     }
     for name, rows in results.items():
         buffer = io.BytesIO()
         pq.write_table(rows, buffer)
         target = storage.join(out, name, f"part-{number:05d}.parquet")
-        ObjectStore(settings.storage).write_bytes(target, buffer.getvalue())
-        if settings.retrieval.csv and name != schemas.RESULTS_QUERIES.name:
+        store.write_bytes(target, buffer.getvalue())
+        if csv and name != schemas.RESULTS_QUERIES.name:
             sheet = storage.join(out, csv_export.FOLDER, csv_export.name_of(target))
-            ObjectStore(settings.storage).write_bytes(sheet, csv_export.as_csv(rows))
+            store.write_bytes(sheet, csv_export.as_csv(rows))
 
 
-def _rows(rows: Sequence[tuple[object, ...]], table: schemas.Table) -> pa.Table:
+def _rows(rows: Sequence[tuple[object, ...]], table: Table) -> pa.Table:
     schema = to_arrow_schema(table.schema)
     columns = zip(*rows, strict=True) if rows else ((),) * len(schema)
     return pa.table([pa.array(values, kind.type) for values, kind in zip(columns, schema, strict=True)], schema=schema)
 
 
-def _shown(query_id: str, resolved: Resolved) -> reports_gallery.Asked:
-    """A query as the gallery shows it; pictures of indexed images are the lake's."""
-    if query_id in resolved.pictures:
-        return resolved.pictures[query_id]
+def _card(query_id: str, resolved: Resolved) -> gallery_page.Asked:
+    """Describe a query for the gallery; pictures of indexed images are read from the lake."""
+    if query_id in resolved.cards:
+        return resolved.cards[query_id]
     query = resolved.queries[query_id]
-    return reports_gallery.Asked(
+    return gallery_page.Asked(
         query_id=query_id,
         image_id=query.image_id,
         frame=query.frame or 0,
@@ -195,4 +235,4 @@ def _shown(query_id: str, resolved: Resolved) -> reports_gallery.Asked:
 def _check_free(out: str, store: ObjectStore) -> None:
     found = store.kind(out)
     if found == "file" or (found == "folder" and any(store.list_folder(out))):
-        raise InputError(f"results folder {out} holds something already: give another, with --out")
+        raise InputError(f"results folder {out} is not empty: give another, with --out")

@@ -38,7 +38,7 @@ class Keys:
     """What identifies n rows: `image` and `frame` break ties, `group` is what a hit list holds only once.
 
     image: (n,) bytes in the order that ties follow. frame: (n,) int64. group: (n,) bytes, or None where every row
-    may be a hit of its own.
+    may be a separate hit.
     """
 
     image: Texts
@@ -52,49 +52,51 @@ class Keys:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Query and row numbers that belong together, each (m,) int64."""
+    """Query and row numbers that belong merge, each (m,) int64."""
 
     query: Numbers
     row: Numbers
 
 
 @dataclass(frozen=True)
-class Hidden:
-    """Which rows of a block some queries must not meet: single `pairs`, each once, and whole rows for some queries.
+class ExcludedPairs:
+    """Pairs of queries and rows of a block that must not become hits.
 
-    bars: (b, n) masks of rows that are hidden; of: (Q,) number of the bar that holds for each query.
+    `pairs` lists single ones, each once. rows: (m, n) masks of rows that some queries exclude as a whole; rows_of:
+    (Q,) the mask that applies to each query.
     """
 
     pairs: Pairs
-    bars: NDArray[np.bool_] | None = None
-    of: Numbers | None = None
+    rows: NDArray[np.bool_] | None = None
+    rows_of: Numbers | None = None
 
-    def reordered(self, order: Numbers) -> "Hidden":
-        """The same for a block whose rows were taken in this order."""
-        place = np.empty_like(order)
-        place[order] = np.arange(len(order))
-        bars = None if self.bars is None else self.bars[:, order]
-        return Hidden(Pairs(self.pairs.query, place[self.pairs.row]), bars, self.of)
+    def reordered(self, order: Numbers) -> "ExcludedPairs":
+        """Renumber the rows for a block that is taken in this order."""
+        position = np.empty_like(order)
+        position[order] = np.arange(len(order))
+        rows = None if self.rows is None else self.rows[:, order]
+        return ExcludedPairs(Pairs(self.pairs.query, position[self.pairs.row]), rows, self.rows_of)
 
-    def within(self, tile: Numbers) -> "Hidden":
-        """The same for some of the queries (their numbers, sorted), numbered in that order."""
+    def for_tile(self, tile: Numbers) -> "ExcludedPairs":
+        """Select some of the queries (their numbers, sorted) and renumber them in that order."""
         query, row = self.pairs.query, self.pairs.row
-        place = np.minimum(np.searchsorted(tile, query), len(tile) - 1)
-        inside = tile[place] == query
-        return Hidden(Pairs(place[inside], row[inside]), self.bars, None if self.of is None else self.of[tile])
+        position = np.minimum(np.searchsorted(tile, query), len(tile) - 1)
+        inside = tile[position] == query
+        rows_of = None if self.rows_of is None else self.rows_of[tile]
+        return ExcludedPairs(Pairs(position[inside], row[inside]), self.rows, rows_of)
 
     def clear(self, near: NDArray[np.bool_]) -> None:
-        """Set the (t, n) mask to False where a row is hidden."""
-        if self.bars is not None:
-            near &= ~self.bars[self.of]
+        """Set the (t, n) mask `near` to False at excluded pairs."""
+        if self.rows is not None:
+            near &= ~self.rows[self.rows_of]
         near[self.pairs.query, self.pairs.row] = False
 
-    def bury(self, partial: Floats) -> Numbers:
-        """Set (t, n) distances to infinity where a row is hidden; (t,) how many rows of each query are."""
-        if self.bars is None or self.of is None:
+    def mask(self, partial: Floats) -> Numbers:
+        """Set (t, n) distances to infinity at excluded pairs; return (t,) the number of excluded rows per query."""
+        if self.rows is None or self.rows_of is None:
             count = np.bincount(self.pairs.query, minlength=len(partial))
         else:
-            mask = self.bars[self.of]
+            mask = self.rows[self.rows_of]
             mask[self.pairs.query, self.pairs.row] = True
             partial[mask] = np.inf
             count = np.count_nonzero(mask, axis=1)
@@ -104,9 +106,9 @@ class Hidden:
 
 @dataclass(frozen=True)
 class Nearest:
-    """m results in the order of query, distance, image, frame; `row` counts all rows that were ever added.
+    """m results in the order of query, distance, image, frame; `row` numbers all rows that were ever added.
 
-    `square` is the squared distance, under `cosine` of the vectors made one long; see `distances`.
+    `square` is the squared distance, under `cosine` of the L2-normalised vectors; see `distances`.
     """
 
     query: Numbers
@@ -119,16 +121,16 @@ class Search:
 
     queries: (Q, D) float32, finite. k: (Q,) groups that each takes. `budget` bounds the bytes of one tile of
     approximate distances. Memory besides is proportional to the sum of k. With `cosine` the distance is 1 − cos, which
-    is half the squared difference of the vectors made one long; a vector of zeros stays as it is.
+    is half the squared difference of the L2-normalised vectors; a vector of zeros stays as it is.
     """
 
     def __init__(self, queries: Floats, k: Numbers, budget: int, cosine: bool = False) -> None:
         if len(k) and k.min() < 1:
-            raise ValueError(f"k is {k.min()}; it has to be at least 1")
+            raise ValueError(f"k is {k.min()}, but must be at least 1")
         if queries.shape[1] > _MOST_COLUMNS:
             raise ValueError(f"vectors of {queries.shape[1]} columns; the error bound holds up to {_MOST_COLUMNS}")
         self._cosine = cosine
-        self._exact = of_length_one(queries) if cosine else queries
+        self._exact = l2_normalize(queries) if cosine else queries
         self._queries = self._exact.astype(np.float32)
         self._squares = square_norms(self._queries)
         self._k = k
@@ -149,12 +151,14 @@ class Search:
         """Numbers of the rows that may still be results, sorted; a caller may drop everything else."""
         return np.unique(self._row)
 
-    def add(self, vectors: Floats, keys: Keys, queries: Numbers | None = None, hidden: Hidden | None = None) -> None:
+    def add(
+        self, vectors: Floats, keys: Keys, queries: Numbers | None = None, excluded: ExcludedPairs | None = None
+    ) -> None:
         """Compare n rows, (n, D) float32, with some queries (their numbers, sorted; None: all)."""
         first = self.rows_seen
         self.rows_seen += len(vectors)
-        wanted = np.arange(len(self._queries)) if queries is None else queries
-        if not len(vectors) or not len(wanted):
+        chosen = np.arange(len(self._queries)) if queries is None else queries
+        if not len(vectors) or not len(chosen):
             return
         numbers = np.arange(len(vectors))
         starts = None
@@ -162,13 +166,13 @@ class Search:
             order, starts = by_group(keys.group)
             if order is not None:
                 numbers, vectors, keys = order, vectors[order], keys.take(order)
-                hidden = None if hidden is None else hidden.reordered(order)
-        exact = of_length_one(vectors) if self._cosine else vectors
+                excluded = None if excluded is None else excluded.reordered(order)
+        exact = l2_normalize(vectors) if self._cosine else vectors
         vectors = exact.astype(np.float32, copy=False)
         norms = square_norms(vectors)
         found_queries, found_rows = [], []
-        for tile in tiles(wanted, len(vectors), self._budget):
-            pairs = self._near(tile, vectors, norms, starts, None if hidden is None else hidden.within(tile))
+        for tile in tiles(chosen, len(vectors), self._budget):
+            pairs = self._near(tile, vectors, norms, starts, None if excluded is None else excluded.for_tile(tile))
             found_queries.append(pairs.query)
             found_rows.append(pairs.row)
         query, row = np.concatenate(found_queries), np.concatenate(found_rows)
@@ -178,17 +182,17 @@ class Search:
     def results(self) -> Nearest:
         """The nearest groups of each query among all rows added."""
         if len(self._query):
-            self._settle()
+            self._prune()
         return Nearest(self._query, self._square, self._row)
 
     def _near(
-        self, tile: Numbers, vectors: Floats, norms: Doubles, starts: Numbers | None, hidden: Hidden | None
+        self, tile: Numbers, vectors: Floats, norms: Doubles, starts: Numbers | None, excluded: ExcludedPairs | None
     ) -> Pairs:
         """Pairs of the tile's queries and the rows that may be among their nearest groups."""
         whole = len(tile) == len(self._queries)
         queries = self._queries if whole else self._queries[tile]
-        own, k = self._squares[tile], self._k[tile]
-        reach = (np.sqrt(own) + np.sqrt(norms.max())) ** 2
+        query_squares, k = self._squares[tile], self._k[tile]
+        reach = (np.sqrt(query_squares) + np.sqrt(norms.max())) ** 2
         # Where squares may overflow nothing is ruled out; everything is measured directly.
         safe = reach < GREATEST
         error = margin(reach, vectors.shape[1])
@@ -196,13 +200,13 @@ class Search:
             # Without ‖q‖², which is the same for all rows of a query: limits are moved by it instead.
             partial = approximate(queries, vectors, norms)
         self.candidates[tile] += len(vectors)
-        if hidden is not None:
-            self.candidates[tile] -= hidden.bury(partial)
+        if excluded is not None:
+            self.candidates[tile] -= excluded.mask(partial)
         limit = np.full(len(tile), np.inf)
-        limit[safe] = (self._kth[tile] + error)[safe] - own[safe]
+        limit[safe] = (self._kth[tile] + error)[safe] - query_squares[safe]
         near = not_above(partial, limit)
-        if hidden is not None:
-            hidden.clear(near)
+        if excluded is not None:
+            excluded.clear(near)
         groups = len(vectors) if starts is None else len(starts)
         crowded = np.flatnonzero(safe & (np.count_nonzero(near, axis=1) > k) & (k <= groups))
         if len(crowded):
@@ -210,7 +214,7 @@ class Search:
             if starts is not None:
                 ranked = np.minimum.reduceat(ranked, starts, axis=1)
             # The true square of the k-th group is at most this much over its approximation, and any row that
-            # beats it at most as much below its own.
+            # beats it at most as much below its approximation.
             limit[crowded] = np.minimum(limit[crowded], smallest(ranked, k[crowded]) + 2 * error[crowded])
             near &= not_above(partial, limit)
         rows_of = np.nonzero(near)
@@ -220,13 +224,13 @@ class Search:
         self._query = np.concatenate([self._query, query])
         self._square = np.concatenate([self._square, square])
         self._row = np.concatenate([self._row, row])
-        self._keys = keys if self._keys is None else joined([self._keys, keys])
+        self._keys = keys if self._keys is None else concatenate([self._keys, keys])
         # Sorting everything for each handful of new pairs would cost more than the pairs that it spares.
         if len(self._query) > self._counted + self._counted // 8:
-            self._settle()
+            self._prune()
 
-    def _settle(self) -> None:
-        """Keep the nearest groups of each query, and note the square of its last where it has all that it takes."""
+    def _prune(self) -> None:
+        """Drop all but the nearest groups of each query; record the square of the k-th where there are k."""
         assert self._keys is not None
         order, last = nearest_groups(self._query, self._square, self._keys, self._k, self._cosine)
         self._query, self._square, self._row = self._query[order], self._square[order], self._row[order]
@@ -258,8 +262,10 @@ def nearest_groups(
     return order[inside], np.flatnonzero((rank == most - 1)[inside])
 
 
-def contenders(queries: Floats, own: Doubles, vectors: Floats, pairs: Pairs, limit: Doubles) -> NDArray[np.bool_]:
-    """(m,) which pairs may have a squared distance within the limit, (Q,), of their query; own: (Q,) squares.
+def contenders(
+    queries: Floats, query_squares: Doubles, vectors: Floats, pairs: Pairs, limit: Doubles
+) -> NDArray[np.bool_]:
+    """(m,) which pairs may have a squared distance within the limit, (Q,), of their query; query_squares: (Q,) squares.
 
     Where pairs are dense a matrix product costs less than measuring each, and rules most of them out.
     """
@@ -267,31 +273,31 @@ def contenders(queries: Floats, own: Doubles, vectors: Floats, pairs: Pairs, lim
     if len(pairs.query) * WORTH < len(asked) * len(vectors):
         return np.ones(len(pairs.query), dtype=bool)
     norms = square_norms(vectors)
-    reach = (np.sqrt(own[asked]) + np.sqrt(norms.max(initial=0))) ** 2
+    reach = (np.sqrt(query_squares[asked]) + np.sqrt(norms.max(initial=0))) ** 2
     with np.errstate(over="ignore", invalid="ignore"):
         partial = approximate(queries[asked], vectors, norms)[place, pairs.row]
     error = np.where(reach < GREATEST, margin(reach, vectors.shape[1]), np.inf)
     with np.errstate(invalid="ignore"):
         # Not-a-number, where squares overflowed, is no reason to rule a pair out.
-        near: NDArray[np.bool_] = ~(partial > (limit[asked] + error - own[asked])[place])
+        near: NDArray[np.bool_] = ~(partial > (limit[asked] + error - query_squares[asked])[place])
     return near
 
 
 def distances(square: Doubles, cosine: bool) -> Doubles:
-    """Squares as the distances that are told; under `cosine` they are of vectors of length one."""
+    """Turn squares into reported distances; under `cosine` they are squares of L2-normalised vectors."""
     return square / 2 if cosine else np.sqrt(square)
 
 
-def tiles(wanted: Numbers, rows: int, budget: int) -> Iterator[Numbers]:
-    """The queries in portions whose matrices of (t, rows) stay within `budget` bytes."""
+def tiles(queries: Numbers, rows: int, budget: int) -> Iterator[Numbers]:
+    """Cut the queries into tiles whose (t, rows) matrices stay within `budget` bytes."""
     # Per pair: two float32 of the product, one more where rows are ranked, and a mask.
     height = max(1, budget // (rows * 16))
-    for start in range(0, len(wanted), height):
-        yield wanted[start : start + height]
+    for start in range(0, len(queries), height):
+        yield queries[start : start + height]
 
 
 def smallest(values: Floats, k: Numbers) -> Doubles:
-    """(t,) float64: of each row of (t, n) the k-th smallest value, k: (t,) from 1 to n."""
+    """Return (t,) float64, the k-th smallest value of each row of (t, n); k: (t,) from 1 to n."""
     different = np.unique(k)
     if len(different) == 1:
         found = np.partition(values, different[0] - 1, axis=1)[:, different[0] - 1]
@@ -301,8 +307,8 @@ def smallest(values: Floats, k: Numbers) -> Doubles:
     return found.astype(np.float64)
 
 
-def of_length_one(vectors: Floats) -> Doubles:
-    """(n, D) float32 → (n, D) float64 of length one, by the same sums whatever rows are beside a row."""
+def l2_normalize(vectors: Floats) -> Doubles:
+    """L2-normalise (n, D) float32 vectors to float64; the bytes do not depend on the other rows."""
     rows = np.arange(len(vectors))
     lengths = np.sqrt(squares(np.zeros((1, vectors.shape[1]), np.float32), vectors, np.zeros_like(rows), rows))
     unit: Doubles = vectors / np.where(lengths > 0, lengths, 1.0)[:, None]
@@ -347,7 +353,7 @@ def margin(reach: Doubles, dimension: int) -> Doubles:
     D = 2¹⁶, m·u ≤ 2⁻¹⁴·1.04, so that 1/(1 − m·u) and what `reach` itself is off by (γ_c) lie far below the factor 1.1,
     and so do the float64 roundings of `squares` and of its square root, which are 2⁻²⁹ of one u. Products below
     float32's normal range lose up to 2⁻¹²⁶ each even where they are flushed to zero: D·2⁻¹²⁴ covers all four sums.
-    Vectors that were made one long in float64 and then rounded are each off by u, which moves a square by at most
+    Vectors that were L2-normalised in float64 and then rounded are each off by u, which moves a square by at most
     2√reach·2u + 4u² ≤ 3u·reach, as reach is 4: four of the eight spare terms.
     """
     columns = min(dimension, _COLUMNS)
@@ -361,7 +367,7 @@ def squares(queries: Floats | Doubles, vectors: Floats | Doubles, query: Numbers
 
     The sum is a fold: the upper half of the columns is added to the lower half until one is left. Each step is an
     addition element by element, so IEEE 754 alone decides the result: not BLAS, the processor, numpy's version, or
-    how many pairs are measured together.
+    how many pairs are measured merge.
     """
     dimension = vectors.shape[1]
     result = np.empty(len(query))
@@ -392,7 +398,7 @@ def not_above(partial: Floats, limit: Doubles) -> NDArray[np.bool_]:
 
 
 def by_group(group: NDArray[Any]) -> tuple[Numbers | None, Numbers]:
-    """An order that puts rows of a group side by side (None: they are), and where each group then starts."""
+    """Return an order that puts rows of a group side by side (None: they are), and where each group then starts."""
     changes = np.flatnonzero(np.concatenate([[True], group[1:] != group[:-1]]))
     distinct, codes = np.unique(group, return_inverse=True)
     if len(distinct) == len(changes):
@@ -401,8 +407,8 @@ def by_group(group: NDArray[Any]) -> tuple[Numbers | None, Numbers]:
     return order, np.flatnonzero(np.diff(codes[order], prepend=-1))
 
 
-def joined(parts: Sequence[Keys]) -> Keys:
-    """Keys of rows that come one after the other; all parts have groups, or none."""
+def concatenate(parts: Sequence[Keys]) -> Keys:
+    """Concatenate keys; either all parts have groups, or none has."""
     groups = [part.group for part in parts if part.group is not None]
     return Keys(
         np.concatenate([part.image for part in parts]),

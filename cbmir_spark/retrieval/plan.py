@@ -1,4 +1,4 @@
-"""Choose the partitions that a query searches."""
+"""Choose the partitions that a query searches. Runs on the driver."""
 
 from collections.abc import Iterable
 
@@ -10,13 +10,13 @@ from cbmir_spark.retrieval.query import Query
 
 
 def plan(query: Query, options: RetrievalSettings, existing: Iterable[Place]) -> frozenset[Place]:
-    """The partitions that a query meets, of those that exist.
+    """Choose the partitions that a query searches, of those that exist.
 
     `tags` goes by the query's body part, or by its predicted class where the tags have none; `predicted` by the
     predicted class. A prediction below `min_probability`, or none, widens either to the query's modality, which is
-    all that `modality` looks at. Where not even the modality is known, and under `none`, all are searched. In every
-    mode `unknown` says whether the partitions of the UNKNOWN body part are: with `include` they join the query's own.
-    A modality or body part that the query's row in the list names goes before all this.
+    what `modality` searches. Where not even the modality is known, and under `none`, all partitions are searched. In
+    every mode `unknown` decides on the partitions of the UNKNOWN body part: with `include` they are searched too. A
+    modality or body part in the query's row of the list overrides all this.
     """
     modality, body_part = searched_terms(query, options)
     found = set()
@@ -32,12 +32,12 @@ def plan(query: Query, options: RetrievalSettings, existing: Iterable[Place]) ->
 
 
 def searched_terms(query: Query, options: RetrievalSettings) -> tuple[str | None, str | None]:
-    """Modality and body part to search; None for any."""
-    modality, body_part = _by_mode(query, options)
-    return query.own.modality or modality, query.own.body_part or body_part
+    """Return the modality and body part to search; None for any."""
+    modality, body_part = _by_prefilter(query, options)
+    return query.overrides.modality or modality, query.overrides.body_part or body_part
 
 
-def _by_mode(query: Query, options: RetrievalSettings) -> tuple[str | None, str | None]:
+def _by_prefilter(query: Query, options: RetrievalSettings) -> tuple[str | None, str | None]:
     if options.prefilter == "none":
         return None, None
     sure = query.predicted != UNKNOWN and query.probability >= options.min_probability

@@ -1,4 +1,4 @@
-"""What a query is, what a row of a list may ask for, and how a query ends."""
+"""What a query is, what a row of a query list may override, and how a query ends."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -12,8 +12,8 @@ from cbmir_spark.lake import columns as cols
 
 
 @dataclass(frozen=True)
-class Within:
-    """What the rows that a query meets must have; None: anything. A row that does not say has nothing."""
+class HitFilter:
+    """Restricts hits by sex, age and year; None restricts nothing. Missing values never match."""
 
     sex: str | None = None
     age_min: float | None = None
@@ -22,16 +22,16 @@ class Within:
     year_max: int | None = None
 
     def columns(self) -> tuple[str, ...]:
-        """The columns that it looks at."""
-        asked = {
+        """Name the columns that it compares."""
+        compared = {
             cols.SEX: self.sex is not None,
             cols.AGE_YEARS: self.age_min is not None or self.age_max is not None,
             cols.YEAR: self.year_min is not None or self.year_max is not None,
         }
-        return tuple(name for name, needed in asked.items() if needed)
+        return tuple(name for name, needed in compared.items() if needed)
 
-    def bars(self, rows: pa.Table) -> NDArray[np.bool_]:
-        """(n,) mask of the rows that are not within."""
+    def rejects(self, rows: pa.Table) -> NDArray[np.bool_]:
+        """Return an (n,) mask of the rows that do not match."""
         inside = np.ones(len(rows), dtype=bool)
         if self.sex is not None:
             inside &= np.array([value == self.sex for value in rows.column(cols.SEX).to_pylist()], dtype=bool)
@@ -41,17 +41,17 @@ class Within:
         ):
             if least is None and most is None:
                 continue
-            # What is null becomes not-a-number, which is neither above nor below anything.
+            # A null becomes NaN, which compares false with either limit.
             values = rows.column(column).cast(pa.float64()).to_numpy()
             inside &= (values >= (-np.inf if least is None else least)) & (values <= (np.inf if most is None else most))
         return ~inside
 
 
-ANYTHING = Within()
+UNRESTRICTED = HitFilter()
 
 
-class Answered(StrEnum):
-    """What became of a query."""
+class QueryStatus(StrEnum):
+    """How a query ends."""
 
     ANSWERED = "answered"
     NO_CANDIDATES = "no_candidates"
@@ -61,10 +61,10 @@ class Answered(StrEnum):
 
 
 @dataclass(frozen=True)
-class Own:
-    """What one row of a list asks for otherwise than the settings do; None: as they do.
+class QueryOverrides:
+    """Settings that one row of a list overrides; None leaves a setting as it is.
 
-    `modality` and `body_part` say which partitions are searched, `within` what rows must have there.
+    `modality` and `body_part` choose the partitions to search, `hit_filter` restricts the hits in them.
     """
 
     k: int | None = None
@@ -72,29 +72,34 @@ class Own:
     body_part: str | None = None
     exclude_same: str | None = None
     unique: str | None = None
-    within: Within = ANYTHING
+    hit_filter: HitFilter = UNRESTRICTED
 
 
-AS_SET = Own()
+NO_OVERRIDES = QueryOverrides()
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """One row of a query list that can be looked for; `frame` is None for the middle one of those indexed."""
+class QueryRow:
+    """A valid row of a query list: the column that names the query, and the value there.
+
+    `frame` is None for the middle one of the indexed frames. `vector` is (D,) float32 where the row brings its own
+    instead of naming an image.
+    """
 
     query_id: str
     naming: str
     value: str
     frame: int | None
-    own: Own = AS_SET
+    overrides: QueryOverrides = NO_OVERRIDES
+    vector: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
 class Query:
-    """A query as the search takes it: its vector, (D,) float32, and what is known of its image.
+    """A query as the search takes it: its vector, (D,) float32, and what is known about its image.
 
-    UNKNOWN stands for a modality or body part that the tags do not give. `predicted` is the model's label, UNKNOWN
-    where it has none. Without ids nothing is excluded as being the same.
+    UNKNOWN stands for a modality or body part without a tag. `predicted` is the model's label, UNKNOWN where there is
+    none. Without ids nothing is excluded as the same image, series, study or patient.
     """
 
     query_id: str
@@ -108,15 +113,15 @@ class Query:
     study_id: str | None = None
     patient_id: str | None = None
     frame: int | None = None
-    own: Own = AS_SET
+    overrides: QueryOverrides = NO_OVERRIDES
 
 
 @dataclass(frozen=True)
 class Status:
-    """A query's end: the partitions searched, as CT/CHEST, the rows it was compared with, and its hits."""
+    """How a query ended: the partitions searched, as CT/CHEST, the rows it was compared with, and its hits."""
 
     query_id: str
-    status: Answered
+    status: QueryStatus
     reason: str | None = None
     partitions: tuple[str, ...] = ()
     candidates: int = 0

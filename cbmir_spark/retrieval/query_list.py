@@ -1,4 +1,7 @@
-"""Read and check a query list. Runs on the driver."""
+"""Read and check query lists; see query_sources.py for lists that are no file. Runs on the driver.
+
+A row that cannot be used becomes a status and costs no other row its answer.
+"""
 
 import csv
 import io
@@ -10,51 +13,57 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
+import pyarrow.parquet
 
 from cbmir_spark import storage
 from cbmir_spark.config import MOST_HITS, RetrievalSettings
 from cbmir_spark.dicom import vocabulary_tables
 from cbmir_spark.errors import InputError
 from cbmir_spark.lake import columns as cols
-from cbmir_spark.retrieval.query import Answered, Own, Status, Wanted, Within
+from cbmir_spark.retrieval.query import HitFilter, QueryOverrides, QueryRow, QueryStatus, Status
 from cbmir_spark.storage import ObjectStore
 
 SOP_INSTANCE_UID = "sop_instance_uid"
 SERIES_INSTANCE_UID = "series_instance_uid"
-# What a row may name its query by, at each level.
+# Columns that may name the query of a row, at each level.
 NAMING = {
     "image": (cols.URI, cols.IMAGE_ID, SOP_INSTANCE_UID),
     "series": (cols.SERIES_ID, SERIES_INSTANCE_UID, cols.IMAGE_ID, SOP_INSTANCE_UID),
 }
+# How rows that bring a vector name it.
+VECTOR = "vector"
 K, EXCLUDE_SAME, UNIQUE = "k", "exclude_same", "unique"
 AGE_MIN, AGE_MAX, YEAR_MIN, YEAR_MAX = "age_min", "age_max", "year_min", "year_max"
-# What a row may ask for otherwise than the settings do.
-OWN = (K, cols.MODALITY, cols.BODY_PART, cols.SEX, AGE_MIN, AGE_MAX, YEAR_MIN, YEAR_MAX, EXCLUDE_SAME, UNIQUE)
-# Longer cells hold no identifier and no path.
+# Columns by which a row overrides settings.
+OVERRIDES = (K, cols.MODALITY, cols.BODY_PART, cols.SEX, AGE_MIN, AGE_MAX, YEAR_MIN, YEAR_MAX, EXCLUDE_SAME, UNIQUE)
+# No identifier or path is longer.
 LONGEST_CELL = 4096
 
 _PSEUDONYM = re.compile(r"[0-9a-f]{32}")
 _UID = re.compile(r"[0-9.]{1,64}")
-_FRAME_NUMBER = re.compile(r"[0-9]{1,9}")
-# Parquet may hold whole numbers as floating ones.
+_FRAME_NUMBER = re.compile(r"[0-9]{1,9}(\.0)?")
+# Parquet may store whole numbers as floats.
 _WHOLE = re.compile(r"[0-9]{1,6}(\.0)?")
 _AGE = re.compile(r"[0-9]{1,3}(\.[0-9]{1,6})?")
 
 
 @dataclass(frozen=True)
 class QueryList:
-    """Rows of a list in its order: those to look for, and the statuses of those that cannot be."""
+    """Rows of a list in its order: valid ones, and the statuses of the others.
 
-    rows: tuple[Wanted | Status, ...]
+    `ignored` are columns that a query list does not have, `folders` those of files that were listed in code.
+    """
+
+    rows: tuple[QueryRow | Status, ...]
     ignored: tuple[str, ...]
+    folders: tuple[str, ...] = ()
 
 
 def read_queries(uri: str, store: ObjectStore, level: str = "image") -> QueryList:
-    """A CSV or Parquet query list: `query_id` and one of the level's NAMING in each row; `frame`, which counts for
-    images alone, and the columns of OWN if asked.
+    """Read a CSV or Parquet query list.
 
-    A row that cannot be used becomes a status and hinders no other. Raises InputError where the list itself cannot be
-    used, naming the columns that are missing and those that are there.
+    Each row has `query_id` and one of the level's NAMING columns; `frame` (images only) and the OVERRIDES columns are
+    optional. Raises InputError where the list itself cannot be used, naming the missing columns and those there are.
     """
     try:
         content = store.read_bytes(storage.canonical(uri))
@@ -67,31 +76,36 @@ def read_queries(uri: str, store: ObjectStore, level: str = "image") -> QueryLis
     except (pa.ArrowException, csv.Error, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"query list {uri} cannot be read as CSV (in UTF-8) or Parquet: {reason}") from None
+    return check(columns, rows, level, f"query list {uri}")
+
+
+def check(columns: Sequence[str], rows: Sequence[Mapping[str, str]], level: str, source: str) -> QueryList:
+    """Check rows of text cells, empty ones left out. `source` names the list in an InputError about its columns."""
     missing = [] if cols.QUERY_ID in columns else [cols.QUERY_ID]
     naming = NAMING[level]
     missing += [] if set(naming) & set(columns) else [f"one of {', '.join(naming)}"]
     if missing:
-        there = ", ".join(name[:64] for name in columns[:20]) or "nothing"
-        raise InputError(f"query list {uri} lacks column {' and '.join(missing)}; it has {there}")
+        present = ", ".join(name[:64] for name in columns[:20]) or "nothing"
+        raise InputError(f"{source} lacks column {' and '.join(missing)}; it has {present}")
     times = Counter(row.get(cols.QUERY_ID) for row in rows)
-    asked = [_asked(number, row, times[row.get(cols.QUERY_ID)], naming) for number, row in enumerate(rows, start=1)]
-    known = {cols.QUERY_ID, cols.FRAME, *naming, *OWN}
-    return QueryList(tuple(asked), tuple(name for name in columns if name not in known))
+    checked = [_checked(number, row, times[row.get(cols.QUERY_ID)], naming) for number, row in enumerate(rows, start=1)]
+    known = {cols.QUERY_ID, cols.FRAME, *naming, *OVERRIDES}
+    return QueryList(tuple(checked), tuple(name for name in columns if name not in known))
 
 
-# What a CSV row with too many or too few cells holds under this name: how many there were.
+# Where a CSV row with too many or too few cells has their number.
 _CELLS = "\0cells"
 
 
 def _csv_rows(content: bytes) -> tuple[list[str], list[dict[str, str]]]:
-    """Column names, and the cells of each row that are not empty."""
+    """Return the column names, and the cells of each row that are not empty."""
     before = csv.field_size_limit(len(content) + 1)
     try:
         lines = [cells for cells in csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")) if cells]
     finally:
         csv.field_size_limit(before)
     columns = [name.strip() for name in lines[0]] if lines else []
-    _check_unique(columns)
+    check_unique(columns)
     rows = []
     for cells in lines[1:]:
         row = {name: cell for name, cell in zip(columns, cells, strict=False) if cell}
@@ -103,26 +117,32 @@ def _csv_rows(content: bytes) -> tuple[list[str], list[dict[str, str]]]:
 
 def _parquet_rows(content: bytes) -> tuple[list[str], list[dict[str, str]]]:
     columns = pa.parquet.read_schema(io.BytesIO(content)).names
-    _check_unique(columns)
-    known = {cols.QUERY_ID, cols.FRAME, *itertools.chain(*NAMING.values()), *OWN}
+    check_unique(columns)
+    known = {cols.QUERY_ID, cols.FRAME, *itertools.chain(*NAMING.values()), *OVERRIDES}
     wanted = [name for name in columns if name in known]
     table = pa.parquet.read_table(io.BytesIO(content), columns=wanted)
+    return columns, text_rows(table)
+
+
+def text_rows(table: pa.Table) -> list[dict[str, str]]:
+    known = {cols.QUERY_ID, cols.FRAME, *itertools.chain(*NAMING.values()), *OVERRIDES}
+    table = table.select([name for name in table.column_names if name in known])
     text = table.cast(pa.schema([(name, pa.string()) for name in table.column_names]))
-    return columns, [{name: cell for name, cell in row.items() if cell} for row in text.to_pylist()]
+    return [{name: cell for name, cell in row.items() if cell} for row in text.to_pylist()]
 
 
-def _check_unique(columns: Sequence[str]) -> None:
+def check_unique(columns: Sequence[str]) -> None:
     twice = [name[:64] for name, times in Counter(columns).items() if times > 1]
     if twice:
         raise csv.Error(f"column {twice[0]} occurs more than once")
 
 
-def _asked(number: int, row: Mapping[str, str], times: int, names: Sequence[str]) -> Wanted | Status:
+def _checked(number: int, row: Mapping[str, str], times: int, names: Sequence[str]) -> QueryRow | Status:
     query_id, frame = row.get(cols.QUERY_ID, ""), row.get(cols.FRAME)
     given = {name: row[name] for name in names if name in row}
     problem = None
     if _CELLS in row:
-        problem = f"row {number} has {row[_CELLS]} cells, the header has another number"
+        problem = f"row {number} has {row[_CELLS]} cells, unlike the header"
     elif not query_id:
         problem = f"row {number} has no query_id"
     elif len(query_id) > LONGEST_CELL:
@@ -130,22 +150,22 @@ def _asked(number: int, row: Mapping[str, str], times: int, names: Sequence[str]
     elif times > 1:
         problem = f"query_id occurs {times} times"
     elif len(given) != 1:
-        problem = f"{' and '.join(given) or 'none'} of {', '.join(names)} given; give one"
+        problem = f"{' and '.join(given) or 'none'} of {', '.join(names)} given; give exactly one"
     elif frame is not None and not _FRAME_NUMBER.fullmatch(frame):
         problem = "frame is not a number from 0"
     if problem is None:
         naming, value = next(iter(given.items()))
         problem = _unfit(naming, value.strip())
     if problem is None:
-        own = _own({name: row[name].strip() for name in OWN if name in row})
-        if isinstance(own, Own):
-            return Wanted(query_id, naming, value.strip(), None if frame is None else int(frame), own)
-        problem = own
-    return Status(query_id[:LONGEST_CELL], Answered.BAD_ROW, problem)
+        overrides = _overrides({name: row[name].strip() for name in OVERRIDES if name in row})
+        if isinstance(overrides, QueryOverrides):
+            return QueryRow(query_id, naming, value.strip(), None if frame is None else int(float(frame)), overrides)
+        problem = overrides
+    return Status(query_id[:LONGEST_CELL], QueryStatus.BAD_ROW, problem)
 
 
-def _own(cells: Mapping[str, str]) -> Own | str:
-    """What a row asks for, or why it cannot be had."""
+def _overrides(cells: Mapping[str, str]) -> QueryOverrides | str:
+    """Parse what a row overrides, or say what is wrong with it."""
     for name, words in (
         (cols.MODALITY, vocabulary_tables.MODALITIES),
         (cols.BODY_PART, frozenset(vocabulary_tables.BODY_PARTS)),
@@ -154,8 +174,8 @@ def _own(cells: Mapping[str, str]) -> Own | str:
         (UNIQUE, frozenset(RetrievalSettings.choices(UNIQUE))),
     ):
         if name in cells and cells[name] not in words:
-            few = f"; it is one of {', '.join(sorted(words))}" if len(words) < 10 else ""
-            return f"{name} {_quoted(cells[name])} is no term of ours{few}"
+            choices = f"; choose one of {', '.join(sorted(words))}" if len(words) < 10 else "; see `cbmir vocabulary`"
+            return f"{name} {_quoted(cells[name])} is not a known value{choices}"
     numbers: dict[str, float] = {}
     for name, most in ((K, MOST_HITS), (AGE_MIN, 200), (AGE_MAX, 200), (YEAR_MIN, 9999), (YEAR_MAX, 9999)):
         if name not in cells:
@@ -167,13 +187,13 @@ def _own(cells: Mapping[str, str]) -> Own | str:
     for least, greatest in ((AGE_MIN, AGE_MAX), (YEAR_MIN, YEAR_MAX)):
         if numbers.get(least, -math.inf) > numbers.get(greatest, math.inf):
             return f"{least} is above {greatest}"
-    return Own(
+    return QueryOverrides(
         k=int(numbers[K]) if K in numbers else None,
         modality=cells.get(cols.MODALITY),
         body_part=cells.get(cols.BODY_PART),
         exclude_same=cells.get(EXCLUDE_SAME),
         unique=cells.get(UNIQUE),
-        within=Within(
+        hit_filter=HitFilter(
             sex=cells.get(cols.SEX),
             age_min=numbers.get(AGE_MIN),
             age_max=numbers.get(AGE_MAX),
@@ -183,13 +203,18 @@ def _own(cells: Mapping[str, str]) -> Own | str:
     )
 
 
+def is_image_id(text: str) -> bool:
+    """Tell whether a text has the form of an image id: 32 hexadecimal digits."""
+    return _PSEUDONYM.fullmatch(text) is not None
+
+
 def _quoted(cell: str) -> str:
-    """A cell as an error may show it: short, and without characters that could steer a terminal."""
+    """Quote a cell for an error: short, and without terminal control characters."""
     return repr(cell[:32])
 
 
 def _unfit(naming: str, value: str) -> str | None:
-    """Why a cell cannot name an image, None where it can."""
+    """Say why a cell cannot name an image; None where it can."""
     if naming in (cols.IMAGE_ID, cols.SERIES_ID):
         return None if _PSEUDONYM.fullmatch(value) else f"{naming} is not 32 hexadecimal digits"
     if naming in (SOP_INSTANCE_UID, SERIES_INSTANCE_UID):

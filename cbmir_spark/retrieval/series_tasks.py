@@ -1,10 +1,10 @@
-"""Series as volumes, as tasks make and compare them.
+"""What a task of a series search does: build volumes and compare them.
 
-A volume is the frames of one series in one partition of FEATURES. Every vector counts with length one, so that what is
-compared is what frames show and not how strongly. A volume's descriptor is the mean of its frames' vectors: components
-are rounded to multiples of 2⁻⁴⁴ and added as whole numbers, so that a descriptor is the same bytes in whatever order
-and in however many tasks the frames were met. How far a volume is from a query is the mean, over the query's frames,
-of the distance to the volume's frame that matches best.
+A volume is the frames of one series in one partition of FEATURES. All vectors are L2-normalised, so that frames are
+compared by what they show and not how strongly. A volume's descriptor is the mean of its frames' vectors: components
+are rounded to multiples of 2⁻⁴⁴ and added as integers, so that a descriptor has the same bytes in whatever order and
+in however many tasks the frames were read. The distance of a volume from a query is the mean, over the query's frames,
+of the distance to the best matching frame of the volume.
 """
 
 from collections import OrderedDict
@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from cbmir_spark.index.vector_files import DataFile, OpenFiles, Place, Read, VectorFile
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.retrieval import kernel, tasks
-from cbmir_spark.retrieval.tasks import Job, Share
+from cbmir_spark.retrieval.tasks import SearchInputs, Share
 from cbmir_spark.storage import ObjectStore
 
-# A component of a vector of length one is at most 1, so sums of fewer than 2¹⁹ frames fit into 64 bits.
+# A component of an L2-normalised vector is at most 1, so sums of fewer than 2¹⁹ frames fit into 64 bits.
 _STEP = 2.0**-44
-# Volumes of which a task holds sums (32 KB each for AlexNet), and whose descriptors are compared at a time.
+# Volumes that a task sums up (32 KB each for AlexNet), and whose descriptors it compares, at a time.
 _VOLUMES_AT_ONCE = 2_048
 _FACTS = (cols.STUDY_ID, cols.PATIENT_ID, cols.SEX, cols.AGE_YEARS, cols.YEAR)
 
@@ -34,9 +34,9 @@ Key = tuple[Place, str]
 
 @dataclass(frozen=True)
 class Part:
-    """What one task has met of a volume.
+    """The frames of a volume that one task has read.
 
-    total: (D,) int64 sum of its n frames' vectors, in steps of 2⁻⁴⁴. image: (n,) bytes, frame: (n,) int64. where:
+    total: (D,) int64 sum of the n frames' vectors, in steps of 2⁻⁴⁴. image: (n,) bytes, frame: (n,) int64. where:
     (3, n) int32 file, row group and row of each. `facts` are those of the first frame by image and number.
     """
 
@@ -68,9 +68,11 @@ class Volume:
 
 
 @dataclass(frozen=True)
-class Near:
-    """Volumes that may be a query's nearest by descriptor: m pairs of query and place in `volumes`, and their squared
-    distances. candidates: (Q,) volumes that each query was compared with.
+class NearestVolumes:
+    """Volumes that may be a query's nearest by descriptor.
+
+    query, volume, square: (m,) pairs of a query and a volume, by its number in `volumes`, and their squared distance.
+    candidates: (Q,) volumes that each query was compared with.
     """
 
     query: NDArray[np.int64]
@@ -80,12 +82,12 @@ class Near:
     candidates: NDArray[np.int64]
 
     @staticmethod
-    def nothing(queries: int) -> "Near":
+    def nothing(queries: int) -> "NearestVolumes":
         none = np.empty(0, dtype=np.int64)
-        return Near(none, none.astype(np.float64), none, [], np.zeros(queries, dtype=np.int64))
+        return NearestVolumes(none, none.astype(np.float64), none, [], np.zeros(queries, dtype=np.int64))
 
     def by_query(self, queries: int) -> list[list[Volume]]:
-        """The volumes of each query, in the order of the pairs."""
+        """List the volumes of each query, in the order of the pairs."""
         found: list[list[Volume]] = [[] for _ in range(queries)]
         for query, volume in zip(self.query.tolist(), self.volume.tolist(), strict=True):
             found[query].append(self.volumes[volume])
@@ -93,18 +95,18 @@ class Near:
 
 
 @dataclass(frozen=True)
-class Compared:
-    """A query by its number, its own volume, and the volumes of which it takes the nearest k."""
+class QueryVolume:
+    """A query by its number, its volume, and the candidates of which it takes the nearest k."""
 
     query: int
     k: int
-    own: Volume
-    others: Sequence[Volume]
+    volume: Volume
+    candidates: Sequence[Volume]
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """What every task that compares frames is sent; files by number."""
+class ComparisonInputs:
+    """What the driver broadcasts to tasks that compare frames; files by number."""
 
     files: Mapping[int, DataFile]
     dimension: int
@@ -116,14 +118,14 @@ class Comparison:
 # --- arrays ---
 
 
-def whole_steps(vectors: NDArray[np.float32]) -> NDArray[np.int64]:
-    """(n, D) vectors → (n, D) components of the same vectors made one long, in whole steps of 2⁻⁴⁴."""
-    steps: NDArray[np.int64] = np.rint(kernel.of_length_one(vectors) / _STEP).astype(np.int64)
+def fixed_point(vectors: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Convert (n, D) vectors to (n, D) int64: components of the L2-normalised vectors, in steps of 2⁻⁴⁴."""
+    steps: NDArray[np.int64] = np.rint(kernel.l2_normalize(vectors) / _STEP).astype(np.int64)
     return steps
 
 
-def together(one: Part, other: Part) -> Part:
-    """What two tasks, or two blocks, have met of a volume."""
+def merge(one: Part, other: Part) -> Part:
+    """Merge the parts of a volume from two tasks or two blocks."""
     facts = min((one, other), key=Part.first).facts
     return Part(
         one.total + other.total,
@@ -134,8 +136,8 @@ def together(one: Part, other: Part) -> Part:
     )
 
 
-def described(key: Key, part: Part) -> tuple[Volume, NDArray[np.float32]]:
-    """A volume of which all parts are together, and its descriptor, (D,) float32."""
+def describe(key: Key, part: Part) -> tuple[Volume, NDArray[np.float32]]:
+    """Build a volume from its merged part, and its descriptor, (D,) float32."""
     place, series_id = key
     order = np.lexsort((part.frame, part.image))
     mean = part.total / (len(order) / _STEP)
@@ -143,13 +145,14 @@ def described(key: Key, part: Part) -> tuple[Volume, NDArray[np.float32]]:
 
 
 def distance(
-    own: NDArray[np.float32], other: NDArray[np.float32], cosine: bool, budget: int
+    query: NDArray[np.float32], other: NDArray[np.float32], cosine: bool, budget: int
 ) -> tuple[float, tuple[int, int]]:
-    """How far a volume is from a query's, (m, D) and (n, D), and the pair of their frames that are nearest.
+    """Return the distance of a volume, (n, D), from a query's, (m, D), and the nearest pair of their frames.
 
-    The mean over the query's frames of the least distance to a frame of the other; all vectors are made one long.
+    The distance is the mean over the query's frames of the least distance to a frame of the other; all vectors are
+    L2-normalised.
     """
-    search = kernel.Search(own, np.ones(len(own), dtype=np.int64), budget, cosine=True)
+    search = kernel.Search(query, np.ones(len(query), dtype=np.int64), budget, cosine=True)
     search.add(other, kernel.Keys(np.zeros(len(other), "S1"), np.arange(len(other)), None))
     nearest = search.results()
     best = int(np.lexsort((nearest.query, nearest.row, nearest.square))[0])
@@ -161,58 +164,58 @@ def distance(
 
 
 def parts(
-    shares: Sequence[Share], wanted: frozenset[Key] | None, dimension: int, imputed: bool, job: Comparison
+    shares: Sequence[Share], wanted: frozenset[Key] | None, dimension: int, imputed: bool, inputs: ComparisonInputs
 ) -> Iterator[tuple[Key, Part | Read]]:
-    """What a task's files hold of each volume, of those `wanted` (None: of all), and last what was read for it.
+    """Yield what a share of files holds of each volume, of those `wanted` (None: of all); last, what was read.
 
     Memory: a block of vectors of `block_bytes` at most, or one row group, and the sums of _VOLUMES_AT_ONCE volumes.
     """
-    # A vector is read as float32; its length, its steps and their sums take eight bytes a number.
-    height = max(1, job.block_bytes // (36 * dimension))
+    # A vector is read as float32; its norm, its steps and their sums take eight bytes a number.
+    height = max(1, inputs.block_bytes // (36 * dimension))
     columns = (cols.IMAGE_ID, cols.FRAME, cols.SERIES_ID, cols.BODY_PART_SOURCE, *_FACTS)
-    held: dict[Key, Part] = {}
+    sums: dict[Key, Part] = {}
     read = Read()
     for share in shares:
-        with VectorFile(share.file, job.store) as file:
+        with VectorFile(share.file, inputs.store) as file:
             for row_groups in file.portions(share.part, share.of, height):
                 rows = file.table(row_groups, columns)
-                where = tasks.places_of(file, share.file.number, row_groups)
-                kept = np.ones(len(rows), dtype=bool) if imputed else tasks.not_imputed(rows)
+                where = tasks.locations_of(file, share.file.number, row_groups)
+                selected = np.ones(len(rows), dtype=bool) if imputed else tasks.not_imputed(rows)
                 if wanted is not None:
                     series = rows.column(cols.SERIES_ID).to_pylist()
-                    kept &= np.array([(file.place, each) in wanted for each in series], dtype=bool)
-                if not kept.any():
+                    selected &= np.array([(file.place, each) in wanted for each in series], dtype=bool)
+                if not selected.any():
                     continue
-                where = where[:, kept]
+                where = where[:, selected]
                 vectors = np.empty((where.shape[1], dimension), dtype=np.float32)
-                if kept.all():
+                if selected.all():
                     file.vectors(cols.VECTOR, row_groups, dimension, vectors)
                 else:
                     file.some_vectors(cols.VECTOR, where[1], where[2], vectors)
-                for key, part in _by_series(file.place, rows.filter(pa.array(kept)), vectors, where):
-                    held[key] = together(held[key], part) if key in held else part
-                if len(held) > _VOLUMES_AT_ONCE:
-                    yield from held.items()
-                    held.clear()
+                for key, part in _by_series(file.place, rows.filter(pa.array(selected)), vectors, where):
+                    sums[key] = merge(sums[key], part) if key in sums else part
+                if len(sums) > _VOLUMES_AT_ONCE:
+                    yield from sums.items()
+                    sums.clear()
             read += file.read
-    yield from held.items()
-    yield NOTHING, read
+    yield from sums.items()
+    yield READ_STATISTICS, read
 
 
-# Under this key tasks tell what they have read.
-NOTHING: Key = (("", ""), "")
+# The key under which tasks report what they have read.
+READ_STATISTICS: Key = (("", ""), "")
 
 
-def merged(one: Part | Read, other: Part | Read) -> Part | Read:
-    """Two values of one key, as `parts` gives them."""
+def merge_values(one: Part | Read, other: Part | Read) -> Part | Read:
+    """Merge two values of one key of `parts`."""
     if isinstance(one, Read) or isinstance(other, Read):
         assert isinstance(one, Read) and isinstance(other, Read)
         return one + other
-    return together(one, other)
+    return merge(one, other)
 
 
 def _by_series(
-    place: Place, rows: pa.Table, vectors: NDArray[np.float32], where: tasks.Places
+    place: Place, rows: pa.Table, vectors: NDArray[np.float32], where: tasks.Locations
 ) -> Iterator[tuple[Key, Part]]:
     series = np.array(rows.column(cols.SERIES_ID).to_pylist(), dtype=np.bytes_)
     image = np.array(rows.column(cols.IMAGE_ID).to_pylist(), dtype=np.bytes_)
@@ -220,32 +223,32 @@ def _by_series(
     facts = rows.select(_FACTS).to_pylist()
     order = np.lexsort((frame, image, series))
     begins = np.flatnonzero(np.concatenate([[True], series[order][1:] != series[order][:-1]]))
-    totals = np.add.reduceat(whole_steps(vectors)[order], begins, axis=0)
+    totals = np.add.reduceat(fixed_point(vectors)[order], begins, axis=0)
     for total, start, end in zip(totals, begins, [*begins[1:], len(order)], strict=True):
         here = order[start:end]
         key = (place, series[here[0]].decode())
         yield key, Part(total, image[here], frame[here], where[:, here].astype(np.int32), facts[here[0]])
 
 
-def nearest(volumes: Iterable[tuple[Volume, NDArray[np.float32]]], job: Job) -> Near:
-    """The volumes of a task's share whose descriptors may be among the `job.k` nearest of each query's."""
-    search = kernel.Search(job.vectors, job.k, job.block_bytes // 2)
-    places = sorted(job.list_of)
-    kept: dict[int, Volume] = {}
+def nearest(volumes: Iterable[tuple[Volume, NDArray[np.float32]]], inputs: SearchInputs) -> NearestVolumes:
+    """Find the volumes of a task's share whose descriptors may be among the nearest k of each query."""
+    search = kernel.Search(inputs.vectors, inputs.k, inputs.block_bytes // 2)
+    places = sorted(inputs.list_of)
+    contenders: dict[int, Volume] = {}
     waiting: dict[Place, list[tuple[Volume, NDArray[np.float32]]]] = {}
 
     def compare(place: Place) -> None:
         found = [volume for volume, _ in waiting[place]]
         facts = pa.Table.from_pylist([{**each.facts, cols.SERIES_ID: each.series_id} for each in found], _OF_VOLUME)
         names = np.array([each.series_id for each in found], dtype=np.bytes_)
-        group = None if job.group is None else np.array(facts.column(job.group).to_pylist(), dtype=np.bytes_)
+        group = None if inputs.group is None else np.array(facts.column(inputs.group).to_pylist(), dtype=np.bytes_)
         # Partitions break what ties there are between volumes of one series.
         keys = kernel.Keys(names, np.full(len(found), places.index(place)), group)
-        kept.update(enumerate(found, start=search.rows_seen))
+        contenders.update(enumerate(found, start=search.rows_seen))
         vectors = np.stack([vector for _, vector in waiting.pop(place)])
-        search.add(vectors, keys, job.lists[job.list_of[place]], tasks.hidden(facts, job))
-        for number in set(kept) - set(search.rows.tolist()):
-            del kept[number]
+        search.add(vectors, keys, inputs.lists[inputs.list_of[place]], tasks.excluded_pairs(facts, inputs))
+        for number in set(contenders) - set(search.rows.tolist()):
+            del contenders[number]
 
     for volume, vector in volumes:
         waiting.setdefault(volume.place, []).append((volume, vector))
@@ -256,7 +259,9 @@ def nearest(volumes: Iterable[tuple[Volume, NDArray[np.float32]]], job: Job) -> 
         compare(place)
     results = search.results()
     numbers, volume_of = np.unique(results.row, return_inverse=True)
-    return Near(results.query, results.square, volume_of, [kept[int(number)] for number in numbers], search.candidates)
+    return NearestVolumes(
+        results.query, results.square, volume_of, [contenders[int(number)] for number in numbers], search.candidates
+    )
 
 
 _OF_VOLUME = pa.schema(
@@ -273,8 +278,9 @@ _OF_VOLUME = pa.schema(
 
 @dataclass(frozen=True)
 class Ranked:
-    """Hits of some queries, each query's in the order of distance, and as row of `rows` (SHOWN columns and partitions)
-    the frame that matches best.
+    """Hits of some queries, each query's by distance.
+
+    query, distance, row: (m,) per hit; `row` numbers the best matching frame in `rows` (HIT_COLUMNS and partitions).
     """
 
     query: NDArray[np.int64]
@@ -284,53 +290,55 @@ class Ranked:
     read: Read
 
 
-def ranked(queries: Sequence[Compared], job: Comparison) -> Ranked:
-    """The nearest volumes of some queries, by their frames.
+def rank(queries: Sequence[QueryVolume], inputs: ComparisonInputs) -> Ranked:
+    """Find the nearest volumes of some queries, by their frames.
 
-    Memory: the frames of a query and of one other volume, and up to `block_bytes` of volumes that were read before.
+    Memory: the frames of a query and of one other volume, and a cache of up to `block_bytes` of volumes.
     """
     hits: list[tuple[int, float, NDArray[np.int32]]] = []
-    with OpenFiles(job.files, job.store) as files:
-        volumes = _Volumes(job, files)
+    with OpenFiles(inputs.files, inputs.store) as files:
+        volumes = _Volumes(inputs, files)
         for each in queries:
-            own = volumes.vectors(each.own)
+            query_vectors = volumes.vectors(each.volume)
             found = []
-            for other in each.others:
-                far, (_, frame) = distance(own, volumes.vectors(other), job.cosine, job.block_bytes // 2)
+            for other in each.candidates:
+                far, (_, frame) = distance(
+                    query_vectors, volumes.vectors(other), inputs.cosine, inputs.block_bytes // 2
+                )
                 found.append((far, other.series_id, other.place, other.where[:, frame]))
             found.sort(key=lambda hit: hit[:3])
             hits += [(each.query, far, where) for far, _, _, where in found[: each.k]]
         where = np.array([hit[2] for hit in hits], dtype=np.int32).reshape(-1, 3)
-        rows, row = tasks.shown(files, where.T) if hits else (pa.table({}), np.empty(0, dtype=np.int64))
+        rows, row = tasks.hit_rows(files, where.T) if hits else (pa.table({}), np.empty(0, dtype=np.int64))
         read = files.read
     query = np.array([hit[0] for hit in hits], dtype=np.int64)
     return Ranked(query, np.array([hit[1] for hit in hits], dtype=np.float64), row, rows, read)
 
 
 class _Volumes:
-    """Frames' vectors of volumes, read by their place; those that were read last are kept."""
+    """The vectors of volumes' frames, read by location; a cache holds the latest."""
 
-    def __init__(self, job: Comparison, files: OpenFiles) -> None:
-        self._job = job
+    def __init__(self, inputs: ComparisonInputs, files: OpenFiles) -> None:
+        self._inputs = inputs
         self._files = files
-        self._kept: OrderedDict[Key, NDArray[np.float32]] = OrderedDict()
+        self._cache: OrderedDict[Key, NDArray[np.float32]] = OrderedDict()
         self._bytes = 0
 
     def vectors(self, volume: Volume) -> NDArray[np.float32]:
-        """(n, D) the vectors of a volume's frames, in their order."""
-        if volume.key in self._kept:
-            self._kept.move_to_end(volume.key)
-            return self._kept[volume.key]
-        made = np.empty((volume.where.shape[1], self._job.dimension), dtype=np.float32)
+        """Return the (n, D) vectors of a volume's frames, in their order."""
+        if volume.key in self._cache:
+            self._cache.move_to_end(volume.key)
+            return self._cache[volume.key]
+        made = np.empty((volume.where.shape[1], self._inputs.dimension), dtype=np.float32)
         file, row_group, row = volume.where
         for number in np.unique(file).tolist():
             here = np.flatnonzero(file == number)
-            part = np.empty((len(here), self._job.dimension), dtype=np.float32)
+            part = np.empty((len(here), self._inputs.dimension), dtype=np.float32)
             self._files[number].some_vectors(cols.VECTOR, row_group[here], row[here], part)
             made[here] = part
-        self._kept[volume.key] = made
+        self._cache[volume.key] = made
         self._bytes += made.nbytes
-        while self._bytes > self._job.block_bytes and len(self._kept) > 1:
-            _, dropped = self._kept.popitem(last=False)
+        while self._bytes > self._inputs.block_bytes and len(self._cache) > 1:
+            _, dropped = self._cache.popitem(last=False)
             self._bytes -= dropped.nbytes
         return made

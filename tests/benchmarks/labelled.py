@@ -24,11 +24,13 @@ from pyspark.sql import SparkSession
 from cbmir_spark import config, storage
 from cbmir_spark.evaluation import job as evaluation_job
 from cbmir_spark.evaluation import measures
+from cbmir_spark.evaluation import queries as test_queries
 from cbmir_spark.index import job as index_job
 from cbmir_spark.index import open as index_open
 from cbmir_spark.ingest import job as ingest_job
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, pseudonyms, publication, schemas
+from cbmir_spark.lake.open import open_lake
 from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.models import artifact, registry
 from cbmir_spark.spark import session
@@ -55,7 +57,7 @@ def gather(spark: SparkSession, settings: config.Settings) -> tuple[pd.DataFrame
     uris["file"] = uris[cols.URI].str[len(archive) + 1 :].str.removesuffix(".dcm")
     told = rows.merge(uris[[cols.IMAGE_ID, "file"]], on=cols.IMAGE_ID).merge(labels, on="file")
     assert len(told) == len(rows), f"{len(rows) - len(told)} pictures are not in labels.csv"
-    snapshot = evaluation_job.snapshot_of(settings, lake, index.manifest)
+    snapshot = test_queries.snapshot_of(open_lake(spark, settings), index.manifest)
     files = [storage.local_path(storage.join(snapshot.uri, file.path)) for file in snapshot.files[manifest.TEST]]
     held = pd.concat([pd.read_parquet(file, columns=[cols.IMAGE_ID]) for file in files])
     told[TEST] = told[cols.IMAGE_ID].isin(held[cols.IMAGE_ID])

@@ -44,6 +44,7 @@ from cbmir_spark.lake.runs import Stages
 from cbmir_spark.models import artifact
 from cbmir_spark.models.networks import Draw
 from cbmir_spark.models.projection import Projection
+from cbmir_spark.retrieval import answer as answers
 from cbmir_spark.retrieval import search
 from cbmir_spark.retrieval.query import Query
 from cbmir_spark.spark import session
@@ -182,12 +183,12 @@ def store(spark: SparkSession, lake: Path, source: Path, count: int, projection:
         delta.append(index_embed.spread(made, counts, 100_000), schemas.FEATURES, path, rows_per_file=100_000)
 
 
-def base_at(spark: SparkSession, path: str, projection: Projection, files: config.StorageSettings) -> search.Base:
+def base_at(spark: SparkSession, path: str, projection: Projection, files: config.StorageSettings) -> answers.Base:
     sizes = {found.uri: found.size for found in ObjectStore(files).list_objects(path)}
     named = [
         DataFile(n, uri, publication.place_of(uri), sizes[uri]) for n, uri in enumerate(delta.live_files(spark, path))
     ]
-    return search.Base(tuple(named), 4096, projection, ObjectStore(files))
+    return answers.Base(tuple(named), 4096, projection, ObjectStore(files))
 
 
 # --- the contestants: each gives (Q, K) squared distances, and its seconds by stage ---
@@ -195,17 +196,17 @@ def base_at(spark: SparkSession, path: str, projection: Projection, files: confi
 
 def ours(
     spark: SparkSession,
-    base: Callable[[], search.Base],
+    base: Callable[[], answers.Base],
     asked: Floats,
     chosen: RetrievalSettings,
     place: tuple[str, str] = ("CT", "CHEST"),
-) -> tuple[NDArray[np.float64], Stages, search.Scanned]:
+) -> tuple[NDArray[np.float64], Stages, answers.Scanned]:
     stages = Stages()
     squares = []
-    total = search.Scanned()
+    total = answers.Scanned()
     with stages.stage("plan"):
         queries = [Query(f"{number:06d}", vector, *place) for number, vector in enumerate(asked)]
-    for portion in search.portions(spark, queries, chosen.k, chosen):
+    for portion in answers.batches(spark, queries, chosen.k, chosen):
         with stages.stage("plan"):
             files = base()
         answer = search.search(spark, files, portion, chosen, stages)
@@ -280,7 +281,7 @@ def others(spark: SparkSession, rows: DataFrame, asked: Floats, scale: float) ->
 
 def by_tags(
     spark: SparkSession,
-    base: Callable[[], search.Base],
+    base: Callable[[], answers.Base],
     files: list[str],
     asked: Floats,
     chosen: RetrievalSettings,
@@ -402,7 +403,7 @@ def main() -> None:
         "directions": len(projection.directions),
     }
 
-    def where() -> search.Base:
+    def where() -> answers.Base:
         return base_at(spark, path, projection, settings.storage)
 
     if asked_for.others:

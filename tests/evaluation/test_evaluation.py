@@ -19,6 +19,7 @@ from cbmir_spark import config, storage
 from cbmir_spark.errors import ModelError
 from cbmir_spark.evaluation import job as evaluation_job
 from cbmir_spark.evaluation import measures
+from cbmir_spark.evaluation import queries as test_queries
 from cbmir_spark.index import job as index_job
 from cbmir_spark.index import open as index_open
 from cbmir_spark.lake import columns as cols
@@ -149,19 +150,19 @@ def test_hits_without_a_label_of_their_own_take_no_rank() -> None:
     ]
     hits = pa.table([pa.array(column) for column in zip(*rows, strict=True)], schemas.RESULTS_HITS.schema.names)
     labels = {"a": "CT/CHEST", "b": "MR/KNEE", "c": "MR/KNEE"}
-    assert evaluation_job.relevant_ranks(hits, labels, "modality/body_part") == {"a": [1, 3], "c": [1]}
+    assert test_queries.relevant_ranks(hits, labels, "modality/body_part") == {"a": [1, 3], "c": [1]}
     alone = {"a": "CHEST", "b": "KNEE", "c": "KNEE"}
-    assert evaluation_job.relevant_ranks(hits, alone, "body_part") == {"a": [1, 2, 3], "c": [1]}
+    assert test_queries.relevant_ranks(hits, alone, "body_part") == {"a": [1, 2, 3], "c": [1]}
 
 
 def test_a_sample_spares_the_rare_classes_and_is_always_the_same(spark: SparkSession) -> None:
     rows = [(f"big{n}", 0, "BIG") for n in range(40)] + [(f"rare{n}", 0, "RARE") for n in range(3)]
     images = spark.createDataFrame(pd.DataFrame(rows, columns=["image_id", "frame", "label"]))
-    taken = evaluation_job.sample(images, 10).toPandas()
+    taken = test_queries.sample(images, 10).toPandas()
     assert taken["label"].value_counts().to_dict() == {"BIG": 7, "RARE": 3}
-    again = evaluation_job.sample(images.repartition(7), 10).toPandas()
+    again = test_queries.sample(images.repartition(7), 10).toPandas()
     assert set(again["image_id"]) == set(taken["image_id"])
-    assert len(evaluation_job.sample(images, 100).collect()) == 43
+    assert len(test_queries.sample(images, 100).collect()) == 43
 
 
 # --- the run, over a real index ---
@@ -320,7 +321,7 @@ def test_the_files_say_what_the_report_says(evaluated: Evaluated) -> None:
     page = ObjectStore(settings.storage).read_bytes(report.page).decode()
     assert report.model_id in page and f"{report.accuracy:.3f}" in page and page.count("data:image/png") == 2
     folder = report.page.rpartition("/")[0]
-    for name in (evaluation_job.CONFUSION, evaluation_job.BY_CLASS):
+    for name in (document.CONFUSION, document.BY_CLASS):
         assert ObjectStore(settings.storage).read_bytes(f"{folder}/{name}").startswith(b"\x89PNG")
 
 

@@ -28,7 +28,7 @@ from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.lake.pseudonyms import Pseudonyms
 from cbmir_spark.maintenance import forget
 from cbmir_spark.maintenance.forget import Request
-from cbmir_spark.retrieval import csv_export, resolve
+from cbmir_spark.retrieval import csv_export, query_files
 from cbmir_spark.retrieval import job as retrieval_job
 from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training import loader as training_loader
@@ -412,8 +412,8 @@ def test_ingest_keeps_identities_while_there_are_images_and_nothing_of_the_forgo
         names,
         identity.tombstones(spark, lake),
     )
-    reader = resolve.Reader("", (storage.canonical(str(archive)),), parser, frozenset())
-    asked = resolve.read_uri(storage.canonical(str(archive / "0.dcm")), None, False, reader)
+    reader = query_files.Reader("", (storage.canonical(str(archive)),), parser, frozenset())
+    asked = query_files.read_uri(storage.canonical(str(archive / "0.dcm")), None, False, reader)
     assert asked == {cols.STATUS: "not_found", cols.REASON: cols.ERASED}
 
 

@@ -61,10 +61,10 @@ def test_what_may_be_a_result_is_left(
     everyone = np.arange(len(queries))
     none = np.empty(0, dtype=np.int64)
     for start, stop in itertools.pairwise(np.linspace(0, len(vectors), blocks + 1).astype(int)):
-        hidden = kernel.Hidden(kernel.Pairs(none, none), bars[:, start:stop], of)
+        hidden = kernel.ExcludedPairs(kernel.Pairs(none, none), bars[:, start:stop], of)
         group = None if grouped == "no" else codes[start:stop]
         search.add(projected(projection, vectors[start:stop]), group, everyone, hidden)
-    left = search.left()
+    left = search.remaining()
     squares = ((vectors[None].astype(np.float64) - queries[:, None].astype(np.float64)) ** 2).sum(axis=2)
     pairs = set(zip(left.query.tolist(), left.row.tolist(), strict=True))
     assert len(pairs) == len(left.query)
@@ -89,8 +89,8 @@ def test_little_is_left_of_vectors_of_nearly_low_rank() -> None:
     projection = Projection.fit([vectors[::3]], 8)
     search = Bounds(projected(projection, queries), np.full(30, 10), projection.defect, 2**20, 10**9)
     search.add(projected(projection, vectors), None, np.arange(30), None)
-    assert not search.hopeless
-    assert 300 <= len(search.left().query) < 0.02 * 30 * 4000
+    assert not search.ineffective
+    assert 300 <= len(search.remaining().query) < 0.02 * 30 * 4000
 
 
 def test_random_vectors_are_given_up_at_once() -> None:
@@ -99,22 +99,22 @@ def test_random_vectors_are_given_up_at_once() -> None:
     search = Bounds(projected(projection, queries), np.full(30, 10), projection.defect, 2**20, 10**9)
     for part in np.array_split(vectors, 4):
         search.add(projected(projection, part), None, np.arange(30), None)
-    assert search.hopeless and len(search.left().query) == 0
+    assert search.ineffective and len(search.remaining().query) == 0
     assert search.candidates.tolist() == [1000] * 30
 
 
 def test_no_more_pairs_are_left_than_the_driver_can_hold() -> None:
     queries, vectors = drawn("low rank", 1, rows=4000)
     projection = Projection.fit([vectors[::3]], 8)
-    for most, hopeless in ((300, True), (3000, False)):
+    for most, ineffective in ((300, True), (3000, False)):
         search = Bounds(projected(projection, queries), np.full(30, 10), projection.defect, 2**20, most)
         for part in np.array_split(vectors, 8):
             search.add(projected(projection, part), None, np.arange(30), None)
-        assert search.hopeless == hopeless and len(search.left().query) <= most
+        assert search.ineffective == ineffective and len(search.remaining().query) <= most
 
 
 def test_the_rounding_that_is_allowed_for_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Near duplicates at large norms: without the margin, bounds contradict distances."""
+    """NearestVolumes duplicates at large norms: without the margin, bounds contradict distances."""
     monkeypatch.setattr(bounds, "USEFUL", 1)
     monkeypatch.setattr(Bounds, "_error", lambda self, reach, columns: np.zeros_like(reach))
     queries, vectors = drawn("near duplicates", 3)
@@ -122,7 +122,7 @@ def test_the_rounding_that_is_allowed_for_is_seen(monkeypatch: pytest.MonkeyPatc
     projection = Projection(np.zeros(96), Projection.fit([vectors], 8).directions)
     search = Bounds(projected(projection, queries), np.full(30, 400), projection.defect, 2**20, 10**9)
     search.add(projected(projection, vectors), None, np.arange(30), None)
-    left = search.left()
+    left = search.remaining()
     exact = ((vectors[left.row].astype(np.float64) - queries[left.query]) ** 2).sum(axis=1)
     assert (left.lower > exact).any()
 
@@ -135,7 +135,7 @@ def test_a_projection_far_from_orthonormal_is_allowed_for(monkeypatch: pytest.Mo
     assert skewed.defect > 0.03
     search = Bounds(projected(skewed, queries), np.full(30, 400), skewed.defect, 2**20, 10**9)
     search.add(projected(skewed, vectors), None, np.arange(30), None)
-    left = search.left()
+    left = search.remaining()
     assert len(left.query) == 30 * 400
     exact = ((vectors[left.row].astype(np.float64) - queries[left.query]) ** 2).sum(axis=1)
     assert (left.lower <= exact).all() and (left.upper >= exact).all()
@@ -146,7 +146,7 @@ def test_squares_beyond_float32_are_left_to_the_scan() -> None:
     projection = Projection(np.zeros(4), np.eye(4)[:2])
     search = Bounds(projected(projection, vectors[:3]), np.full(3, 2), 0.0, 2**20, 10**9)
     search.add(projected(projection, vectors), None, np.arange(3), None)
-    assert search.hopeless
+    assert search.ineffective
 
 
 def test_codes_are_of_texts_alone() -> None:
@@ -183,7 +183,7 @@ def test_a_limit_is_never_below_the_kth_smallest_upper_bound(grouped: bool) -> N
     group = random.integers(0, 30, 3000)
     k = random.integers(1, 40, 40)
     given = bounds.codes(group.astype(np.bytes_)) if grouped else None
-    left, limit = bounds.settle(bounds.Left(query, np.arange(3000), upper - 1e-3, upper, given), k)
+    left, limit = bounds.prune(bounds.Candidates(query, np.arange(3000), upper - 1e-3, upper, given), k)
     assert len(left.query) == 3000
     for number in range(40):
         mine = query == number

@@ -66,7 +66,7 @@ def search(
         pairs = kernel.Pairs(
             np.array([q for q, _ in inside], dtype=np.int64), np.array([x for _, x in inside], dtype=np.int64)
         )
-        found.add(vectors[start:stop], keys, hidden=kernel.Hidden(pairs))
+        found.add(vectors[start:stop], keys, excluded=kernel.ExcludedPairs(pairs))
     nearest = found.results()
     answers: list[list[Hit]] = [[] for _ in queries]
     for q, distance, row in zip(nearest.query, np.sqrt(nearest.square), nearest.row, strict=True):
@@ -206,12 +206,12 @@ def test_a_square_does_not_depend_on_what_is_measured_beside_it(dimension: int) 
     queries = random.standard_normal((7, dimension), dtype=np.float32)
     vectors = random.standard_normal((40, dimension), dtype=np.float32)
     query, row = random.integers(0, 7, 3000), random.integers(0, 40, 3000)
-    together = kernel.squares(queries, vectors, query, row)
+    merge = kernel.squares(queries, vectors, query, row)
     alone = [
         kernel.squares(queries[q : q + 1], np.asfortranarray(vectors[x : x + 1]), np.zeros(1, int), np.zeros(1, int))[0]
         for q, x in zip(query, row, strict=True)
     ]
-    assert together.tobytes() == np.array(alone).tobytes()
+    assert merge.tobytes() == np.array(alone).tobytes()
 
 
 def test_some_queries_only_meet_some_rows() -> None:
@@ -245,10 +245,10 @@ def test_queries_may_differ_in_their_hits_and_in_the_rows_that_they_meet(blocks:
     found = kernel.Search(queries, k, 5_000)
     for start, stop in itertools.pairwise(np.linspace(0, 120, blocks + 1).astype(int)):
         inside = np.array(sorted((q, x - start) for q, x in single if start <= x < stop)).reshape(-1, 2)
-        hidden = kernel.Hidden(kernel.Pairs(inside[:, 0], inside[:, 1]), bars[:, start:stop], of)
+        hidden = kernel.ExcludedPairs(kernel.Pairs(inside[:, 0], inside[:, 1]), bars[:, start:stop], of)
         group = None if groups is None else np.array(groups[start:stop], dtype="S8")
         keys = kernel.Keys(np.array(images[start:stop], dtype="S8"), np.zeros(stop - start, dtype=np.int64), group)
-        found.add(vectors[start:stop], keys, hidden=hidden)
+        found.add(vectors[start:stop], keys, excluded=hidden)
     nearest = found.results()
     for q in range(20):
         expected = oracle(

@@ -32,9 +32,10 @@ from cbmir_spark.ingest import parse
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, pseudonyms, schemas
 from cbmir_spark.lake.paths import LakePaths
+from cbmir_spark.retrieval import answer as answers
 from cbmir_spark.retrieval import job as retrieval_job
-from cbmir_spark.retrieval import plan, search
-from cbmir_spark.retrieval.query import Answered, Query, Status, Wanted
+from cbmir_spark.retrieval import plan
+from cbmir_spark.retrieval.query import Query, QueryRow, QueryStatus, Status
 from cbmir_spark.retrieval.query_list import QueryList, read_queries
 from cbmir_spark.storage import ObjectStore
 from tests.conftest import MakeSettings
@@ -121,15 +122,15 @@ def test_a_list_keeps_every_row_good_or_bad(tmp_path: Path) -> None:
         "l,a\x00b.dcm,,,,\r\n",
     )
     assert found.ignored == ("note",)
-    good = [row for row in found.rows if isinstance(row, Wanted)]
+    good = [row for row in found.rows if isinstance(row, QueryRow)]
     assert good == [
-        Wanted("a", "image_id", ID, None),
-        Wanted("b", "sop_instance_uid", "1.2.3", 7),
-        Wanted("c", "uri", "scan, one.dcm", None),
+        QueryRow("a", "image_id", ID, None),
+        QueryRow("b", "sop_instance_uid", "1.2.3", 7),
+        QueryRow("c", "uri", "scan, one.dcm", None),
     ]
     bad = [row for row in found.rows if isinstance(row, Status)]
     assert len(found.rows) == 16
-    assert {row.status for row in bad} == {Answered.BAD_ROW}
+    assert {row.status for row in bad} == {QueryStatus.BAD_ROW}
     reasons = [(row.query_id[:5], row.reason) for row in bad]
     for (name, reason), words in zip(
         reasons,
@@ -159,7 +160,7 @@ def test_a_parquet_list_may_hold_numbers(tmp_path: Path) -> None:
     table = pa.table({"query_id": [1, 2], "image_id": [ID, None], "frame": [3, None], "uri": [None, "a.dcm"]})
     pa.parquet.write_table(table, path)
     found = read_queries(str(path), ObjectStore(config.load(environ={}).storage))
-    assert found.rows == (Wanted("1", "image_id", ID, 3), Wanted("2", "uri", "a.dcm", None))
+    assert found.rows == (QueryRow("1", "image_id", ID, 3), QueryRow("2", "uri", "a.dcm", None))
 
 
 @pytest.mark.parametrize(
@@ -298,7 +299,7 @@ def test_a_list_of_files_ids_and_mistakes_is_answered_row_by_row(
     runs = delta.read(spark, LakePaths.of(archive.lake).path(schemas.RUNS)).where("job = 'retrieve'").collect()
     assert runs[-1]["counts"]["bad_row"] == 5
 
-    with pytest.raises(InputError, match="holds something already"):
+    with pytest.raises(InputError, match="is not empty"):
         retrieval_job.run(spark, settings)
 
 
@@ -313,7 +314,7 @@ def test_a_list_without_rows_has_an_answer_without_rows(spark: SparkSession, arc
 def test_the_index_lies_so_that_vectors_are_read_by_their_place(spark: SparkSession, archive: Settings) -> None:
     index = index_open.open_index(spark, archive)
     dimensions = {cols.VECTOR: index.manifest.embedding_dim, cols.PROJECTION: index.manifest.projection_dim}
-    base = search.base_of(spark, index, ObjectStore(archive.storage))
+    base = answers.base_of(index, ObjectStore(archive.storage))
     assert len(base.files) > 1
     for file in base.files:
         for column, dimension in dimensions.items():
@@ -682,7 +683,7 @@ def test_sixty_texts_are_shown_and_run_nowhere(
             for cell in cells:
                 assert not cell.strip().startswith(("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")), cell
                 assert not set(cell) & {chr(code) for code in range(32)}, cell
-    console.print_report("Answered", told)
+    console.print_report("QueryStatus", told)
     assert "\x1b[31m" not in capsys.readouterr().out
     page = Path(storage.local_path(str(told.gallery))).read_text("utf-8")
     assert "<script" not in page

@@ -24,8 +24,9 @@ from cbmir_spark.index.vector_files import DataFile
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import schemas
 from cbmir_spark.models.projection import Projection
+from cbmir_spark.retrieval import answer as answers
 from cbmir_spark.retrieval import search
-from cbmir_spark.retrieval.query import Answered, Own, Query, Within
+from cbmir_spark.retrieval.query import HitFilter, Query, QueryOverrides, QueryStatus
 from cbmir_spark.storage import ObjectStore
 from tests.support.fault_proxy import FaultProxy
 from tests.support.s3_server import S3Server
@@ -64,7 +65,7 @@ class Made:
     def projection(self) -> Projection:
         return Projection.fit([self.vectors], 4)
 
-    def store(self, folder: Path, cut: int = 1, seed: int = 0, rows_per_group: int = 20) -> search.Base:
+    def store(self, folder: Path, cut: int = 1, seed: int = 0, rows_per_group: int = 20) -> answers.Base:
         """As the index writes it, but in any order: at most `cut` files in each partition, of small row groups.
 
         Some files are as other tools leave them when they rewrite a table.
@@ -91,7 +92,7 @@ class Made:
                 pq.write_table(inside, file, row_group_size=rows_per_group, **WRITERS[(number + seed) % len(WRITERS)])
                 files.append((storage.canonical(str(file)), wanted, file.stat().st_size))
         listed = [DataFile(number, *each) for number, each in enumerate(files)]
-        return search.Base(tuple(listed), self.vectors.shape[1], projection, ObjectStore(LOCAL))
+        return answers.Base(tuple(listed), self.vectors.shape[1], projection, ObjectStore(LOCAL))
 
 
 def make(vectors: Floats, seed: int) -> Made:
@@ -162,22 +163,22 @@ def with_wishes(queries: Iterable[Query], seed: int) -> list[Query]:
             wishing.append(query)
             continue
         youngest, first = maybe(0.2, 10.0, 40.5, 89.0), maybe(0.2, 2001, 2015)
-        within = Within(
+        within = HitFilter(
             sex=maybe(0.3, "F", "M", "O"),
             age_min=youngest,
             age_max=None if youngest is None else youngest + float(maybe(1.0, 0, 20)),
             year_min=first,
             year_max=maybe(0.2, 2016, 2025),
         )
-        own = Own(
+        own = QueryOverrides(
             k=maybe(0.7, 1, 2, 7, 50, 200),
             modality=maybe(0.2, "CT", "MR", "XA"),
             body_part=maybe(0.2, "CHEST", "BRAIN", "UNKNOWN", "KNEE"),
             exclude_same=maybe(0.3, "none", "image", "series", "study", "patient"),
             unique=maybe(0.3, "none", "series", "study", "patient"),
-            within=within,
+            hit_filter=within,
         )
-        wishing.append(replace(query, own=own))
+        wishing.append(replace(query, overrides=own))
     return wishing
 
 
@@ -190,7 +191,7 @@ def oracle(made: Made, queries: Iterable[Query], chosen: RetrievalSettings) -> t
     wide = made.vectors.astype(np.float64)
     hits, candidates = [], []
     for query in queries:
-        own = query.own
+        own = query.overrides
         modality, body_part = sought(query, chosen)
         asked = query.vector.astype(np.float64)
         ranked = []
@@ -204,11 +205,11 @@ def oracle(made: Made, queries: Iterable[Query], chosen: RetrievalSettings) -> t
                 continue
             if chosen.imputed == "exclude" and columns[cols.BODY_PART_SOURCE][row] == cols.FROM_PREDICTION:
                 continue
-            if own.within.sex is not None and columns[cols.SEX][row] != own.within.sex:
+            if own.hit_filter.sex is not None and columns[cols.SEX][row] != own.hit_filter.sex:
                 continue
-            if outside(columns[cols.AGE_YEARS][row], own.within.age_min, own.within.age_max):
+            if outside(columns[cols.AGE_YEARS][row], own.hit_filter.age_min, own.hit_filter.age_max):
                 continue
-            if outside(columns[cols.YEAR][row], own.within.year_min, own.within.year_max):
+            if outside(columns[cols.YEAR][row], own.hit_filter.year_min, own.hit_filter.year_max):
                 continue
             excluded = own.exclude_same or chosen.exclude_same
             if excluded != "none" and getattr(query, f"{excluded}_id") == columns[f"{excluded}_id"][row]:
@@ -243,7 +244,7 @@ def sought(query: Query, chosen: RetrievalSettings) -> tuple[str | None, str | N
         body_part = query.predicted.split("/")[1]
     if chosen.prefilter == "none":
         modality = body_part = None
-    return query.own.modality or modality, query.own.body_part or body_part
+    return query.overrides.modality or modality, query.overrides.body_part or body_part
 
 
 def outside(value: float | None, least: float | None, most: float | None) -> bool:
@@ -259,7 +260,7 @@ def distance(one: NDArray[np.float64], other: NDArray[np.float64], metric: str) 
     return math.fsum((one / (lengths[0] or 1.0) - other / (lengths[1] or 1.0)) ** 2) / 2
 
 
-def collected(answer: search.Answer) -> list[Hit]:
+def collected(answer: answers.Answer) -> list[Hit]:
     names = (cols.QUERY_ID, cols.RANK, cols.DISTANCE, cols.IMAGE_ID, cols.FRAME)
     return list(zip(*(answer.hits.column(name).to_pylist() for name in names), strict=True))
 
@@ -302,8 +303,8 @@ def test_the_oracle_on_a_case_worked_by_hand() -> None:
     )
     wide = options(unique="series", exclude_same="none", unknown="include", k=2)
     assert oracle(made, [query], wide)[0] == [[("q", 1, 1.0, "d", 0), ("q", 2, 5.0, "a", 0)]]
-    own = Own(within=Within(age_min=30.0, age_max=40.0), exclude_same="none", unique="none")
-    assert oracle(made, [replace(query, own=own)], options(unknown="include"))[0] == [
+    own = QueryOverrides(hit_filter=HitFilter(age_min=30.0, age_max=40.0), exclude_same="none", unique="none")
+    assert oracle(made, [replace(query, overrides=own)], options(unknown="include"))[0] == [
         [("q", 1, 1.0, "d", 0), ("q", 2, 5.0, "b", 0)]
     ]
     assert distance(np.array([3.0, 0.0]), np.array([0.0, 9.0]), "cosine") == pytest.approx(1.0)
@@ -333,8 +334,8 @@ def test_queries_are_byte_for_byte_brute_force_however_the_work_is_cut(
         assert collected(answer) == list(itertools.chain(*expected))
     assert [status.query_id for status in answer.statuses] == [query.query_id for query in queries]
     for status, count in zip(answer.statuses, candidates, strict=True):
-        assert (status.status == Answered.ANSWERED) == (count > 0) == (status.hits > 0)
-    assert {status.status for status in answer.statuses} == {Answered.ANSWERED, Answered.NO_CANDIDATES}
+        assert (status.status == QueryStatus.ANSWERED) == (count > 0) == (status.hits > 0)
+    assert {status.status for status in answer.statuses} == {QueryStatus.ANSWERED, QueryStatus.NO_CANDIDATES}
 
 
 MODES: list[dict[str, Any]] = [
@@ -449,7 +450,7 @@ def test_only_the_files_of_the_named_partitions_are_opened(spark: SparkSession, 
         answer = search.search(spark, base, queries, options(method=method))
         assert answer.scanned.files == sum(file.place in named for file in base.files) == 6
         assert answer.partitions == named
-        assert answer.existing == tuple(sorted(PLACES))
+        assert base.places == tuple(sorted(PLACES))
         assert answer.statuses[0].partitions == ("CT/CHEST",)
     with pytest.raises(Py4JJavaError, match="No such file"):
         search.search(spark, base, queries, options(prefilter="none"))
@@ -460,8 +461,8 @@ def test_partitions_that_do_not_exist_are_not_searched(spark: SparkSession, tmp_
     vector = np.full(DIMENSION, 0.5, dtype=np.float32)
     queries = [Query("knee", vector, "CT", "KNEE"), Query("xa", vector, "XA")]
     answer = search.search(spark, base, queries, options())
-    assert (len(answer.hits), answer.scanned) == (0, search.Scanned())
-    assert [status.status for status in answer.statuses] == [Answered.NO_CANDIDATES] * 2
+    assert (len(answer.hits), answer.scanned) == (0, answers.Scanned())
+    assert [status.status for status in answer.statuses] == [QueryStatus.NO_CANDIDATES] * 2
     assert "CT/KNEE" in (answer.statuses[0].reason or "")
     nothing = search.search(spark, base, [], options())
     assert (nothing.statuses, len(nothing.hits)) == ((), 0)

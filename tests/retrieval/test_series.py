@@ -15,20 +15,21 @@ from pyspark.sql import SparkSession
 from cbmir_spark.config import RetrievalSettings
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import schemas
-from cbmir_spark.retrieval import search, series_tasks
+from cbmir_spark.retrieval import answer as answers
 from cbmir_spark.retrieval import series as retrieval_series
-from cbmir_spark.retrieval.query import Answered, Query, Within
+from cbmir_spark.retrieval import series_tasks
+from cbmir_spark.retrieval.query import HitFilter, Query, QueryStatus
 from cbmir_spark.retrieval.series_tasks import (
-    NOTHING,
-    Compared,
-    Comparison,
+    READ_STATISTICS,
+    ComparisonInputs,
     Part,
-    described,
+    QueryVolume,
+    describe,
     distance,
-    together,
-    whole_steps,
+    fixed_point,
+    merge,
 )
-from cbmir_spark.retrieval.tasks import Job, Share
+from cbmir_spark.retrieval.tasks import SearchInputs, Share
 from cbmir_spark.storage import ObjectStore
 from tests.retrieval.test_search import DIMENSION, LOCAL, PLACES, Made, make, options, outside, sought, with_wishes
 
@@ -68,7 +69,7 @@ def apart(one: NDArray[Any], other: NDArray[Any]) -> float:
 
 
 def oracle(made: Made, query: Query, own: list[int], chosen: RetrievalSettings) -> tuple[list[Hit], int]:
-    columns, wish = made.columns, query.own
+    columns, wish = made.columns, query.overrides
     modality, body_part = sought(query, chosen)
     k = wish.k or chosen.k
     excluded = wish.exclude_same or chosen.exclude_same
@@ -86,11 +87,11 @@ def oracle(made: Made, query: Query, own: list[int], chosen: RetrievalSettings) 
             continue
         if place[1] != "UNKNOWN" and body_part is not None and place[1] != body_part:
             continue
-        if wish.within.sex is not None and facts[cols.SEX] != wish.within.sex:
+        if wish.hit_filter.sex is not None and facts[cols.SEX] != wish.hit_filter.sex:
             continue
-        if outside(facts[cols.AGE_YEARS], wish.within.age_min, wish.within.age_max):
+        if outside(facts[cols.AGE_YEARS], wish.hit_filter.age_min, wish.hit_filter.age_max):
             continue
-        if outside(facts[cols.YEAR], wish.within.year_min, wish.within.year_max):
+        if outside(facts[cols.YEAR], wish.hit_filter.year_min, wish.hit_filter.year_max):
             continue
         of = {
             "series": series,
@@ -144,10 +145,10 @@ def ask(made: Made, number: int, seed: int) -> tuple[list[Query], dict[str, list
 
 
 def answered(
-    spark: SparkSession, base: search.Base, made: Made, queries: Sequence[Query], chosen: RetrievalSettings
+    spark: SparkSession, base: answers.Base, made: Made, queries: Sequence[Query], chosen: RetrievalSettings
 ) -> tuple[list[Hit], tuple[int, ...]]:
     keys = {query.query_id: key for query in queries for key in volumes_of(made) if _is_of(made, query, key)}
-    found = retrieval_series.described(spark, base, frozenset(keys.values()), chosen)
+    found = retrieval_series.describe(spark, base, frozenset(keys.values()), chosen)
     own = {query_id: found[key][0] for query_id, key in keys.items()}
     for query in queries:
         assert (found[keys[query.query_id]][1] == query.vector).all()
@@ -191,15 +192,15 @@ def test_a_volume_is_the_same_bytes_in_whatever_order_its_frames_are_met() -> No
     def part(rows: NDArray[np.int64]) -> Part:
         where = np.stack([rows, rows, rows]).astype(np.int32)
         first = rows[np.lexsort((frame[rows], image[rows]))[0]]
-        return Part(whole_steps(vectors[rows]).sum(axis=0), image[rows], frame[rows], where, {"first": int(first)})
+        return Part(fixed_point(vectors[rows]).sum(axis=0), image[rows], frame[rows], where, {"first": int(first)})
 
-    whole, vector = described((("CT", "CHEST"), "s"), part(np.arange(40)))
+    whole, vector = describe((("CT", "CHEST"), "s"), part(np.arange(40)))
     for seed in range(5):
         pieces = np.array_split(np.random.default_rng(seed).permutation(40), 7)
-        merged = part(pieces[0])
+        merge_values = part(pieces[0])
         for piece in pieces[1:]:
-            merged = together(merged, part(piece))
-        again, same = described((("CT", "CHEST"), "s"), merged)
+            merge_values = merge(merge_values, part(piece))
+        again, same = describe((("CT", "CHEST"), "s"), merge_values)
         assert same.tobytes() == vector.tobytes()
         assert (again.where == whole.where).all() and again.facts == whole.facts == {"first": int(order[0])}
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
@@ -228,20 +229,20 @@ def test_work_in_small_pieces_is_the_same_as_at_once(tmp_path: Path, monkeypatch
     for at_once, block_bytes in ((2048, 2**26), (3, 2**11)):
         monkeypatch.setattr(series_tasks, "_VOLUMES_AT_ONCE", at_once)
         files = {file.number: file for file in base.files}
-        comparison = Comparison(files, DIMENSION, False, block_bytes, ObjectStore(LOCAL))
+        comparison = ComparisonInputs(files, DIMENSION, False, block_bytes, ObjectStore(LOCAL))
         merged: dict[Key, Any] = {}
         shares = [Share(file) for file in base.files]
         given = 0
         for key, part in series_tasks.parts(shares, None, DIMENSION, True, comparison):
-            merged[key] = series_tasks.merged(merged[key], part) if key in merged else part
+            merged[key] = series_tasks.merge_values(merged[key], part) if key in merged else part
             given += 1
-        read = merged.pop(NOTHING)
+        read = merged.pop(READ_STATISTICS)
         assert read.vectors == 300
         assert (given > len(merged) + 1) == (at_once == 3)
-        volumes_there = [described(key, part) for key, part in merged.items()]
+        volumes_there = [describe(key, part) for key, part in merged.items()]
         vectors = np.stack([query.vector for query in queries])
         everyone = (np.arange(len(queries)),)
-        job = Job(
+        job = SearchInputs(
             vectors,
             np.full(len(queries), 7),
             places,
@@ -259,10 +260,10 @@ def test_work_in_small_pieces_is_the_same_as_at_once(tmp_path: Path, monkeypatch
         by_key = {volume.key: volume for volume, _ in volumes_there}
         own = [key for query in queries for key in volumes_of(made) if _is_of(made, query, key)]
         compared = [
-            Compared(number, 4, by_key[own[number]], others)
+            QueryVolume(number, 4, by_key[own[number]], others)
             for number, others in enumerate(near.by_query(len(queries)))
         ]
-        hits = series_tasks.ranked(compared, comparison)
+        hits = series_tasks.rank(compared, comparison)
         shown = hits.rows.take(hits.row).select([cols.SERIES_ID, cols.IMAGE_ID, cols.FRAME]).to_pylist()
         found.append((hits.query.tolist(), hits.distance.tolist(), shown, near.square.tolist()))
     assert found[0] == found[1]
@@ -318,23 +319,23 @@ def test_only_the_files_of_the_named_partitions_are_read(spark: SparkSession, tm
     for file in base.files:
         if file.place != place:
             Path(file.uri.removeprefix("file://")).unlink()
-    found = retrieval_series.described(spark, base, frozenset(keys), options())
+    found = retrieval_series.describe(spark, base, frozenset(keys), options())
     queries = [Query(key[1], found[key][1], *place, series_id=key[1]) for key in keys]
     answer = retrieval_series.search(spark, base, queries, {key[1]: found[key][0] for key in keys}, options())
-    assert answer.partitions == (place,) and answer.existing == tuple(sorted(PLACES))
+    assert answer.partitions == (place,) and base.places == tuple(sorted(PLACES))
     assert answer.scanned.files == sum(file.place == place for file in base.files)
-    assert {status.status for status in answer.statuses} == {Answered.ANSWERED}
+    assert {status.status for status in answer.statuses} == {QueryStatus.ANSWERED}
 
 
 def test_a_query_without_candidates_says_so(spark: SparkSession, tmp_path: Path) -> None:
     made = make(np.random.default_rng(5).standard_normal((60, DIMENSION)).astype(np.float32), 5)
     base = made.store(tmp_path)
     key = sorted(volumes_of(made))[0]
-    volume, vector = retrieval_series.described(spark, base, frozenset([key]), options())[key]
+    volume, vector = retrieval_series.describe(spark, base, frozenset([key]), options())[key]
     nowhere = Query("a", vector, "CT", "KNEE", series_id=key[1])
     too_old = replace(nowhere, query_id="b", body_part="UNKNOWN")
-    too_old = replace(too_old, own=replace(too_old.own, within=Within(age_min=150.0)))
+    too_old = replace(too_old, overrides=replace(too_old.overrides, hit_filter=HitFilter(age_min=150.0)))
     answer = retrieval_series.search(spark, base, [nowhere, too_old], {"a": volume, "b": volume}, options())
-    assert [status.status for status in answer.statuses] == [Answered.NO_CANDIDATES] * 2
+    assert [status.status for status in answer.statuses] == [QueryStatus.NO_CANDIDATES] * 2
     assert len(answer.hits) == 0 and answer.hits.schema.names == schemas.RESULTS_HITS.schema.names
     assert retrieval_series.search(spark, base, [], {}, options()).statuses == ()
