@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from pyspark.sql import SparkSession
 
 from cbmir_spark.config import Settings
+from cbmir_spark.errors import ConfigError
 from cbmir_spark.lake import columns as cols
-from cbmir_spark.lake import delta, publication, schemas
+from cbmir_spark.lake import delta, pseudonyms, publication, schemas
 from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.lake.pseudonyms import Pseudonyms
 
@@ -72,6 +73,15 @@ def owners(image: Drawn, names: Pseudonyms | None = None) -> dict[str, str]:
     }
 
 
+def key_of(settings: Settings) -> str:
+    """The id of the lake's key, which is made where a local vault has none; KEY_ID where no key is at hand."""
+    vault = LakePaths.of(settings.lake).vault_folder
+    try:
+        return pseudonyms.create(settings.privacy, vault).key_id
+    except ConfigError:
+        return KEY_ID
+
+
 def publish(
     spark: SparkSession,
     settings: Settings,
@@ -81,7 +91,7 @@ def publish(
 ) -> LakePaths:
     """Write TAGS and PIXELS of the images as one batch and publish it, as ingest does."""
     lake = LakePaths.of(settings.lake)
-    key_id = names.key_id if names is not None else KEY_ID
+    key_id = names.key_id if names is not None else key_of(settings)
     known = publication.published(spark, lake) or publication.publish_empty(spark, lake, key_id, PREPROCESSING)
     tags, pixels = [], []
     for image in images:
