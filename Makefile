@@ -53,7 +53,7 @@ check-machine:
 	@bash deploy/check_machine.sh "$(PYTHON)"
 
 # The stamp makes a second `make` start at once, and a changed lock or jar list install again.
-$(READY): pyproject.toml requirements.lock conf/spark-defaults.conf deploy/fetch_jars.py | check-machine
+$(READY): pyproject.toml setup.py requirements.lock conf/spark-defaults.conf deploy/fetch_jars.py | check-machine
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -65,31 +64,6 @@ def test_dockerfile_copies_only_what_the_build_context_has() -> None:
     for source in sources:
         assert (REPO / source).exists(), source
         assert any(source == entry or source.startswith(f"{entry}/") for entry in allowed), source
-
-
-def test_the_image_installs_every_file_of_the_package(tmp_path: Path) -> None:
-    """The image has no checkout beside the package: what the wheel lacks is missing there, and only there."""
-    source = tmp_path / "src"
-    for name in ("cbmir_spark", "conf"):
-        shutil.copytree(REPO / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(REPO / name, source)
-    done = run(
-        sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index",
-        "--wheel-dir", tmp_path, source,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("cbmir_spark/")}
-    package = {f"cbmir_spark/{path.relative_to(source / 'cbmir_spark')}" for path in _files(source / "cbmir_spark")}
-    # Written for who changes the code.
-    package.remove("cbmir_spark/README.md")
-    conf = {f"cbmir_spark/conf/{path.relative_to(source / 'conf')}" for path in _files(source / "conf")}
-    assert packed == package | conf
-
-
-def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize(
