@@ -37,6 +37,7 @@ WITHOUT = {
     "spark.python_workers": {"delta", "mlflow", "torch", "petastorm", "pydantic", "pyarrow", "numpy"},
     "lake.lease": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pyarrow"},
     "lake.pseudonyms": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pydicom"},
+    "models": {"pyspark", "delta", "petastorm"},
     "models.artifact": {"mlflow", "pydantic", "pyarrow"},
     "models.networks": {"mlflow", "pydantic", "pyarrow"},
     "models.embed": {"mlflow", "pydantic", "pyarrow"},

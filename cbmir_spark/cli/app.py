@@ -102,9 +102,12 @@ def runs(
 ) -> None:
     """Compare training runs: what was asked for, what was reached, and which model is candidate or champion."""
     settings = _settings(config, overrides, {"lake.uri": lake})
-    from cbmir_spark.training import run_log
+    from cbmir_spark.lake.paths import LakePaths
+    from cbmir_spark.models.registry import Registry
+    from cbmir_spark.storage import ObjectStore
 
-    found = run_log.runs(settings, limit)
+    registry = Registry(settings.mlflow, LakePaths.of(settings.lake).uri, ObjectStore(settings.storage))
+    found = registry.runs(limit)
     return console.print_json([asdict(run) for run in found]) if as_json else console.print_runs(found)
 
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from cbmir_spark.cli.doctor import Check
     from cbmir_spark.evaluation import job as evaluation_job
     from cbmir_spark.maintenance import remap
+    from cbmir_spark.models.registry import Run
     from cbmir_spark.training import job as training_job
-    from cbmir_spark.training import run_log
 
 
 out = Console()
@@ -187,7 +187,7 @@ def _print_classes(
     out.print(classes)
 
 
-def print_runs(runs: "list[run_log.Run]") -> None:
+def print_runs(runs: "list[Run]") -> None:
     """One row for each run, newest first."""
     table = Table(title="Training runs", title_justify="left")
     for heading in (

@@ -137,6 +137,6 @@ def _key(settings: Settings) -> str:
 
 
 def _mlflow(settings: Settings) -> str:
-    from cbmir_spark.models import tracking
+    from cbmir_spark.models.tracking import Tracking
 
-    return tracking.tracking_uri(settings)
+    return Tracking.of(settings.mlflow, settings.storage, LakePaths.of(settings.lake).uri).uri

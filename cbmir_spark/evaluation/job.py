@@ -38,8 +38,8 @@ from cbmir_spark.index.open import open_index
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake.open import OpenLake, open_lake
 from cbmir_spark.lake.runs import Record
-from cbmir_spark.models import registry
 from cbmir_spark.models.artifact import LabelKind
+from cbmir_spark.models.registry import Registry
 from cbmir_spark.retrieval.answer import Base, base_of, batches
 from cbmir_spark.retrieval.query import Query, Status
 from cbmir_spark.retrieval.search import search
@@ -143,7 +143,8 @@ def run(spark: SparkSession, settings: Settings) -> Report:
         files = files_of(evaluation)
         for name, content in files.items():
             lake.store.write_bytes(storage.join(out, name), content)
-        mlflow_run = registry.log_evaluation(settings, index.manifest.model_id, metrics_of(evaluation), files)
+        registry = Registry(settings.mlflow, lake.paths.uri, lake.store)
+        mlflow_run = registry.log_evaluation(index.manifest.model_id, metrics_of(evaluation), files)
     report = _report(evaluation, len(snapshot.classes), out, mlflow_run, record.seconds)
     record.write(
         spark,

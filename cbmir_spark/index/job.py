@@ -18,7 +18,7 @@ from pyspark.sql import functions as F
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import ModelError, TableError
 from cbmir_spark.index.embed import embed, spread
-from cbmir_spark.index.open import MODEL_PROPERTY, PREPROCESSING_PROPERTY, alias_uri, check_table, publish_model, scan
+from cbmir_spark.index.open import MODEL_PROPERTY, PREPROCESSING_PROPERTY, check_table, publish_model, scan
 from cbmir_spark.index.verify import (
     KEY,
     MISSING,
@@ -37,8 +37,8 @@ from cbmir_spark.lake import delta, lease, publication, schemas
 from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.lake.publication import Published
 from cbmir_spark.lake.runs import Record
-from cbmir_spark.models import artifact, registry
 from cbmir_spark.models.artifact import Manifest
+from cbmir_spark.models.registry import CANDIDATE, CHAMPION, Registry
 from cbmir_spark.storage import ObjectStore
 
 # Frames for one embedding task: minutes of work on a CPU, so that a lost task costs little.
@@ -80,15 +80,16 @@ def _run(spark: SparkSession, settings: Settings, lake: LakePaths, held: lease.H
     record = Record("index")
     pinned = publication.require_published(spark, lake)
     with record.stage("model"):
-        uri = settings.index.model or alias_uri(settings, registry.CANDIDATE)
-        text, weights = registry.resolve_model(uri, settings)
-        manifest = artifact.load(weights, text).manifest
+        registry = Registry(settings.mlflow, lake.uri, ObjectStore(settings.storage))
+        uri = settings.index.model or registry.alias_uri(CANDIDATE)
+        saved = registry.resolve(uri)
+        manifest = saved.load().manifest
         if manifest.preprocessing != pinned.preprocessing:
             raise ModelError(
                 f"model {manifest.model_id} was trained on pixels of preprocessing {manifest.preprocessing}, lake "
                 f"{lake.uri} holds {pinned.preprocessing}: train a model on this lake, or name one of its own"
             )
-        folder = publish_model(weights, manifest, lake, ObjectStore(settings.storage))
+        folder = publish_model(saved.weights, manifest, lake, ObjectStore(settings.storage))
     path = lake.features(manifest.model_id)
     made_by = {MODEL_PROPERTY: manifest.model_id, PREPROCESSING_PROPERTY: manifest.preprocessing}
     delta.ensure(spark, _table_of(manifest), path, made_by)
@@ -152,7 +153,7 @@ def _run(spark: SparkSession, settings: Settings, lake: LakePaths, held: lease.H
         places = sources_of(features)
     champion = None
     if uri.startswith(("models:/", "runs:/")):
-        champion = registry.move_alias(settings, registry.CHAMPION, manifest.model_id)
+        champion = registry.move_alias(CHAMPION, manifest.model_id)
     sources = dict.fromkeys((cols.FROM_TAG, cols.FROM_PREDICTION, cols.FROM_NOTHING), 0)
     for (_, _, source), count in places.items():
         sources[source] += count

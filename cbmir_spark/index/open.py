@@ -1,6 +1,5 @@
 """Open the FEATURES table of one model at one version, and put a model where workers can load it."""
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache, reduce
@@ -16,9 +15,10 @@ from cbmir_spark.index.vector_files import Place
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta
 from cbmir_spark.lake.paths import LakePaths
-from cbmir_spark.models import artifact, registry
+from cbmir_spark.models import artifact
 from cbmir_spark.models.artifact import Loaded, Manifest
 from cbmir_spark.models.projection import Projection
+from cbmir_spark.models.registry import CHAMPION, Registry
 from cbmir_spark.storage import ObjectStore
 
 WEIGHTS, MANIFEST = FILES = "weights.safetensors", "manifest.json"
@@ -62,23 +62,22 @@ def open_index(spark: SparkSession, settings: Settings) -> Index:
 
     Raises ModelError where there is no such model or the table is another model's, TableError where it has none.
     """
-    uri = settings.retrieval.model or alias_uri(settings, registry.CHAMPION)
+    lake, store = LakePaths.of(settings.lake), ObjectStore(settings.storage)
+    registry = Registry(settings.mlflow, lake.uri, store)
+    uri = settings.retrieval.model or registry.alias_uri(CHAMPION)
     try:
-        text, weights = registry.resolve_model(uri, settings)
+        saved = registry.resolve(uri)
     except ModelError as error:
         if settings.retrieval.model is not None:
             raise
         raise ModelError(f"no index is ready to be searched: run `cbmir train`, then `cbmir index` ({error})") from None
-    manifest = Manifest.from_json(text)
-    _check_weights(weights, manifest)
-    projection = artifact.projection_of(weights)
-    lake = LakePaths.of(settings.lake)
+    manifest, projection = saved.manifest, saved.projection()
     path = lake.features(manifest.model_id)
     if not delta.exists(spark, path):
         raise TableError(f"model {manifest.model_id} has no index in {lake.uri}: run `cbmir index --model {uri}`")
     check_table(spark, path, manifest)
     version = delta.version(spark, path)
-    folder = publish_model(weights, manifest, lake, ObjectStore(settings.storage))
+    folder = publish_model(saved.weights, manifest, lake, store)
     return Index(manifest, folder, path, version, delta.read(spark, path, version), projection)
 
 
@@ -107,15 +106,3 @@ def live_files(spark: SparkSession, settings: Settings) -> tuple[str, list[str]]
     """The folder of the searched index, and the URIs of its live Parquet files."""
     index = open_index(spark, settings)
     return index.path, delta.live_files(spark, index.path, index.version)
-
-
-def _check_weights(weights: bytes, manifest: Manifest) -> None:
-    digest = hashlib.sha256(weights).hexdigest()
-    if digest != manifest.weights_sha256:
-        raise ModelError(
-            f"the weights have SHA-256 {digest}, their manifest says {manifest.weights_sha256}; fetch the model again"
-        )
-
-
-def alias_uri(settings: Settings, alias: str) -> str:
-    return f"models:/{settings.mlflow.model_name}@{alias}"

@@ -18,6 +18,7 @@ from cbmir_spark.models.projection import Projection
 
 FORMAT = 1
 UNKNOWN = "UNKNOWN"
+WEIGHTS_FILE, MANIFEST_FILE = "weights.safetensors", "manifest.json"
 
 LabelKind = Literal["body_part", "modality/body_part"]
 
@@ -25,6 +26,7 @@ _MODEL = "model."
 _MEAN = "projection.mean"
 _DIRECTIONS = "projection.directions"
 _METADATA_KEY = "cbmir"
+_FOREIGN = "the weights file is not one that cbmir wrote; export the model again"
 
 
 def body_part_of(label: str) -> str:
@@ -107,20 +109,71 @@ def _well_formed(values: Mapping[str, Any]) -> bool:
 
 
 @dataclass(frozen=True)
-class Saved:
-    """A model as the two files that travel: `weights.safetensors` and `manifest.json`."""
-
-    weights: bytes
-    manifest: Manifest
-
-
-@dataclass(frozen=True)
 class Loaded:
     """A model ready to embed: in evaluation mode, on the CPU until `model.to` moves it."""
 
     model: Network
     manifest: Manifest
     projection: Projection
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A model as its two files, `weights.safetensors` and `manifest.json`; nothing in them can carry code."""
+
+    weights: bytes
+    manifest: Manifest
+
+    @classmethod
+    def of(cls, weights: bytes, manifest_json: str | bytes) -> "Saved":
+        """Put two files together.
+
+        Raises ModelError where the manifest cannot be read, or names weights of another digest.
+        """
+        manifest = Manifest.from_json(manifest_json)
+        digest = hashlib.sha256(weights).hexdigest()
+        if digest != manifest.weights_sha256:
+            raise ModelError(
+                f"the weights have SHA-256 {digest}, their manifest says {manifest.weights_sha256}; "
+                "fetch the model again"
+            )
+        return cls(weights, manifest)
+
+    def projection(self) -> Projection:
+        """Read the projection alone. Raises ModelError where the weights are not a file of ours."""
+        try:
+            tensors = safetensors.torch.load(self.weights)
+            return Projection(tensors[_MEAN].numpy(), tensors[_DIRECTIONS].numpy())
+        except (safetensors.SafetensorError, KeyError, ValueError):
+            raise ModelError(_FOREIGN) from None
+
+    def load(self) -> Loaded:
+        """Build the network with its weights.
+
+        Raises ModelError where the weights are not a file of ours, the manifest was changed after it was written, or
+        this version builds another network for the preset.
+        """
+        try:
+            tensors = safetensors.torch.load(self.weights)
+            header = json.loads(self.weights[8 : 8 + int.from_bytes(self.weights[:8], "little")])
+            inner = header["__metadata__"][_METADATA_KEY]
+        except (safetensors.SafetensorError, ValueError, KeyError, TypeError):
+            raise ModelError(_FOREIGN) from None
+        manifest = self.manifest
+        if inner != replace(manifest, weights_sha256="").to_json():
+            raise ModelError("the manifest differs from the copy within the weights; fetch the model again")
+        try:
+            projection = Projection(tensors.pop(_MEAN).numpy(), tensors.pop(_DIRECTIONS).numpy())
+            model = build(manifest.preset, len(manifest.classes))
+            model.load_state_dict({name.removeprefix(_MODEL): tensor for name, tensor in tensors.items()})
+        except (KeyError, RuntimeError):
+            raise ModelError(
+                f"the weights do not fit preset {manifest.preset} with {len(manifest.classes)} classes as "
+                "this version builds it; train the model again"
+            ) from None
+        # The memory order that convolutions are fastest in, on CPUs too.
+        model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return Loaded(model, manifest, projection)
 
 
 def save(
@@ -163,43 +216,5 @@ def save(
 
 
 def load(weights: bytes, manifest_json: str | bytes) -> Loaded:
-    """The model of two files written by `save`; nothing in them is executed (safetensors and JSON).
-
-    Raises ModelError where the format is not known, the weights are not those of the manifest, or the
-    manifest was changed.
-    """
-    manifest = Manifest.from_json(manifest_json)
-    digest = hashlib.sha256(weights).hexdigest()
-    if digest != manifest.weights_sha256:
-        raise ModelError(
-            f"the weights have SHA-256 {digest}, their manifest says {manifest.weights_sha256}; fetch the model again"
-        )
-    try:
-        tensors = safetensors.torch.load(weights)
-        header = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
-        inner = header["__metadata__"][_METADATA_KEY]
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError):
-        raise ModelError("the weights file is not one that cbmir wrote; export the model again") from None
-    if inner != replace(manifest, weights_sha256="").to_json():
-        raise ModelError("the manifest differs from the copy within the weights; fetch the model again")
-    try:
-        projection = Projection(tensors.pop(_MEAN).numpy(), tensors.pop(_DIRECTIONS).numpy())
-        model = build(manifest.preset, len(manifest.classes))
-        model.load_state_dict({name.removeprefix(_MODEL): tensor for name, tensor in tensors.items()})
-    except (KeyError, RuntimeError):
-        raise ModelError(
-            f"the weights are not those of preset {manifest.preset} with {len(manifest.classes)} classes as "
-            "this version builds it; train the model again"
-        ) from None
-    # The memory order that convolutions are fastest in, on CPUs too.
-    model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Loaded(model, manifest, projection)
-
-
-def projection_of(weights: bytes) -> Projection:
-    """The projection of weights whose digest was checked."""
-    try:
-        tensors = safetensors.torch.load(weights)
-        return Projection(tensors[_MEAN].numpy(), tensors[_DIRECTIONS].numpy())
-    except (safetensors.SafetensorError, KeyError, ValueError):
-        raise ModelError("the weights file is not one that cbmir wrote; export the model again") from None
+    """Load the model of two files. Raises ModelError as `Saved.of` and `Saved.load` do."""
+    return Saved.of(weights, manifest_json).load()

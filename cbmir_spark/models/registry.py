@@ -1,13 +1,15 @@
-"""MLflow: the run that records a training, the models that come of it, and the aliases by which they are found.
+"""MLflow's registry: the models of a lake, the runs that made them, and the aliases by which they are found.
 
-MLflow is imported where it is used: training processes on executors have no need of it. Of all that a run holds,
-only `cbmir/manifest.json` and `cbmir/weights.safetensors` are ever loaded again; neither can carry code. Everything
-here runs on the driver.
+MLflow is imported where it is used, since training processes on executors do without it. Of all that a run holds, only
+`cbmir/manifest.json` and `cbmir/weights.safetensors` are ever loaded again; neither can carry code. Everything here
+runs on the driver.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,122 +19,277 @@ import torch
 from torch import nn
 
 from cbmir_spark import storage
-from cbmir_spark.config import Settings
-from cbmir_spark.errors import ModelError
-from cbmir_spark.lake import columns as cols
-from cbmir_spark.lake.paths import LakePaths
-from cbmir_spark.models.artifact import Loaded, Manifest, Saved, load
-from cbmir_spark.models.networks import Network
-from cbmir_spark.models.tracking import existing_mlflow, mlflow_at, tracking_of
+from cbmir_spark.config import MlflowSettings
+from cbmir_spark.errors import ConfigError, ModelError
+from cbmir_spark.models.artifact import MANIFEST_FILE, WEIGHTS_FILE, Saved
+from cbmir_spark.models.networks import SIDE, Network
+from cbmir_spark.models.promotion import Incumbent, Promotion, decide
+from cbmir_spark.models.tracking import Tracking
 from cbmir_spark.storage import ObjectStore
 
 CANDIDATE, CHAMPION = "candidate", "champion"
-MANIFEST_ARTIFACT = "cbmir/manifest.json"
-WEIGHTS_ARTIFACT = "cbmir/weights.safetensors"
-MODEL_ID_TAG = "model_id"
+
+# Artifacts of a training run.
+_FOLDER = "cbmir"
+_EVALUATION = "evaluation"
+_MODEL_ID_TAG = "model_id"
+# Parameters and metrics of a run that `runs` shows.
+_SHOWN_PARAMETERS = ("preset", "epochs", "batch_size", "learning_rate", "processes", "snapshot", "classes")
+_SHOWN_METRICS = (
+    "train_loss",
+    "test_accuracy",
+    "test_macro_recall",
+    "test_macro_f1",
+    "validation_map",
+    "validation_macro_map",
+    "images_per_second",
+    "waiting_share",
+)
 
 
 @dataclass(frozen=True)
-class Incumbent:
-    """The model that a new one is compared with."""
+class Run:
+    """One training run as `cbmir runs` shows it: its settings, its figures, and the state of its model."""
 
-    version: str
-    loaded: Loaded
+    run_id: str
+    started: str
+    status: str
+    parameters: Mapping[str, str]
+    metrics: Mapping[str, float]
+    version: str | None
+    model_id: str | None
+    aliases: tuple[str, ...]
+    promotion: str | None
 
 
 @dataclass(frozen=True)
-class Promotion:
-    """Whether a new version became `candidate`, why, and what both reached (mAP) where that was measured."""
+class Registry:
+    """The registered models of one lake. Constructing one does no I/O; each method connects by itself.
 
-    taken: bool
-    reason: str
-    reached: float | None
-    incumbent_reached: float | None
-
-
-def resolve_model(uri: str, settings: Settings) -> tuple[str, bytes]:
-    """The manifest (JSON) and the weights of `models:/name@alias`, `models:/name/3`, `runs:/id` or a folder.
-
-    Runs on the driver; workers get the files by other means. Raises ModelError where there is no such model.
+    `lake_uri` is canonical; MLflow's database lies below it unless the settings name a tracking server.
     """
-    if not uri.startswith(("models:/", "runs:/")):
-        folder = storage.canonical(uri)
-        try:
-            manifest, weights = (
-                ObjectStore(settings.storage).read_bytes(storage.join(folder, Path(name).name))
-                for name in (MANIFEST_ARTIFACT, WEIGHTS_ARTIFACT)
-            )
-        except OSError:
-            raise ModelError(f"model {uri}: no manifest.json and weights.safetensors in that folder") from None
-        return _text(manifest, uri), weights
-    with existing_mlflow(uri, settings) as mlflow, TemporaryDirectory(prefix="cbmir-model-") as folder:
+
+    settings: MlflowSettings
+    lake_uri: str
+    store: ObjectStore
+
+    @property
+    def name(self) -> str:
+        """The name of the registered model."""
+        return self.settings.model_name
+
+    @property
+    def tracking(self) -> Tracking:
+        """Where MLflow records. Raises ConfigError for an object-store lake without `mlflow.tracking_uri`."""
+        return Tracking.of(self.settings, self.store.settings, self.lake_uri)
+
+    def connect(self) -> AbstractContextManager[Any]:
+        """Import MLflow and point it at this registry for the duration of the block."""
+        return self.tracking.connect()
+
+    def alias_uri(self, alias: str) -> str:
+        """Name the version that an alias points at."""
+        return f"models:/{self.name}@{alias}"
+
+    def resolve(self, uri: str) -> Saved:
+        """Fetch the model of `models:/name@alias`, `models:/name/3`, `runs:/id` or a folder.
+
+        Raises ModelError where there is no such model, or its weights are not those of its manifest.
+        """
+        if not uri.startswith(("models:/", "runs:/")):
+            folder = storage.canonical(uri)
+            try:
+                manifest, weights = (
+                    self.store.read_bytes(storage.join(folder, name)) for name in (MANIFEST_FILE, WEIGHTS_FILE)
+                )
+            except OSError:
+                raise ModelError(f"model {uri}: no {MANIFEST_FILE} and {WEIGHTS_FILE} in that folder") from None
+            return Saved.of(weights, _text(manifest, uri))
+        with self._existing(uri) as mlflow, TemporaryDirectory(prefix="cbmir-model-") as temporary:
+            from mlflow.exceptions import MlflowException
+
+            client = mlflow.MlflowClient()
+            try:
+                if uri.startswith("runs:/"):
+                    run_id = uri.removeprefix("runs:/").strip("/")
+                else:
+                    run_id = _version(client, uri).run_id
+                manifest, weights = (
+                    Path(client.download_artifacts(run_id, f"{_FOLDER}/{name}", temporary)).read_bytes()
+                    for name in (MANIFEST_FILE, WEIGHTS_FILE)
+                )
+            except (MlflowException, OSError) as error:
+                raise ModelError(f"model {uri} is not there: {_first_line(error)}; run `cbmir train` first") from None
+        return Saved.of(weights, _text(manifest, uri))
+
+    def move_alias(self, alias: str, model_id: str) -> str | None:
+        """Point an alias at the newest version with this model id; that version, or None where there is none.
+
+        A model that came from a folder need not be registered.
+        """
+        with self._existing(self.alias_uri(alias)) as mlflow:
+            client = mlflow.MlflowClient()
+            found = self._versions(client, model_id)
+            if not found:
+                return None
+            newest = max(found, key=lambda version: int(version.version))
+            client.set_registered_model_alias(self.name, alias, newest.version)
+            return str(newest.version)
+
+    def log_evaluation(self, model_id: str, metrics: Mapping[str, float], files: Mapping[str, bytes]) -> str | None:
+        """Add an evaluation's figures and files (below `evaluation/`) to the run that trained a model; the run's id.
+
+        None where no registered version has this model id: a model that came from a folder has no run.
+        """
+        if self.tracking.is_new:
+            return None
+        with self.connect() as mlflow:
+            client = mlflow.MlflowClient()
+            run_id = next((str(each.run_id) for each in self._versions(client, model_id) if each.run_id), None)
+            if run_id is None:
+                return None
+            for name, value in metrics.items():
+                client.log_metric(run_id, name, value)
+            _log_files(client, run_id, files, _EVALUATION)
+        return run_id
+
+    def experiment(self) -> str:
+        """Find the experiment's id, or create it. Raises ConfigError where somebody has deleted it."""
+        name, tracking = self.settings.experiment, self.tracking
+        with tracking.connect() as mlflow:
+            found = mlflow.get_experiment_by_name(name)
+            if found is None:
+                return str(mlflow.create_experiment(name, artifact_location=tracking.artifacts))
+            if found.lifecycle_stage != "active":
+                raise ConfigError(
+                    f"MLflow's experiment {name} was deleted: restore it, or set mlflow.experiment to another"
+                )
+            return str(found.experiment_id)
+
+    def register(self, run_id: str, model: Network, saved: Saved) -> str:
+        """Log the two files and the served model to the active run, and register a version; its number."""
         from mlflow.exceptions import MlflowException
+        from mlflow.models import ModelSignature
+        from mlflow.types import Schema, TensorSpec
 
-        client = mlflow.MlflowClient()
-        try:
-            run_id = uri.removeprefix("runs:/").strip("/") if uri.startswith("runs:/") else _version(client, uri).run_id
-            manifest, weights = (
-                Path(client.download_artifacts(run_id, name, folder)).read_bytes()
-                for name in (MANIFEST_ARTIFACT, WEIGHTS_ARTIFACT)
+        with self.connect() as mlflow:
+            client = mlflow.MlflowClient()
+            files = {MANIFEST_FILE: saved.manifest.to_json().encode(), WEIGHTS_FILE: saved.weights}
+            _log_files(client, run_id, files, _FOLDER)
+            with warnings.catch_warnings():
+                # torch warns that it reads the program from a buffer that is not writable.
+                warnings.simplefilter("ignore", UserWarning)
+                logged = mlflow.pytorch.log_model(
+                    _Served(model).eval(),
+                    name="model",
+                    serialization_format="pt2",
+                    signature=ModelSignature(
+                        inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, SIDE, SIDE))]),
+                        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, len(saved.manifest.classes)))]),
+                    ),
+                    # Two rows: torch.export takes a side of length one for a constant.
+                    input_example=np.zeros((2, SIDE, SIDE), dtype=np.uint8),
+                    # Otherwise MLflow starts another Python to find out.
+                    pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}", f"numpy=={np.__version__}"],
+                )
+            try:
+                client.get_registered_model(self.name)
+            except MlflowException:
+                description = "Networks that embed images for retrieval by content"
+                client.create_registered_model(self.name, description=description)
+            manifest = saved.manifest
+            version = client.create_model_version(
+                self.name,
+                source=logged.model_uri,
+                run_id=run_id,
+                model_id=logged.model_id,
+                tags={
+                    _MODEL_ID_TAG: manifest.model_id,
+                    "preprocessing": manifest.preprocessing,
+                    "snapshot": manifest.snapshot,
+                    "weights_sha256": manifest.weights_sha256,
+                },
             )
-        except (MlflowException, OSError) as error:
-            raise ModelError(f"model {uri} is not there: {_first_line(error)}; run `cbmir train` first") from None
-    return _text(manifest, uri), weights
+        return str(version.version)
 
+    def incumbent(self) -> Incumbent | None:
+        """Load the model that `candidate` points at; None where there is none, or where it no longer loads."""
+        uri = self.alias_uri(CANDIDATE)
+        try:
+            loaded = self.resolve(uri).load()
+        except ModelError:
+            return None
+        with self._existing(uri) as mlflow:
+            version = mlflow.MlflowClient().get_model_version_by_alias(self.name, CANDIDATE)
+        return Incumbent(str(version.version), loaded)
 
-def move_alias(settings: Settings, alias: str, model_id: str) -> str | None:
-    """Point an alias at the registered version that has this model id; the version, or None where none has it.
+    def promote(
+        self,
+        version: str,
+        reached: float | None,
+        incumbent: Incumbent | None,
+        incumbent_reached: float | None,
+        margin: float,
+    ) -> Promotion:
+        """Move `candidate` to a version unless its mAP is worse than the incumbent's by more than `margin`.
 
-    A model that was taken from a folder need not be registered.
-    """
-    name = settings.mlflow.model_name
-    with existing_mlflow(f"models:/{name}@{alias}", settings) as mlflow:
-        client = mlflow.MlflowClient()
-        found = [
+        Both mAPs are of the same split; without either of them there is nothing to compare, and the alias moves. The
+        decision and its reason go into the version's tags.
+        """
+        promotion = decide(reached, incumbent, incumbent_reached, margin)
+        tags = {
+            "promotion": "candidate" if promotion.taken else "refused",
+            "promotion.reason": promotion.reason,
+            "promotion.margin": str(margin),
+        }
+        if reached is not None:
+            tags["promotion.map"] = str(reached)
+        if incumbent is not None and incumbent_reached is not None:
+            tags |= {"promotion.incumbent": incumbent.version, "promotion.incumbent_map": str(incumbent_reached)}
+        with self.connect() as mlflow:
+            client = mlflow.MlflowClient()
+            for key, value in tags.items():
+                client.set_model_version_tag(self.name, version, key, value)
+            if promotion.taken:
+                client.set_registered_model_alias(self.name, CANDIDATE, version)
+        return promotion
+
+    def runs(self, limit: int) -> list[Run]:
+        """List the newest training runs of the experiment. Raises ModelError where nothing has been trained yet."""
+        with self._existing(f"models:/{self.name}") as mlflow:
+            client = mlflow.MlflowClient()
+            experiment = client.get_experiment_by_name(self.settings.experiment)
+            if experiment is None:
+                raise ModelError(f"MLflow has no experiment {self.settings.experiment}: run `cbmir train` first")
+            found = client.search_runs(
+                [experiment.experiment_id], order_by=["attributes.start_time DESC"], max_results=limit
+            )
+            versions = {each.run_id: each for each in client.search_model_versions(f"name = '{self.name}'")}
+            aliases: dict[str, list[str]] = {}
+            if versions:
+                for alias, version in client.get_registered_model(self.name).aliases.items():
+                    aliases.setdefault(str(version), []).append(alias)
+        return [_run(each, versions.get(each.info.run_id), aliases) for each in found]
+
+    @contextmanager
+    def _existing(self, uri: str) -> Iterator[Any]:
+        """Connect, but raise ModelError rather than create a database where nothing has been trained."""
+        tracking = self.tracking
+        if tracking.is_new:
+            raise ModelError(f"model {uri} is not there: nothing was trained on this lake; run `cbmir train` first")
+        with tracking.connect() as mlflow:
+            yield mlflow
+
+    def _versions(self, client: Any, model_id: str) -> list[Any]:
+        return [
             version
-            for version in client.search_model_versions(f"name = '{name}'")
-            if version.tags.get(MODEL_ID_TAG) == model_id
+            for version in client.search_model_versions(f"name = '{self.name}'")
+            if version.tags.get(_MODEL_ID_TAG) == model_id
         ]
-        if not found:
-            return None
-        newest = max(found, key=lambda version: int(version.version))
-        client.set_registered_model_alias(name, alias, newest.version)
-        return str(newest.version)
-
-
-def log_evaluation(
-    settings: Settings, model_id: str, metrics: Mapping[str, float], files: Mapping[str, bytes]
-) -> str | None:
-    """Add an evaluation's figures and files (below `evaluation/`) to the run that trained a model; the run's id.
-
-    None where no registered version has this model id: a model that was taken from a folder has no run.
-    """
-    place = tracking_of(settings, LakePaths.of(settings.lake))
-    if place.database is not None and not place.database.is_file():
-        return None
-    with mlflow_at(place) as mlflow, TemporaryDirectory(prefix="cbmir-evaluation-") as folder:
-        client = mlflow.MlflowClient()
-        run_id = next(
-            (
-                str(version.run_id)
-                for version in client.search_model_versions(f"name = '{settings.mlflow.model_name}'")
-                if version.tags.get(MODEL_ID_TAG) == model_id and version.run_id
-            ),
-            None,
-        )
-        if run_id is None:
-            return None
-        for name, value in metrics.items():
-            client.log_metric(run_id, name, value)
-        for name, content in files.items():
-            path = Path(folder) / name
-            path.write_bytes(content)
-            client.log_artifact(run_id, str(path), "evaluation")
-    return run_id
 
 
 class _Served(nn.Module):
-    """What MLflow users load: uint8 (N, 256, 256) pixels in, (N, classes) probabilities out."""
+    """What MLflow users load: uint8 (N, 256, 256) pixels in, float32 (N, classes) probabilities out."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()
@@ -142,112 +299,33 @@ class _Served(nn.Module):
         return torch.softmax(self.network(self.network.to_input(pixels)), dim=1)
 
 
-def register(mlflow: Any, settings: Settings, run_id: str, model: Network, saved: Saved) -> str:
-    """Log the two files and the served model, and register a version; its number."""
-    from mlflow.exceptions import MlflowException
-    from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
-
-    client = mlflow.MlflowClient()
-    with TemporaryDirectory(prefix="cbmir-model-") as folder:
-        for name, content in (
-            (MANIFEST_ARTIFACT, saved.manifest.to_json().encode()),
-            (WEIGHTS_ARTIFACT, saved.weights),
-        ):
-            path = Path(folder) / Path(name).name
-            path.write_bytes(content)
-            client.log_artifact(run_id, str(path), Path(name).parent.as_posix())
-    with warnings.catch_warnings():
-        # torch reads the program back from memory that it may not write to, and says so.
-        warnings.simplefilter("ignore", UserWarning)
-        logged = mlflow.pytorch.log_model(
-            _Served(model).eval(),
-            name="model",
-            serialization_format="pt2",
-            signature=ModelSignature(
-                inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, cols.SIDE, cols.SIDE))]),
-                outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, len(saved.manifest.classes)))]),
-            ),
-            # Two rows: torch.export takes a side of length one for a constant.
-            input_example=np.zeros((2, cols.SIDE, cols.SIDE), dtype=np.uint8),
-            # Named here, because MLflow otherwise starts another Python to find out.
-            pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}", f"numpy=={np.__version__}"],
-        )
-    name = settings.mlflow.model_name
-    try:
-        client.get_registered_model(name)
-    except MlflowException:
-        client.create_registered_model(name, description="Networks that embed images for retrieval by content")
-    version = client.create_model_version(
-        name, source=logged.model_uri, run_id=run_id, model_id=logged.model_id, tags=_version_tags(saved.manifest)
+def _run(run: Any, version: Any, aliases: Mapping[str, list[str]]) -> Run:
+    return Run(
+        run_id=run.info.run_id,
+        started=datetime.fromtimestamp(run.info.start_time / 1000, UTC).isoformat(timespec="seconds"),
+        status=run.info.status,
+        parameters={key: run.data.params[key] for key in _SHOWN_PARAMETERS if key in run.data.params},
+        metrics={key: run.data.metrics[key] for key in _SHOWN_METRICS if key in run.data.metrics},
+        version=str(version.version) if version else None,
+        model_id=version.tags.get(_MODEL_ID_TAG) if version else None,
+        aliases=tuple(sorted(aliases.get(str(version.version), ()))) if version else (),
+        promotion=version.tags.get("promotion.reason") if version else None,
     )
-    return str(version.version)
 
 
-def incumbent(settings: Settings) -> Incumbent | None:
-    """The model that `candidate` points at; None where there is none, or where it cannot be loaded any more."""
-    uri = f"models:/{settings.mlflow.model_name}@{CANDIDATE}"
-    try:
-        manifest, weights = resolve_model(uri, settings)
-        loaded = load(weights, manifest)
-    except ModelError:
-        return None
-    with existing_mlflow(uri, settings) as mlflow:
-        version = mlflow.MlflowClient().get_model_version_by_alias(settings.mlflow.model_name, CANDIDATE)
-    return Incumbent(str(version.version), loaded)
-
-
-def promote(
-    mlflow: Any,
-    settings: Settings,
-    version: str,
-    ours: float | None,
-    standing: Incumbent | None,
-    theirs: float | None,
-) -> Promotion:
-    """Move `candidate` to a version unless its mAP is worse than the incumbent's on the same split; say so in its tags.
-
-    Worse by more than `training.promotion_margin`, that is. Without figures of both there is nothing to compare.
-    """
-    margin = settings.training.promotion_margin
-    if ours is None:
-        reason = "no patient was held back for validation"
-    elif standing is None:
-        reason = "there is no candidate that could be loaded"
-    elif theirs is None:
-        reason = f"version {standing.version} takes pictures of another preprocessing"
-    elif ours < theirs - margin:
-        reason = f"its mAP is worse than that of version {standing.version} by more than {margin}"
-    else:
-        reason = f"its mAP is not worse than that of version {standing.version} by more than {margin}"
-    taken = ours is None or theirs is None or ours >= theirs - margin
-    client, name = mlflow.MlflowClient(), settings.mlflow.model_name
-    tags = {"promotion": "candidate" if taken else "refused", "promotion.reason": reason}
-    tags |= {"promotion.margin": str(margin)}
-    tags |= {"promotion.map": str(ours)} if ours is not None else {}
-    if standing is not None and theirs is not None:
-        tags |= {"promotion.incumbent": standing.version, "promotion.incumbent_map": str(theirs)}
-    for key, value in tags.items():
-        client.set_model_version_tag(name, version, key, value)
-    if taken:
-        client.set_registered_model_alias(name, CANDIDATE, version)
-    return Promotion(taken, reason, ours, theirs)
-
-
-def _version_tags(manifest: Manifest) -> dict[str, str]:
-    return {
-        MODEL_ID_TAG: manifest.model_id,
-        "preprocessing": manifest.preprocessing,
-        "snapshot": manifest.snapshot,
-        "weights_sha256": manifest.weights_sha256,
-    }
+def _log_files(client: Any, run_id: str, files: Mapping[str, bytes], folder: str) -> None:
+    with TemporaryDirectory(prefix="cbmir-artifacts-") as temporary:
+        for name, content in files.items():
+            path = Path(temporary) / name
+            path.write_bytes(content)
+            client.log_artifact(run_id, str(path), folder)
 
 
 def _text(manifest: bytes, uri: str) -> str:
     try:
         return manifest.decode()
     except UnicodeDecodeError:
-        raise ModelError(f"model {uri}: its manifest.json is not text; export the model again") from None
+        raise ModelError(f"model {uri}: its {MANIFEST_FILE} is not text; export the model again") from None
 
 
 def _version(client: Any, uri: str) -> Any:

@@ -29,10 +29,11 @@ from cbmir_spark.errors import ConfigError, EnvironmentProblem, TrainingError
 from cbmir_spark.lake import publication
 from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.lake.runs import Record
-from cbmir_spark.models import registry, tracking
 from cbmir_spark.models.artifact import save
 from cbmir_spark.models.networks import Network, build, preset_of
 from cbmir_spark.models.projection import Projection
+from cbmir_spark.models.promotion import Incumbent, Promotion
+from cbmir_spark.models.registry import Registry
 from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training import checkpoints, loader, run_log
 from cbmir_spark.training import snapshot as snapshots
@@ -66,7 +67,7 @@ class TrainingReport:
     history: History
     test: Figures | None
     ranking: RankingFigures | None
-    promotion: registry.Promotion
+    promotion: Promotion
     versions: Mapping[str, int]
     seconds: Mapping[str, float]
 
@@ -83,7 +84,8 @@ def run(
     lake = LakePaths.of(settings.lake)
     preset = preset_of(settings.training.preset)
     recipe = preset.recipe
-    place = tracking.tracking_of(settings, lake)
+    registry = Registry(settings.mlflow, lake.uri, ObjectStore(settings.storage))
+    tracking = registry.tracking
     pinned = publication.require_published(spark, lake)
     with record.stage("snapshot"):
         snapshot = snapshots.snapshot(
@@ -120,9 +122,9 @@ def run(
     job["checkpoints"] = storage.join(lake.checkpoints, _same_course(job))
     versions = {"sources": pinned.sources, "tags": pinned.tags, "pixels": pinned.pixels}
     with (
-        tracking.mlflow_at(place) as mlflow,
+        registry.connect() as mlflow,
         mlflow.start_run(
-            experiment_id=tracking.experiment(mlflow, settings, place),
+            experiment_id=registry.experiment(),
             nested=mlflow.active_run() is not None,
             # Processors, memory and, where there are any, GPUs of the driver's machine.
             log_system_metrics=True,
@@ -170,11 +172,13 @@ def run(
             if snapshot.rows(VALIDATION):
                 ranking = rank(*_features(model, snapshot, VALIDATION, job), gallery, gallery_labels)
                 mlflow.log_metrics(run_log.ranking_metrics(ranking))
-                incumbent = registry.incumbent(settings)
+                incumbent = registry.incumbent()
             standing = _ranked_anew(incumbent, snapshot, job) if incumbent is not None else None
         with record.stage("register"):
-            version = registry.register(mlflow, settings, run_id, model, saved)
-            promotion = registry.promote(mlflow, settings, version, _map_of(ranking), incumbent, _map_of(standing))
+            version = registry.register(run_id, model, saved)
+            promotion = registry.promote(
+                version, _map_of(ranking), incumbent, _map_of(standing), settings.training.promotion_margin
+            )
         if history.resumed is not None:
             mlflow.set_tag("resumed_from_step", str(history.resumed))
         mlflow.log_metrics({f"{stage}_seconds": value for stage, value in record.seconds.items()})
@@ -189,7 +193,7 @@ def run(
         model_id=saved.manifest.model_id,
         model_uri=f"models:/{settings.mlflow.model_name}/{version}",
         run_id=run_id,
-        tracking_uri=place.uri,
+        tracking_uri=tracking.uri,
         snapshot=snapshot.digest,
         classes=len(snapshot.classes),
         images={name: snapshot.rows(name) for name in SPLITS},
@@ -215,11 +219,11 @@ def sweep(
     first = variants[0]
     if len({LakePaths.of(settings.lake) for settings in variants}) > 1:
         raise ConfigError(f"sweep {name}: lake.uri differs between its trainings; give one sweep for each lake")
-    place = tracking.tracking_of(first, LakePaths.of(first.lake))
+    registry = Registry(first.mlflow, LakePaths.of(first.lake).uri, ObjectStore(first.storage))
     reports = []
     with (
-        tracking.mlflow_at(place) as mlflow,
-        mlflow.start_run(experiment_id=tracking.experiment(mlflow, first, place), run_name=name),
+        registry.connect() as mlflow,
+        mlflow.start_run(experiment_id=registry.experiment(), run_name=name),
     ):
         mlflow.log_params({"trainings": len(variants)})
         for settings in variants:
@@ -360,7 +364,7 @@ def _features(
     return np.concatenate(vectors), np.concatenate(labels)
 
 
-def _ranked_anew(incumbent: registry.Incumbent, snapshot: Snapshot, job: Mapping[str, Any]) -> RankingFigures | None:
+def _ranked_anew(incumbent: Incumbent, snapshot: Snapshot, job: Mapping[str, Any]) -> RankingFigures | None:
     """What the incumbent reaches on this very split; None where it takes pictures of another preprocessing."""
     loaded = incumbent.loaded
     if loaded.manifest.preprocessing != snapshot.preprocessing:

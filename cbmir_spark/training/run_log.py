@@ -5,8 +5,7 @@ import platform
 import subprocess
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,27 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cbmir_spark.config import Settings
-from cbmir_spark.errors import ModelError
 from cbmir_spark.lake import schemas
 from cbmir_spark.lake.paths import LakePaths
-from cbmir_spark.models.registry import MODEL_ID_TAG
-from cbmir_spark.models.tracking import existing_mlflow
 from cbmir_spark.reports.plots import small_confusion_figure
 from cbmir_spark.training.manifest import SPLITS, Snapshot
 from cbmir_spark.training.metrics import Curve, Figures, K, RankingFigures
-
-# What `runs` shows of the parameters and metrics of a run.
-_SHOWN_PARAMETERS = ("preset", "epochs", "batch_size", "learning_rate", "processes", "snapshot", "classes")
-_SHOWN_METRICS = (
-    "train_loss",
-    "test_accuracy",
-    "test_macro_recall",
-    "test_macro_f1",
-    "validation_map",
-    "validation_macro_map",
-    "images_per_second",
-    "waiting_share",
-)
 
 
 def parameters(
@@ -134,54 +117,6 @@ def log_inputs(mlflow: Any, lake: LakePaths, versions: Mapping[str, int], digest
     for table in (schemas.TAGS, schemas.PIXELS):
         source = DeltaDatasetSource(path=lake.path(table), delta_table_version=versions[table.name])
         mlflow.log_input(MetaDataset(source, name=table.name, digest=digest), context="training")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run as `cbmir runs` shows it: what was asked for, what was reached, and what became of the model."""
-
-    run_id: str
-    started: str
-    status: str
-    parameters: Mapping[str, str]
-    metrics: Mapping[str, float]
-    version: str | None
-    model_id: str | None
-    aliases: tuple[str, ...]
-    promotion: str | None
-
-
-def runs(settings: Settings, limit: int) -> list[Run]:
-    """The newest training runs of the lake's experiment. Raises ModelError where nothing was trained yet."""
-    name = settings.mlflow.model_name
-    with existing_mlflow(f"models:/{name}", settings) as mlflow:
-        client = mlflow.MlflowClient()
-        place = client.get_experiment_by_name(settings.mlflow.experiment)
-        if place is None:
-            raise ModelError(f"MLflow has no experiment {settings.mlflow.experiment}: run `cbmir train` first")
-        found = client.search_runs([place.experiment_id], order_by=["attributes.start_time DESC"], max_results=limit)
-        versions = {version.run_id: version for version in client.search_model_versions(f"name = '{name}'")}
-        aliases: dict[str, list[str]] = {}
-        if versions:
-            for alias, version in client.get_registered_model(name).aliases.items():
-                aliases.setdefault(str(version), []).append(alias)
-    rows = []
-    for run in found:
-        made = versions.get(run.info.run_id)
-        rows.append(
-            Run(
-                run_id=run.info.run_id,
-                started=datetime.fromtimestamp(run.info.start_time / 1000, UTC).isoformat(timespec="seconds"),
-                status=run.info.status,
-                parameters={key: run.data.params[key] for key in _SHOWN_PARAMETERS if key in run.data.params},
-                metrics={key: run.data.metrics[key] for key in _SHOWN_METRICS if key in run.data.metrics},
-                version=str(made.version) if made else None,
-                model_id=made.tags.get(MODEL_ID_TAG) if made else None,
-                aliases=tuple(sorted(aliases.get(str(made.version), ()))) if made else (),
-                promotion=made.tags.get("promotion.reason") if made else None,
-            )
-        )
-    return rows
 
 
 def ranking_metrics(ranking: RankingFigures) -> dict[str, float]:

@@ -32,8 +32,9 @@ from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, pseudonyms, publication, schemas
 from cbmir_spark.lake.open import open_lake
 from cbmir_spark.lake.paths import LakePaths
-from cbmir_spark.models import artifact, registry
+from cbmir_spark.models.registry import CHAMPION, Registry
 from cbmir_spark.spark import session
+from cbmir_spark.storage import ObjectStore
 from cbmir_spark.synthetic import wrap
 from cbmir_spark.training import job as training_job
 from cbmir_spark.training import manifest, metrics
@@ -63,8 +64,8 @@ def gather(spark: SparkSession, settings: config.Settings) -> tuple[pd.DataFrame
     told[TEST] = told[cols.IMAGE_ID].isin(held[cols.IMAGE_ID])
     vectors = np.stack(told.pop(cols.VECTOR).to_list()).astype(np.float32)
     # Every class is open to each picture here, whatever its modality: nothing is circular.
-    text, weights = registry.resolve_model(f"models:/{settings.mlflow.model_name}@{registry.CHAMPION}", settings)
-    loaded = artifact.load(weights, text)
+    registry = Registry(settings.mlflow, lake.uri, ObjectStore(settings.storage))
+    loaded = registry.resolve(registry.alias_uri(CHAMPION)).load()
     with torch.inference_mode():
         best = loaded.model.classify(torch.from_numpy(vectors)).argmax(1).numpy()
     told[cols.PREDICTED] = [loaded.manifest.classes[number] for number in best]

@@ -25,12 +25,14 @@ from cbmir_spark.index import verify as index_verify
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, publication, schemas
 from cbmir_spark.lake.paths import LakePaths
-from cbmir_spark.models import artifact, networks, registry
+from cbmir_spark.models import artifact, networks
 from cbmir_spark.models import embed as embedding
 from cbmir_spark.models.artifact import Loaded, Saved
 from cbmir_spark.models.projection import Projection
+from cbmir_spark.models.registry import Registry
 from cbmir_spark.storage import ObjectStore
 from tests.conftest import MakeSettings
+from tests.support.models import registry_of
 from tests.support.tiny_lake import PREPROCESSING, Drawn, draw, pseudonym, publish
 
 
@@ -134,17 +136,17 @@ def test_run_again_it_embeds_and_commits_nothing_and_asks_for_the_champion(
     asked: list[str] = []
     moved: list[tuple[str, str]] = []
 
-    def resolve(uri: str, settings: Settings) -> tuple[str, bytes]:
+    def resolve(registry: Registry, uri: str) -> Saved:
         asked.append(uri)
         return resolved
 
-    def move(settings: Settings, alias: str, model_id: str) -> str:
+    def move(registry: Registry, alias: str, model_id: str) -> str:
         moved.append((alias, model_id))
         return "4"
 
-    resolved = registry.resolve_model(str(indexed.settings.index.model), indexed.settings)
-    monkeypatch.setattr(registry, "resolve_model", resolve)
-    monkeypatch.setattr(registry, "move_alias", move)
+    resolved = registry_of(indexed.settings).resolve(str(indexed.settings.index.model))
+    monkeypatch.setattr(Registry, "resolve", resolve)
+    monkeypatch.setattr(Registry, "move_alias", move)
     registered = indexed.settings.model_copy(
         update={"index": indexed.settings.index.model_copy(update={"model": None})}
     )

@@ -19,11 +19,11 @@ from cbmir_spark.cli import app as app_module
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import ModelError
 from cbmir_spark.index import job as index_job
-from cbmir_spark.lake.paths import LakePaths
-from cbmir_spark.models import artifact, registry, tracking
+from cbmir_spark.models import registry
 from cbmir_spark.models.artifact import Saved
 from tests.conftest import Cbmir
 from tests.index.test_index import save_model
+from tests.support.models import registry_of
 from tests.support.tiny_lake import Drawn, publish
 
 IMAGES = [Drawn("a", "p", "CT", "CHEST"), Drawn("b", "q", "MR", "BRAIN")]
@@ -100,7 +100,7 @@ def test_a_pickle_in_a_model_s_folder_is_refused_and_not_run(
         digest = hashlib.sha256(content).hexdigest()
         (folder / "manifest.json").write_text(dataclasses.replace(saved.manifest, weights_sha256=digest).to_json())
     with pytest.raises(ModelError, match=said):
-        artifact.load(*reversed(registry.resolve_model(str(folder), lake)))
+        registry_of(lake).resolve(str(folder)).load()
     status, out, err = index("--set", f"index.model={folder}")
     assert (status, out, err.count("\n")) == (1, "", 1) and said in err
     assert not bait.exists()
@@ -110,16 +110,12 @@ def test_a_pickle_in_a_model_s_folder_is_refused_and_not_run(
 def registered(lake: Settings, tmp_path_factory: pytest.TempPathFactory) -> tuple[Saved, Path, list[Path]]:
     """A registered candidate; the folders of its run's files and of what MLflow serves of it."""
     saved = save_model(tmp_path_factory.mktemp("registered") / "model")
-    place = tracking.tracking_of(lake, LakePaths.of(lake.lake))
-    with (
-        tracking.mlflow_at(place) as mlflow,
-        mlflow.start_run(experiment_id=tracking.experiment(mlflow, lake, place)) as run,
-    ):
-        network = artifact.load(saved.weights, saved.manifest.to_json()).model
-        version = registry.register(mlflow, lake, run.info.run_id, network, saved)
+    models = registry_of(lake)
+    with models.connect() as mlflow, mlflow.start_run(experiment_id=models.experiment()) as run:
+        version = models.register(run.info.run_id, saved.load().model, saved)
         mlflow.MlflowClient().set_registered_model_alias("cbmir", registry.CANDIDATE, version)
-    assert place.database is not None
-    files = place.database.parent / "artifacts"
+    assert models.tracking.database is not None
+    files = models.tracking.database.parent / "artifacts"
     return saved, next(files.rglob("cbmir")), [next(files.rglob("cbmir")).parent, next(files.rglob("MLmodel")).parent]
 
 
@@ -134,7 +130,7 @@ def test_pickles_beside_a_registered_model_are_never_loaded(
             (folder / name).write_bytes(by_torch(tmp_path / f"ran {number} {Path(name).name}"))
     report = index_job.run(spark, lake)
     assert report.model_id == saved.manifest.model_id and report.rows == len(IMAGES) and report.champion == "1"
-    assert registry.incumbent(lake) is not None
+    assert registry_of(lake).incumbent() is not None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -149,7 +145,7 @@ def test_a_pickle_among_the_files_of_a_registered_model_is_refused_and_not_run(
     try:
         status, out, err = index()
         # Nor does it keep the next training from replacing it.
-        assert registry.incumbent(lake) is None
+        assert registry_of(lake).incumbent() is None
     finally:
         (folder / name).write_bytes(before)
     assert (status, out, err.count("\n")) == (1, "", 1), err

@@ -20,11 +20,11 @@ from cbmir_spark.index import open as index_open
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, lease, publication, schemas
 from cbmir_spark.lake.paths import LakePaths
-from cbmir_spark.models import registry, tracking
+from cbmir_spark.models import registry
 from cbmir_spark.training import job as training_job
-from cbmir_spark.training import run_log
 from cbmir_spark.training.job import TrainingReport
 from tests.support import mlflow_server
+from tests.support.models import registry_of
 from tests.support.tiny_lake import Drawn, publish
 from tests.system.test_cluster import environment
 from tests.system.test_kills import DRIVER_OPTIONS
@@ -78,7 +78,7 @@ def test_two_runs_are_compared_by_the_client(server: str, two: tuple[Settings, l
             "cbmir/manifest.json",
             "cbmir/weights.safetensors",
         }
-    shown = {run.run_id: run for run in run_log.runs(settings, 10)}
+    shown = {run.run_id: run for run in registry_of(settings).runs(10)}
     assert [shown[report.run_id].version for report in reports] == ["1", "2"]
 
 
@@ -90,11 +90,10 @@ def test_the_alias_stays_for_a_worse_model_and_moves_for_a_better_one(
     settings, _ = two
     client = MlflowClient(tracking_uri=server)
     client.set_registered_model_alias("cbmir", registry.CANDIDATE, "1")
-    standing = registry.incumbent(settings)
+    standing = registry_of(settings).incumbent()
     assert standing is not None and standing.version == "1"
     for reached, holder in ((0.5, "1"), (0.95, "2")):
-        with tracking.mlflow_at(tracking.tracking_of(settings, LakePaths.of(settings.lake))) as mlflow:
-            registry.promote(mlflow, settings, "2", reached, standing, 0.9)
+        registry_of(settings).promote("2", reached, standing, 0.9, settings.training.promotion_margin)
         assert str(client.get_model_version_by_alias("cbmir", registry.CANDIDATE).version) == holder
 
 

@@ -21,6 +21,7 @@ from cbmir_spark.models import registry
 from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training import job as training_job
 from cbmir_spark.training.job import TrainingReport
+from tests.support.models import registry_of
 from tests.support.s3_server import S3Server
 from tests.support.tiny_lake import publish
 from tests.system.test_cluster import environment
@@ -90,9 +91,9 @@ def test_training_from_object_storage_is_training_from_disk(
     assert is_the_same(training_job.run(spark, in_a_bucket), from_disk)
     # Both files of the model come back from where MLflow put them.
     candidate = f"models:/cbmir@{registry.CANDIDATE}"
-    assert registry.resolve_model(candidate, in_a_bucket) == registry.resolve_model(
-        candidate, config.load(overrides=overrides, environ={})
-    )
+    assert registry_of(in_a_bucket).resolve(candidate) == registry_of(
+        config.load(overrides=overrides, environ={})
+    ).resolve(candidate)
     lake = LakePaths.of(in_a_bucket.lake)
     left = {each.uri.removeprefix(lake.uri + "/") for each in ObjectStore(in_a_bucket.storage).list_objects(lake.uri)}
     assert any(name.startswith(f"snapshots/{from_disk.snapshot}/train/") for name in left)

@@ -19,12 +19,13 @@ from cbmir_spark.config import Settings
 from cbmir_spark.errors import ConfigError, ModelError, TrainingError
 from cbmir_spark.lake import delta, schemas
 from cbmir_spark.lake.paths import LakePaths
-from cbmir_spark.models import artifact, registry, tracking
 from cbmir_spark.models import embed as embedding
+from cbmir_spark.models import registry
 from cbmir_spark.training import job as training_job
 from cbmir_spark.training.job import TrainingReport
 from cbmir_spark.training.loop import Epoch
 from tests.conftest import Cbmir
+from tests.support.models import registry_of
 from tests.support.processes import below
 from tests.support.tiny_lake import Drawn, publish
 
@@ -139,12 +140,12 @@ def test_the_candidate_is_a_pickle_free_model_with_a_signature(trained: Trained,
     client = MlflowClient(tracking_uri=tracking_uri)
     version = client.get_model_version_by_alias("cbmir", "candidate")
     assert version.run_id == report.run_id and version.tags["model_id"] == report.model_id
-    with tracking.existing_mlflow("the candidate", settings):
+    with registry_of(settings).connect():
         info = get_model_info("models:/cbmir@candidate")
     assert info.signature.inputs.to_dict()[0]["tensor-spec"] == {"dtype": "uint8", "shape": (-1, 256, 256)}
     assert info.signature.outputs.to_dict()[0]["tensor-spec"] == {"dtype": "float32", "shape": (-1, 3)}
     assert info.saved_input_example_info is not None
-    with tracking.existing_mlflow("the candidate", settings) as mlflow:
+    with registry_of(settings).connect() as mlflow:
         folder = Path(mlflow.artifacts.download_artifacts("models:/cbmir@candidate", dst_path=str(tmp_path)))
     names = {path.name for path in folder.rglob("*")}
     assert "model.pt2" in names and not {name for name in names if name.endswith((".pkl", ".pth", ".pt"))}
@@ -154,60 +155,59 @@ def test_the_served_model_says_what_ours_says(trained: Trained) -> None:
     import mlflow
 
     settings, report, _, _ = trained
-    loaded = artifact.load(*reversed(registry.resolve_model(report.model_uri, settings)))
+    loaded = registry_of(settings).resolve(report.model_uri).load()
     pixels = np.random.default_rng(0).integers(0, 256, (5, 256, 256), dtype=np.uint8)
-    with tracking.existing_mlflow("the candidate", settings):
+    with registry_of(settings).connect():
         served = mlflow.pyfunc.load_model(report.model_uri).predict(pixels)
     assert np.allclose(served, embedding.embed_batches(loaded, pixels).scores, atol=1e-5)
 
 
 def test_a_model_is_found_by_alias_version_run_and_folder(trained: Trained, tmp_path: Path) -> None:
     settings, report, _, _ = trained
-    manifest, weights = registry.resolve_model("models:/cbmir@candidate", settings)
-    loaded = artifact.load(weights, manifest)
+    saved = registry_of(settings).resolve("models:/cbmir@candidate")
+    loaded = saved.load()
     assert loaded.manifest.model_id == report.model_id and loaded.manifest.preprocessing == "px1-test"
     assert loaded.manifest.classes == ("CT/CHEST", "CT/HEAD", "MR/HEAD")
     assert loaded.manifest.possible == {"CT": ("CT/CHEST", "CT/HEAD"), "MR": ("MR/HEAD",)}
     assert loaded.manifest.snapshot == report.snapshot
     assert loaded.projection.directions.shape == (128, loaded.manifest.embedding_dim)
     assert loaded.projection.defect < 1e-12
-    (tmp_path / "manifest.json").write_text(manifest)
-    (tmp_path / "weights.safetensors").write_bytes(weights)
+    (tmp_path / "manifest.json").write_text(saved.manifest.to_json())
+    (tmp_path / "weights.safetensors").write_bytes(saved.weights)
     for uri in (report.model_uri, f"runs:/{report.run_id}", str(tmp_path)):
-        assert registry.resolve_model(uri, settings) == (manifest, weights)
+        assert registry_of(settings).resolve(uri) == saved
 
 
 def test_an_alias_moves_to_the_version_with_that_model(trained: Trained) -> None:
     settings, report, _, _ = trained
     with pytest.raises(ModelError, match=r"models:/cbmir@champion is not there.*cbmir train"):
-        registry.resolve_model("models:/cbmir@champion", settings)
-    assert registry.move_alias(settings, registry.CHAMPION, report.model_id) == "1"
-    assert registry.resolve_model("models:/cbmir@champion", settings)[0] != ""
-    assert registry.move_alias(settings, registry.CHAMPION, "alexnet-0") is None
+        registry_of(settings).resolve("models:/cbmir@champion")
+    assert registry_of(settings).move_alias(registry.CHAMPION, report.model_id) == "1"
+    assert registry_of(settings).resolve("models:/cbmir@champion") == registry_of(settings).resolve(report.model_uri)
+    assert registry_of(settings).move_alias(registry.CHAMPION, "alexnet-0") is None
 
 
 def test_models_that_are_not_there_are_named_and_nothing_is_made(trained: Trained, tmp_path: Path) -> None:
     settings, _, _, _ = trained
     for uri in ("models:/cbmir/7", "models:/other@candidate", "runs:/0123456789abcdef0123456789abcdef"):
         with pytest.raises(ModelError, match=f"model {uri} is not there"):
-            registry.resolve_model(uri, settings)
+            registry_of(settings).resolve(uri)
     with pytest.raises(ModelError, match="give it as models:/name@alias"):
-        registry.resolve_model("models:/cbmir", settings)
+        registry_of(settings).resolve("models:/cbmir")
     with pytest.raises(ModelError, match=r"no manifest\.json"):
-        registry.resolve_model(str(tmp_path), settings)
+        registry_of(settings).resolve(str(tmp_path))
     fresh = settings_for(tmp_path)
     with pytest.raises(ModelError, match="nothing was trained on this lake"):
-        registry.resolve_model("models:/cbmir@candidate", fresh)
+        registry_of(fresh).resolve("models:/cbmir@candidate")
     assert not (tmp_path / "lake").exists()
 
 
 def test_an_object_store_lake_needs_a_tracking_server() -> None:
     settings = config.load(overrides=["lake.uri=s3a://bucket/lake"], environ={})
-    lake = LakePaths(uri="s3a://bucket/lake", vault="s3a://vault")
     with pytest.raises(ConfigError, match=r"mlflow\.tracking_uri is not set.*s3a://bucket/lake"):
-        tracking.tracking_of(settings, lake)
+        _ = registry_of(settings).tracking
     told = settings.mlflow.model_copy(update={"tracking_uri": "http://127.0.0.1:5000"})
-    assert tracking.tracking_of(settings.model_copy(update={"mlflow": told}), lake).uri == "http://127.0.0.1:5000"
+    assert registry_of(settings.model_copy(update={"mlflow": told})).tracking.uri == "http://127.0.0.1:5000"
 
 
 # pyspark does not close the pipe on which it reads what torchrun prints.
@@ -227,9 +227,9 @@ def test_two_processes_train_one_model(
     assert [epoch.number for epoch in second.history.epochs] == [1, 2]
     alone = [epoch.loss for epoch in report.history.epochs]
     assert [epoch.loss for epoch in second.history.epochs] == pytest.approx(alone, rel=0.02)
-    loaded = artifact.load(*reversed(registry.resolve_model("models:/cbmir@candidate", two)))
+    loaded = registry_of(two).resolve("models:/cbmir@candidate").load()
     assert loaded.manifest.model_id == second.model_id
-    assert registry.move_alias(two, registry.CHAMPION, report.model_id) == "1"
+    assert registry_of(two).move_alias(registry.CHAMPION, report.model_id) == "1"
     assert capfd.readouterr().out == ""
 
 
@@ -371,15 +371,14 @@ def test_a_new_model_is_ranked_beside_the_candidate_on_one_split(spark: SparkSes
     client = MlflowClient(tracking_uri=first.tracking_uri)
     assert client.get_run(first.run_id).data.metrics["validation_map"] == first.ranking.mean_average_precision
 
-    standing = registry.incumbent(settings)
+    standing = registry_of(settings).incumbent()
     assert standing is not None and standing.version == "2"
-    with tracking.existing_mlflow("the candidate", settings) as mlflow:
-        for challenger, taken in ((0.80, False), (0.895, True), (0.91, True)):
-            client.set_registered_model_alias("cbmir", registry.CANDIDATE, "2")
-            found = registry.promote(mlflow, settings, "1", challenger, standing, 0.9)
-            assert found.taken == taken
-            tags = client.get_model_version("cbmir", "1").tags
-            assert tags["promotion"] == ("candidate" if taken else "refused")
-            assert (tags["promotion.map"], tags["promotion.incumbent_map"]) == (str(challenger), "0.9")
-            holder = client.get_model_version_by_alias("cbmir", registry.CANDIDATE)
-            assert str(holder.version) == ("1" if taken else "2")
+    for challenger, taken in ((0.80, False), (0.895, True), (0.91, True)):
+        client.set_registered_model_alias("cbmir", registry.CANDIDATE, "2")
+        found = registry_of(settings).promote("1", challenger, standing, 0.9, settings.training.promotion_margin)
+        assert found.taken == taken
+        tags = client.get_model_version("cbmir", "1").tags
+        assert tags["promotion"] == ("candidate" if taken else "refused")
+        assert (tags["promotion.map"], tags["promotion.incumbent_map"]) == (str(challenger), "0.9")
+        holder = client.get_model_version_by_alias("cbmir", registry.CANDIDATE)
+        assert str(holder.version) == ("1" if taken else "2")
