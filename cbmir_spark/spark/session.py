@@ -20,6 +20,9 @@ from cbmir_spark.errors import EnvironmentProblem
 JAVA_VERSIONS = (17, 21)
 LOOPBACK = "127.0.0.1"
 S3A_RETRIES = "3"
+_DELTA_EXTENSION = "io.delta.sql.DeltaSparkSessionExtension"
+_DELTA_CATALOG = "org.apache.spark.sql.delta.catalog.DeltaCatalog"
+_HADOOP = "spark.hadoop."
 
 
 def build(settings: Settings, job: str) -> SparkSession:
@@ -61,12 +64,34 @@ def build(settings: Settings, job: str) -> SparkSession:
     return spark
 
 
+def adopt(spark: SparkSession, settings: Settings) -> SparkSession:
+    """Derive a session for our jobs from one that was built elsewhere, whose settings stay as they are.
+
+    The new session shares its context, and with it master, memory and jars. Raises EnvironmentProblem where Delta is
+    missing. Runs on the driver.
+    """
+    _check_delta(spark)
+    derived = spark.newSession()
+    if _DELTA_EXTENSION not in (derived.conf.get("spark.sql.extensions", None) or ""):
+        raise EnvironmentProblem(
+            f"the given Spark session has no Delta extension: build it with spark.sql.extensions={_DELTA_EXTENSION} and "
+            f"spark.sql.catalog.spark_catalog={_DELTA_CATALOG}, or leave spark out"
+        )
+    for key, value in properties(settings).items():
+        if key.startswith(_HADOOP):
+            # Reads and writes of a session take Hadoop's properties from its own settings as well.
+            derived.conf.set(key.removeprefix(_HADOOP), value)
+        elif derived.conf.isModifiable(key):
+            derived.conf.set(key, value)
+    return derived
+
+
 def properties(settings: Settings) -> dict[str, str]:
     """Every Spark property that our jobs rely on; `spark.conf` of the settings comes last and wins."""
     storage = settings.storage
     wanted = {
-        "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
-        "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
+        "spark.sql.extensions": _DELTA_EXTENSION,
+        "spark.sql.catalog.spark_catalog": _DELTA_CATALOG,
         # Timestamps are instants: a driver in another time zone must not shift them.
         "spark.sql.session.timeZone": "UTC",
         # Rows carry 64 KB of pixels or 16 KB of vector: Arrow's and Parquet's own batches would be 655 and 268 MB.

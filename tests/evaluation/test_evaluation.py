@@ -321,7 +321,7 @@ def test_the_files_say_what_the_report_says(evaluated: Evaluated) -> None:
     page = ObjectStore(settings.storage).read_bytes(report.page).decode()
     assert report.model_id in page and f"{report.accuracy:.3f}" in page and page.count("data:image/png") == 2
     folder = report.page.rpartition("/")[0]
-    for name in (document.CONFUSION, document.BY_CLASS):
+    for name in (evaluation_document.CONFUSION, evaluation_document.BY_CLASS):
         assert ObjectStore(settings.storage).read_bytes(f"{folder}/{name}").startswith(b"\x89PNG")
 
 
@@ -331,7 +331,7 @@ def test_a_model_of_another_lake_is_refused(spark: SparkSession, evaluated: Eval
     place = Path(storage.local_path(snapshot.uri))
     place.rename(gone)
     try:
-        with pytest.raises(ModelError, match="test patients are not known"):
+        with pytest.raises(ModelError, match="test patients are unknown"):
             evaluation_job.run(spark, settings)
     finally:
         gone.rename(place)
