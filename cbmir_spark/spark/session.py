@@ -74,8 +74,8 @@ def adopt(spark: SparkSession, settings: Settings) -> SparkSession:
     derived = spark.newSession()
     if _DELTA_EXTENSION not in (derived.conf.get("spark.sql.extensions", None) or ""):
         raise EnvironmentProblem(
-            f"the given Spark session has no Delta extension: build it with spark.sql.extensions={_DELTA_EXTENSION} and "
-            f"spark.sql.catalog.spark_catalog={_DELTA_CATALOG}, or leave spark out"
+            f"the given Spark session has no Delta extension: build it with spark.sql.extensions={_DELTA_EXTENSION} "
+            f"and spark.sql.catalog.spark_catalog={_DELTA_CATALOG}, or leave spark out"
         )
     for key, value in properties(settings).items():
         if key.startswith(_HADOOP):

@@ -17,6 +17,7 @@ from sklearn.metrics import average_precision_score, precision_recall_fscore_sup
 
 from cbmir_spark import config, storage
 from cbmir_spark.errors import ModelError
+from cbmir_spark.evaluation import document as evaluation_document
 from cbmir_spark.evaluation import job as evaluation_job
 from cbmir_spark.evaluation import measures
 from cbmir_spark.evaluation import queries as test_queries
