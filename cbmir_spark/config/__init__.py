@@ -1,0 +1,33 @@
+"""Typed settings in four layers: conf/base.yaml, a settings file, the environment `CBMIR_…`, the command line.
+
+`load` reads them, `Settings.override` and `Section.replace` change them with checks. Import from here, not from the
+modules below; `python -m cbmir_spark.config.annotate` writes the descriptions into conf/base.yaml.
+"""
+
+from cbmir_spark.config.load import DEBUG_VARIABLE, ENVIRONMENT_PREFIX, conf_folder, debugging, load
+from cbmir_spark.config.sections import (
+    MOST_HITS,
+    Choice,
+    DatasetSettings,
+    IngestSettings,
+    Prefilter,
+    RetrievalSettings,
+    StorageSettings,
+)
+from cbmir_spark.config.settings import Settings
+
+__all__ = [
+    "DEBUG_VARIABLE",
+    "ENVIRONMENT_PREFIX",
+    "MOST_HITS",
+    "Choice",
+    "DatasetSettings",
+    "IngestSettings",
+    "Prefilter",
+    "RetrievalSettings",
+    "Settings",
+    "StorageSettings",
+    "conf_folder",
+    "debugging",
+    "load",
+]
