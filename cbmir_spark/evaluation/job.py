@@ -290,7 +290,7 @@ def _searched(
     asked_for = {"k": max(k, depth), "prefilter": prefilter, "unique": "none", "exclude_same": "patient"}
     # Without a prefilter everything is searched, which is what the others' search space is measured by.
     whole = {"imputed": "include", "unknown": "include"} if prefilter == "none" else {}
-    options = settings.retrieval.model_copy(update=asked_for | whole)
+    options = settings.retrieval.replace(**asked_for, **whole)
     labels = dict(zip(asked[cols.QUERY_ID], asked[LABEL], strict=True))
     found: dict[str, list[int]] = {}
     statuses: list[Status] = []

@@ -192,7 +192,7 @@ def _nearest(
     group: str | None,
 ) -> tuple[Near, Scanned]:
     """The candidates of each query, by descriptor."""
-    by_descriptor = options.model_copy(update={"method": "scan", "metric": "euclidean"})
+    by_descriptor = options.replace(method="scan", metric="euclidean")
     wished = [
         replace(
             query,
