@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 LAKE   ?= bench
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check-machine demo test soak bench bench-retrieval lint notebook clean
+.PHONY: help setup check-machine demo test soak bench bench-retrieval lint settings notebook clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ lint: $(READY) ## ruff and mypy alone
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+settings: $(READY) ## renew conf/base.yaml with the descriptions that stand in the code
+	$(BIN)/python -m cbmir_spark.config.annotate
 
 notebook: $(READY) ## run the notebook over the demo's lake
 	$(BIN)/jupytext --quiet --to ipynb --output demo/demo_lake.ipynb notebooks/demo_lake.py

@@ -116,15 +116,14 @@ def run(spark: SparkSession, settings: Settings, progress: Progress | None = Non
 
 def inside(settings: Settings, folder: str) -> Settings:
     """The same settings with lake, vault, archive, queries and results below the demo's folder."""
-    sections: dict[str, dict[str, Any]] = {
-        "lake": {"uri": storage.join(folder, "lake"), "vault": None},
-        "ingest": {"archive": storage.join(folder, "archive")},
-        "index": {"model": None},
-        "retrieval": {"model": None, "queries": storage.join(folder, QUERIES_FILE), "out": None},
-        "evaluation": {"out": None},
-    }
-    return settings.model_copy(
-        update={name: getattr(settings, name).model_copy(update=values) for name, values in sections.items()}
+    return settings.override(
+        {
+            "lake": {"uri": storage.join(folder, "lake"), "vault": None},
+            "ingest.archive": storage.join(folder, "archive"),
+            "index.model": None,
+            "retrieval": {"model": None, "queries": storage.join(folder, QUERIES_FILE), "out": None},
+            "evaluation.out": None,
+        }
     )
 
 

@@ -165,7 +165,7 @@ def _options(settings: Settings, prefilter: Prefilter) -> RetrievalSettings:
     }
     # Without a prefilter everything is searched; the others' search space is measured by that.
     whole = {"imputed": "include", "unknown": "include"} if prefilter == "none" else {}
-    return settings.retrieval.model_copy(update=asked_for | whole)
+    return settings.retrieval.replace(**asked_for, **whole)
 
 
 def _searched(

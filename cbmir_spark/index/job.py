@@ -205,14 +205,14 @@ def _of(rows: DataFrame, batches: Collection[int] | None) -> DataFrame:
 def _compact(spark: SparkSession, settings: Settings, path: str, version: int, message: str) -> int:
     """Write partitions that nights have cut into many small files anew; the version that there then is."""
     files = Counter(publication.place_of(uri) for uri in delta.live_files(spark, path, version))
-    if not any(count > settings.index.most_files for count in files.values()):
+    if not any(count > settings.index.max_extra_files for count in files.values()):
         return version
     features = delta.read(spark, path, version)
     rows = Counter[tuple[str, str]]()
     for (modality, body_part, _), count in sources_of(features).items():
         rows[modality, body_part] += count
     needed = {place: math.ceil(rows[place] / settings.index.rows_per_file) for place in files}
-    many = [place for place, count in files.items() if count > needed[place] + settings.index.most_files]
+    many = [place for place, count in files.items() if count > needed[place] + settings.index.max_extra_files]
     if not many:
         return version
     laid = spread(scan(features, many), {place: rows[place] for place in many}, settings.index.rows_per_file)

@@ -91,7 +91,7 @@ def _nearest(
     group: str | None,
 ) -> tuple[NearestVolumes, Scanned]:
     """Find the candidates of each query, by descriptor."""
-    by_descriptor = options.model_copy(update={"method": "scan", "metric": "euclidean"})
+    by_descriptor = options.replace(method="scan", metric="euclidean")
     asked = [
         replace(
             query,

@@ -134,11 +134,28 @@ def properties(settings: Settings) -> dict[str, str]:
     if storage.endpoint:
         wanted["spark.hadoop.fs.s3a.endpoint"] = storage.endpoint
         wanted["spark.hadoop.fs.s3a.connection.ssl.enabled"] = str(storage.endpoint.startswith("https")).lower()
-    if settings.spark.master.startswith("local") and not under_spark_submit():
+    submitted = under_spark_submit()
+    master = SparkConf().get("spark.master", "") if submitted else settings.spark.master
+    if master.startswith("local"):
+        # Spark's 200 partitions and Delta's 50 suit clusters. On one machine most of the time goes into starting tasks.
+        wanted["spark.sql.shuffle.partitions"] = str(max(8, _local_cores(master)))
+        wanted["spark.databricks.delta.snapshotPartitions"] = "4"
+    if master.startswith("local") and not submitted:
+        # Decoding and numpy need the cores more than Java's optimising compiler does. Without it the JVM would reserve
+        # only 48 MB for compiled code, and compile nothing more once they are full.
+        wanted["spark.driver.extraJavaOptions"] = (
+            "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=240m -XX:+UseSerialGC"
+        )
         # A laptop's name may resolve to an address that its VPN or Wi-Fi has just lost.
         wanted["spark.driver.host"] = LOOPBACK
         wanted["spark.driver.bindAddress"] = LOOPBACK
     return wanted | settings.spark.conf
+
+
+def _local_cores(master: str) -> int:
+    """The cores of `local`, `local[N]` or `local[*]`."""
+    number = re.match(r"local\[(\d+)", master)
+    return int(number[1]) if number else 1 if master == "local" else os.cpu_count() or 1
 
 
 def under_spark_submit() -> bool:

@@ -26,7 +26,7 @@ from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.models import artifact
 from cbmir_spark.models import embed as embedding
 from cbmir_spark.spark import session
-from tests.benchmarks.common import REPO, keep, tell
+from tests.benchmarks.common import keep, tell
 from tests.benchmarks.retrieval import pictures
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     folder = next(f for f in sorted((asked.lake / "lake" / "models").glob("alexnet-*")) if "small" not in f.name)
     overrides = [f"lake.uri={asked.lake / 'lake'}", f"index.model={folder}", f"retrieval.model={folder}"]
-    settings = config.load(REPO / "conf" / "local.yaml", overrides, environ={})
+    settings = config.load(overrides=overrides, environ={})
     spark = session.build(settings, "bench")
     cores = os.cpu_count() or 1
     torch.set_num_threads(cores)

@@ -31,7 +31,7 @@ from cbmir_spark.lake import publication, schemas
 from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.spark import session
 from cbmir_spark.storage import ObjectStore
-from tests.benchmarks.common import REPO, SHARED, keep, tell
+from tests.benchmarks.common import SHARED, keep, tell
 
 CORES = 2
 MOST_FRAMES = 4
@@ -98,7 +98,7 @@ def plain_loop(folder: Path, preprocessing: Preprocessing) -> tuple[float, int]:
 
 def settings_of(folder: Path, name: str, *more: str) -> config.Settings:
     overrides = [f"lake.uri={folder / name}", f"spark.master=local[{CORES}]", f"ingest.archive={folder / 'archive'}"]
-    return config.load(REPO / "conf" / "local.yaml", [*overrides, *more], environ={})
+    return config.load(overrides=[*overrides, *more], environ={})
 
 
 def throughput(folder: Path, objects: int, rounds: int) -> dict[str, object]:

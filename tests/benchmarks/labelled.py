@@ -38,7 +38,7 @@ from cbmir_spark.storage import ObjectStore
 from cbmir_spark.synthetic import wrap
 from cbmir_spark.training import job as training_job
 from cbmir_spark.training import manifest, metrics
-from tests.benchmarks.common import REPO, SHARED, keep, tell
+from tests.benchmarks.common import SHARED, keep, tell
 
 SOURCE = "Medical-MNIST"
 K, DEPTH = 10, 1000
@@ -123,7 +123,7 @@ def main() -> None:
         own += ["dataset.test_fraction=0.3", "dataset.validation_fraction=0", "evaluation.max_queries=5000"]
         # A key of its own would be another split each time.
         os.environ[pseudonyms.KEY_VARIABLE] = "a key for this benchmark alone, so that splits agree"
-        settings = config.load(REPO / "conf" / "local.yaml", [*own, *asked.set], environ={})
+        settings = config.load(overrides=[*own, *asked.set], environ={})
         wrap.wrap_pictures(SHARED / "labels.csv", SHARED / "labelled", folder / "archive")
         spark = session.build(settings, "bench")
         ingest_job.run(spark, settings)

@@ -50,7 +50,7 @@ from cbmir_spark.retrieval.query import Query
 from cbmir_spark.spark import session
 from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training import augment
-from tests.benchmarks.common import REPO, keep, tell
+from tests.benchmarks.common import keep, tell
 
 Floats = NDArray[np.float32]
 K = 10
@@ -383,7 +383,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     kind = "random" if asked_for.random else "features"
     queries, base = vectors_of(asked_for.lake, asked_for.count, asked_for.random)
-    settings = config.load(REPO / "conf" / "local.yaml", [f"lake.uri={asked_for.lake / 'bench'}"], environ={})
+    settings = config.load(overrides=[f"lake.uri={asked_for.lake / 'bench'}"], environ={})
     spark = session.build(settings, "bench")
     sample = np.asarray(base[:: max(1, len(base) // 6000)])
     projection = Projection.fit([sample])

@@ -35,10 +35,14 @@ def _snapshot(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
-        (("config", "--set", "retrieval.kk=1"), 2, "unknown key retrieval.kk; did you mean k?"),
-        (("retrieve", "--k", "0", "--queries", "q.csv"), 2, "retrieval.k, set by the command line"),
+        (("config", "--set", "retrieval.kk=1"), 2, "unknown key retrieval.kk; did you mean retrieval.k?"),
+        (("retrieve", "--k", "0", "--queries", "q.csv"), 2, "retrieval.k must be at least 1, not 0"),
         (("retrieve", "--k", "many", "--queries", "q.csv"), 2, "valid integer"),
-        (("retrieve", "--prefilter", "all", "--queries", "q.csv"), 2, "retrieval.prefilter, set by the command line"),
+        (
+            ("retrieve", "--prefilter", "all", "--queries", "q.csv"),
+            2,
+            "retrieval.prefilter must be tags, predicted, modality or none",
+        ),
         (("ingest", "--config", "absent.yaml"), 2, "absent.yaml: No such file"),
         (("ingset",), 2, "No such command"),
     ],

@@ -42,7 +42,7 @@ def night(batch: int, images: int = 4, frames: int = 1) -> list[Drawn]:
 
 def overrides_for(folder: Path) -> list[str]:
     save_model(folder / "model")
-    given = [f"lake.uri={folder / 'lake'}", "index.most_files=2"]
+    given = [f"lake.uri={folder / 'lake'}", "index.max_extra_files=2"]
     return given + [f"{section}.model={folder / 'model'}" for section in ("index", "retrieval")]
 
 

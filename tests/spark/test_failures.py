@@ -171,7 +171,7 @@ def test_errors_of_ours_keep_their_status_when_traces_are_asked_for(
 ) -> None:
     monkeypatch.setenv("CBMIR_DEBUG", "1")
     status, _, err = cbmir("config", "--set", "retrieval.kk=1")
-    assert status == 2 and "Traceback" in err and "did you mean k?" in err.splitlines()[-1]
+    assert status == 2 and "Traceback" in err and "did you mean retrieval.k?" in err.splitlines()[-1]
     status, _, err = cbmir("index", "--lake", str(tmp_path / "lake"))
     assert status == 1 and err.splitlines()[-1].endswith("run `cbmir ingest` first")
     monkeypatch.setenv("CBMIR_DEBUG", "0")

@@ -1,5 +1,8 @@
 """The session: what a missing or wrong Java gets told, and what reaches Spark."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +60,41 @@ def test_object_storage_settings_reach_hadoop_and_the_sites_own_come_last() -> N
     assert wanted["spark.hadoop.fs.s3a.attempts.maximum"] == "5"
     assert wanted["spark.sql.session.timeZone"] == "Europe/Vienna"
     assert not any("secret" in key or "access.key" in key for key in wanted)
+
+
+def test_a_local_master_gets_the_defaults_of_one_machine_unless_they_are_set() -> None:
+    partitions, snapshot = "spark.sql.shuffle.partitions", "spark.databricks.delta.snapshotPartitions"
+    java = "spark.driver.extraJavaOptions"
+
+    def chosen(*overrides: str) -> dict[str, str]:
+        return session.properties(config.load(overrides=overrides, environ={}))
+
+    for master, tasks in (("local", 8), ("local[2]", 8), ("local[64]", 64), ("local[*]", max(8, os.cpu_count() or 1))):
+        wanted = chosen(f"spark.master={master}")
+        assert (wanted[partitions], wanted[snapshot]) == (str(tasks), "4"), master
+        assert "-XX:TieredStopAtLevel=1" in wanted[java]
+    given = chosen(f"spark.conf.{partitions}=3", f"spark.conf.{java}=-Dx=y")
+    assert (given[partitions], given[snapshot], given[java]) == ("3", "4", "-Dx=y")
+    assert not {partitions, snapshot, java} & chosen("spark.master=spark://head:7077").keys()
+
+
+def test_a_local_master_of_spark_submit_gets_them_too(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from cbmir_spark import config\n"
+        "from cbmir_spark.spark import session\n"
+        "spark = session.build(config.load(environ={}), 'test')\n"
+        "print('SEEN', spark.conf.get('spark.sql.shuffle.partitions'),\n"
+        "      spark.conf.get('spark.databricks.delta.snapshotPartitions'))\n"
+        "spark.stop()\n"
+    )
+    submit = session.spark_home() / "bin" / "spark-submit"
+    asked = ["--master", "local[1]", "--conf", "spark.databricks.delta.snapshotPartitions=9", "--driver-memory", "1g"]
+    done = subprocess.run(
+        [submit, *asked, program], env=os.environ | {"PYSPARK_PYTHON": sys.executable}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "SEEN 8 9" in done.stdout
 
 
 def test_the_session_is_local_quiet_and_speaks_delta(spark: SparkSession) -> None:
