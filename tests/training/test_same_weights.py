@@ -79,7 +79,7 @@ def is_the_same(report: TrainingReport, expected: TrainingReport) -> bool:
 
     def course(of: TrainingReport) -> object:
         losses = [(epoch.loss, epoch.validation_loss) for epoch in of.history.epochs]
-        return of.snapshot, of.images, of.history.curve, of.history.kept, losses, of.test, of.ranking
+        return of.snapshot, of.images, of.history.curve, of.history.best_epoch, losses, of.test, of.ranking
 
     assert course(report) == course(expected)
     return report.model_id == expected.model_id

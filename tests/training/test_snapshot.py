@@ -30,12 +30,14 @@ from cbmir_spark.errors import TrainingError
 from cbmir_spark.ingest import job as ingest_job
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, publication, schemas
+from cbmir_spark.lake.open import open_lake
 from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.models import networks
 from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training import loader as training_loader
 from cbmir_spark.training import loop
 from cbmir_spark.training import snapshot as snapshots
+from cbmir_spark.training.course import Fitting
 from cbmir_spark.training.loader import Loader
 from cbmir_spark.training.manifest import FORMAT, TEST, TRAIN, VALIDATION, DataFile, Snapshot
 from cbmir_spark.training.split import split_patients
@@ -53,7 +55,7 @@ def images_of(patients: dict[str, list[str]]) -> pd.DataFrame:
 # The split
 
 
-def test_split_takes_the_asked_share_of_each_class_and_keeps_lonely_patients_in_train() -> None:
+def test_split_takes_the_asked_share_of_each_class_and_keeps_single_patients_in_train() -> None:
     patients = {"CT/CHEST": [f"a{i}" for i in range(20)], "MR/HEAD": [f"b{i}" for i in range(10)], "US/LIVER": ["c"]}
     side = split_patients(images_of(patients), test_fraction=0.3, validation_fraction=0.1, seed=1)
     count = {label: Counter(side[p] for p in members) for label, members in patients.items()}
@@ -122,7 +124,7 @@ def write_split(folder: Path, files: list[list[int]]) -> Snapshot:
         preprocessing="px1",
         images={},
         patients={},
-        lonely=(),
+        single_patient_classes=(),
         left_out={},
         versions={},
         files={TRAIN: tuple(data), VALIDATION: (), TEST: ()},
@@ -218,7 +220,7 @@ def _losses(folder: Path, rank: int, world: int) -> list[float]:
     snapshot = write_split(folder / f"split {rank} of {world}", [[100, 37]])
     loader = Loader(snapshot, TRAIN, ObjectStore(LOCAL), batch_size=46, seed=1, rank=rank, world=world)
     torch.manual_seed(1)
-    how = loop.Fitting("sgd", learning_rate=1e-3, weight_decay=0.0, epochs=3, class_weights=(1.0,) * 3, seed=1)
+    how = Fitting("sgd", learning_rate=1e-3, weight_decay=0.0, epochs=3, class_weights=(1.0,) * 3, seed=1)
     history = loop.fit(networks.build("alexnet-small", 3), loop.Loaders(loader, None), how)
     return [epoch.loss for epoch in history.epochs]
 
@@ -324,10 +326,8 @@ def lake_and_settings(spark: SparkSession, tmp_path_factory: pytest.TempPathFact
 SPLIT = ("dataset.test_fraction=0.3", "dataset.validation_fraction=0")
 
 
-def make(spark: SparkSession, lake: LakePaths, settings: Settings) -> Snapshot:
-    return snapshots.snapshot(
-        spark, lake, publication.require_published(spark, lake), settings.dataset, ObjectStore(settings.storage)
-    )
+def make(spark: SparkSession, settings: Settings) -> Snapshot:
+    return snapshots.write_snapshot(open_lake(spark, settings), settings.dataset)
 
 
 def content(snapshot: Snapshot, split: str) -> pd.DataFrame:
@@ -338,10 +338,10 @@ def content(snapshot: Snapshot, split: str) -> pd.DataFrame:
 def test_snapshot_holds_every_usable_frame_once_and_no_patient_twice(
     spark: SparkSession, lake_and_settings: tuple[LakePaths, Settings]
 ) -> None:
-    snapshot = make(spark, *lake_and_settings)
+    snapshot = make(spark, lake_and_settings[1])
     assert snapshot.classes == ("CT/CHEST", "MR/HEAD", "US/LIVER")
     assert snapshot.possible == {"CT": ("CT/CHEST",), "MR": ("MR/HEAD",), "US": ("US/LIVER",)}
-    assert snapshot.lonely == ("US/LIVER",) and snapshot.left_out == {"CT/KNEE": 1}
+    assert snapshot.single_patient_classes == ("US/LIVER",) and snapshot.left_out == {"CT/KNEE": 1}
     train, test = content(snapshot, TRAIN), content(snapshot, TEST)
     assert not set(train.patient_id) & set(test.patient_id)
     assert set(test.label) == {"CT/CHEST", "MR/HEAD"}
@@ -375,7 +375,7 @@ def test_rows_of_older_lakes_are_left_out_unless_the_policy_includes_them(
 def test_snapshot_manifest_says_what_the_files_hold(
     spark: SparkSession, lake_and_settings: tuple[LakePaths, Settings]
 ) -> None:
-    snapshot = make(spark, *lake_and_settings)
+    snapshot = make(spark, lake_and_settings[1])
     folder = Path(storage.local_path(snapshot.uri))
     for split in (TRAIN, TEST):
         for file in snapshot.files[split]:
@@ -389,13 +389,13 @@ def test_snapshot_manifest_says_what_the_files_hold(
 def test_snapshot_is_written_once_and_found_again(
     spark: SparkSession, lake_and_settings: tuple[LakePaths, Settings]
 ) -> None:
-    lake, settings = lake_and_settings
-    first = make(spark, lake, settings)
+    _, settings = lake_and_settings
+    first = make(spark, settings)
     folder = Path(storage.local_path(first.uri))
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     # A batch with nothing to learn from moves the Delta versions and leaves the rows as they are.
     publish(spark, settings, [Drawn("late scout", "y", "CT", "CHEST", kind="localizer")], batch=2)
-    again = make(spark, lake, settings)
+    again = make(spark, settings)
     assert again == first
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
 
@@ -403,11 +403,11 @@ def test_snapshot_is_written_once_and_found_again(
 def test_an_unfinished_snapshot_is_written_again_to_the_same_bytes(
     spark: SparkSession, lake_and_settings: tuple[LakePaths, Settings]
 ) -> None:
-    first = make(spark, *lake_and_settings)
+    first = make(spark, lake_and_settings[1])
     folder = Path(storage.local_path(first.uri))
     (folder / "manifest.json").unlink()
     (folder / "train" / "part-00099.parquet").write_bytes(b"left by a killed job")
-    again = make(spark, *lake_and_settings)
+    again = make(spark, lake_and_settings[1])
     assert again.files == first.files
     assert not (folder / "train" / "part-00099.parquet").exists()
 
@@ -415,25 +415,24 @@ def test_an_unfinished_snapshot_is_written_again_to_the_same_bytes(
 def test_snapshot_errors_name_the_cause(
     spark: SparkSession, lake_and_settings: tuple[LakePaths, Settings], tmp_path: Path
 ) -> None:
-    lake, settings = lake_and_settings
+    _, settings = lake_and_settings
 
-    def ask(where: LakePaths, **changes: object) -> None:
-        chosen = settings.model_copy(update={"dataset": settings.dataset.model_copy(update=changes)})
-        make(spark, where, chosen)
+    def ask(settings: Settings, **changes: object) -> None:
+        make(spark, settings.model_copy(update={"dataset": settings.dataset.model_copy(update=changes)}))
 
     with pytest.raises(TrainingError, match=r"1 class\(es\).*\(CT/CHEST\).*MR/HEAD \(9\).*Two are needed"):
-        ask(lake, min_images=10)
+        ask(settings, min_images=10)
     with pytest.raises(TrainingError, match=r"0 class\(es\).*\(none\).*US/LIVER \(3\)"):
-        ask(lake, min_images=100)
+        ask(settings, min_images=100)
     small = settings.model_copy(update={"lake": settings.lake.model_copy(update={"uri": str(tmp_path / "lake")})})
-    own = publish(spark, small, [Drawn(name, name, "CT", "UNKNOWN") for name in "abc"])
+    publish(spark, small, [Drawn(name, name, "CT", "UNKNOWN") for name in "abc"])
     with pytest.raises(TrainingError, match="every body part is UNKNOWN"):
-        ask(own)
+        ask(small)
     publish(spark, small, [Drawn("d", "d", "CT", "CHEST"), Drawn("e", "e", "MR", "HEAD")], batch=2)
     with pytest.raises(TrainingError, match="the test split is empty: no class has enough patients"):
-        ask(own, min_images=1)
+        ask(small, min_images=1)
     with pytest.raises(TrainingError, match=r"validation split is empty.*validation_fraction=0"):
-        ask(own, min_images=1, test_fraction=0.0, validation_fraction=0.2)
+        ask(small, min_images=1, test_fraction=0.0, validation_fraction=0.2)
 
 
 # After an update of the lake
@@ -476,7 +475,7 @@ def test_rows_of_files_that_delta_removed_are_in_no_snapshot_and_in_no_batch(
     settings = config.load(overrides=[*own, "dataset.min_images=2", "dataset.rows_per_group=2", *SPLIT], environ={})
     ingest_job.run(spark, settings)
     lake = LakePaths.of(settings.lake)
-    before = digests(make(spark, lake, settings))
+    before = digests(make(spark, settings))
     assert len(set(before)) == 16
 
     write_slice(archive, 1, "CHEST", turned=64, hour=30)
@@ -492,7 +491,7 @@ def test_rows_of_files_that_delta_removed_are_in_no_snapshot_and_in_no_batch(
     dead = left - set(live)
     assert len(dead) == 2 and dead < set(before), "nothing to be read by mistake"
 
-    snapshot = make(spark, lake, settings)
+    snapshot = make(spark, settings)
     assert digests(snapshot) == live and len(live) == 15
     rows = pd.concat([content(snapshot, split) for split in (TRAIN, TEST)])
     assert sorted(hashlib.sha256(row).hexdigest() for row in rows.pixels) == live
