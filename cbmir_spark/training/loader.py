@@ -23,7 +23,8 @@ from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training.loop import Batch
 from cbmir_spark.training.manifest import TARGET, Snapshot
 
-_STALLED_SECONDS = 120.0
+# Without a row for so long, a reader is taken for one that has ended too early.
+STALLED_SECONDS = 120.0
 # Shards that each batch consists of, where there are enough row groups; each is read by one thread.
 _SHARDS = 4
 
@@ -152,7 +153,7 @@ class Loader:
                 except StopIteration:
                     # Petastorm may report the end before its threads have started: it checks first whether all
                     # work is finished and then whether all was assigned, and both can be true in turn.
-                    if time.monotonic() - since > _STALLED_SECONDS:
+                    if time.monotonic() - since > STALLED_SECONDS:
                         raise TrainingError(
                             f"the snapshot gave {seen} of {expected} rows: its files are not those of the manifest"
                         ) from None

@@ -24,10 +24,10 @@ from cbmir_spark.training.job import TrainingReport
 from tests.support.models import registry_of
 from tests.support.s3_server import S3Server
 from tests.support.tiny_lake import publish
+from tests.support.training import images
 from tests.system.test_cluster import environment
 from tests.system.test_kills import DRIVER_OPTIONS
 from tests.system.test_s3 import _reach
-from tests.training.test_training import images
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -22,29 +22,13 @@ from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.models import embed as embedding
 from cbmir_spark.models import registry
 from cbmir_spark.training import job as training_job
+from cbmir_spark.training.history import Epoch
 from cbmir_spark.training.job import TrainingReport
-from cbmir_spark.training.loop import Epoch
 from tests.conftest import Cbmir
 from tests.support.models import registry_of
 from tests.support.processes import below
-from tests.support.tiny_lake import Drawn, publish
-
-PATIENTS, IMAGES_EACH = 4, 3
-
-
-def images(each: int = IMAGES_EACH) -> list[Drawn]:
-    return [
-        Drawn(f"{modality}{part}{patient}-{number}", f"{modality}{part}{patient}", modality, part)
-        for modality, part in (("CT", "CHEST"), ("CT", "HEAD"), ("MR", "HEAD"))
-        for patient in range(PATIENTS)
-        for number in range(each)
-    ]
-
-
-def settings_for(folder: Path, *overrides: str) -> Settings:
-    own = [f"lake.uri={folder / 'lake'}", "dataset.min_images=3", "training.epochs=2", "training.batch_size=8"]
-    own += ["dataset.test_fraction=0.3", "dataset.validation_fraction=0"]
-    return config.load(overrides=[*own, *overrides], environ={})
+from tests.support.tiny_lake import publish
+from tests.support.training import IMAGES_EACH, PATIENTS, images, settings_for
 
 
 @pytest.fixture(scope="module")
@@ -264,6 +248,9 @@ def test_a_sweep_is_one_run_with_a_run_for_each_training(spark: SparkSession, tr
     elsewhere = settings.model_copy(update={"lake": settings.lake.model_copy(update={"uri": "/nowhere"})})
     with pytest.raises(ConfigError, match=r"lake\.uri differs"):
         training_job.sweep(spark, [settings, elsewhere], "both", counted.append)
+    other = settings.model_copy(update={"mlflow": settings.mlflow.model_copy(update={"model_name": "other"})})
+    with pytest.raises(ConfigError, match="mlflow differs"):
+        training_job.sweep(spark, [settings, other], "both", counted.append)
 
 
 @pytest.mark.parametrize(
