@@ -42,6 +42,7 @@ WITHOUT = {
     "models.networks": {"mlflow", "pydantic", "pyarrow"},
     "models.embed": {"mlflow", "pydantic", "pyarrow"},
     "models.projection": {"mlflow", "pydantic", "pyarrow"},
+    "training.task": {"pyspark", "delta", "mlflow"},
     "training.loop": {"pyspark", "delta", "mlflow", "petastorm", "pydantic", "pyarrow"},
     "training.metrics": {"pyspark", "delta", "mlflow", "petastorm", "pydantic", "pyarrow"},
     "training.checkpoints": {"pyspark", "delta", "mlflow", "petastorm"},

@@ -138,19 +138,19 @@ def print_report(title: str, report: Any) -> None:
 def print_training(title: str, report: "training_job.TrainingReport") -> None:
     """What was learned from, how well, and what became of the model."""
     held = {name: images for name, images in report.images.items() if images}
-    last = report.history.epochs[report.history.kept - 1]
+    last = report.history.epochs[report.history.best_epoch - 1]
     rows = {
         "model": f"{report.model_id}, {report.model_uri}",
         "candidate": f"{'yes' if report.promotion.taken else 'no'}: {report.promotion.reason}",
         "data": "; ".join(f"{name} {n:,} images of {report.patients[name]:,} patients" for name, n in held.items()),
         "left out": ", ".join(f"{label} ({n})" for label, n in report.left_out.items()),
-        "one patient": ", ".join(report.lonely),
-        "epochs": f"{len(report.history.epochs)}, of which {report.history.kept} is kept: loss {last.loss:.4g}, "
+        "one patient": ", ".join(report.single_patient_classes),
+        "epochs": f"{len(report.history.epochs)}, the best is {report.history.best_epoch}: loss {last.loss:.4g}, "
         f"accuracy {last.accuracy:.3f}",
         "speed": f"{last.images_per_second:.0f} images/s, {100 * last.waiting:.0f} % of the time waiting for data",
     }
     if report.history.resumed is not None:
-        rows["went on"] = f"from step {report.history.resumed} of a training that was stopped"
+        rows["resumed"] = f"at step {report.history.resumed}"
     if report.ranking is not None:
         rows["validation"] = (
             f"mAP {report.ranking.mean_average_precision:.3f} (macro "

@@ -125,8 +125,8 @@ def files_of(evaluation: Evaluation) -> dict[str, bytes]:
             of_class = evaluation.retrieval[prefilter].by_class
             series = f"P@{evaluation.k}, prefilter {prefilter}"
             bars[series] = {label: of[PRECISION] for label, of in of_class.items()}
-    matrix = plots.confusion_figure(np.array(confusion.counts), confusion.classes)
-    bar_chart = plots.class_figure(bars, {label: int(of["images"]) for label, of in by_class.items()})
+    matrix = plots.png(plots.confusion_figure(np.array(confusion.counts), confusion.classes))
+    bar_chart = plots.png(plots.class_figure(bars, {label: int(of["images"]) for label, of in by_class.items()}))
     captions = {
         "Test images by true and predicted class; the colour is the share of the true class": matrix,
         f"Recall of the class, and precision at {evaluation.k}; test images in brackets": bar_chart,

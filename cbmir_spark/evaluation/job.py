@@ -135,7 +135,7 @@ def run(spark: SparkSession, settings: Settings) -> Report:
         many=MANY_PATIENTS,
         classification=_classified(tested, snapshot.classes, patients_of, asked.many),
         retrieval=results,
-        notes=notes_on(settings.pixels, unanswerable, len(rows), images, snapshot.lonely),
+        notes=notes_on(settings.pixels, unanswerable, len(rows), images, snapshot.single_patient_classes),
     )
     with record.stage("write"):
         given = settings.evaluation.out
@@ -204,7 +204,7 @@ def _classified(
     """Judge the stored predictions; a prediction outside the classes is wrong, whatever it says."""
     outside = sorted({predicted for _, predicted in tested} - set(classes))
     counts = confusion_matrix(tested, [*classes, *outside])
-    figures = metrics.figures(counts, [*classes, *outside])
+    figures = metrics.classification_figures(counts, [*classes, *outside])
     by_class = {
         label: {**figures.by_class[label], "patients": patients_of.get(label, 0)}
         for label in classes

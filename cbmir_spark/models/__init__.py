@@ -1,1 +1,4 @@
-"""Networks, the files that a trained model travels in, and the registry that names them. Without Spark."""
+"""Networks, their files, and the registry that names them. Without Spark.
+
+`artifact` and `embed` load a model and apply it; `registry.Registry` finds and registers models.
+"""

@@ -1,6 +1,6 @@
-"""What travels with a trained network: weights, manifest, projection. torch, numpy and safetensors only.
+"""Save and load a trained network: weights, manifest, projection. torch, numpy and safetensors only.
 
-This module also runs where there is no Spark and no MLflow: on executors, in notebooks, behind a service.
+Runs where there is no Spark and no MLflow: on executors, in notebooks, behind a service.
 """
 
 import hashlib
@@ -30,16 +30,16 @@ _FOREIGN = "the weights file is not one that cbmir wrote; export the model again
 
 
 def body_part_of(label: str) -> str:
-    """CHEST of the labels CHEST and CT/CHEST."""
+    """Take the body part of a label: CHEST of CHEST and of CT/CHEST."""
     return label.rpartition("/")[2]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a model's weights are and what they may be used with.
+    """The description of a model's weights, and of the pixels that they are for.
 
     `possible` names the classes that each modality had in training. `snapshot` is the digest of the training
-    snapshot. A copy without `weights_sha256` lies in the weights file itself, so that the digest covers both.
+    snapshot. The weights file holds a copy without `weights_sha256`, so that the digest covers both.
     """
 
     format: int
@@ -55,6 +55,7 @@ class Manifest:
 
     @property
     def model_id(self) -> str:
+        """The model's name, unique by its weights' digest."""
         return f"{self.preset}-{self.weights_sha256[:12]}"
 
     def to_json(self) -> str:
@@ -62,7 +63,7 @@ class Manifest:
 
     @staticmethod
     def from_json(text: str | bytes) -> "Manifest":
-        """Raises ModelError where the text is not a manifest, or one of a format that this version cannot read."""
+        """Read a manifest. Raises ModelError where the text is none, or one of another format."""
         try:
             values = json.loads(text)
             found = values.get("format")
@@ -186,16 +187,16 @@ def save(
     preprocessing: str,
     snapshot: str,
 ) -> Saved:
-    """The files of a trained model. The same model gives the same bytes, and so the same model id.
+    """Make the files of a trained model. The same model gives the same bytes, and so the same model id.
 
-    Raises ModelError where classes, model and projection do not belong together.
+    Raises ModelError where classes, model and projection do not fit together.
     """
     if len(classes) != model.classes:
         raise ModelError(f"{len(classes)} classes for a network with {model.classes} outputs")
     if projection.mean.shape != (model.embedding,):
         raise ModelError(f"a projection of {projection.mean.shape} for vectors of {model.embedding}")
     if UNKNOWN in {body_part_of(name) for name in classes}:
-        raise ModelError("UNKNOWN is no class; leave such rows out of the training")
+        raise ModelError("UNKNOWN is no class; leave such rows out of training")
     manifest = Manifest(
         format=FORMAT,
         preset=model.preset.name,

@@ -21,7 +21,7 @@ _THREADS = threading.Lock()
 
 @dataclass(frozen=True)
 class Embedded:
-    """What a model says of N pictures.
+    """Vectors and classes of N pictures.
 
     vectors: (N, D) float32. scores: (N, classes) float32, softmax renormalised over the labels that are
     possible for each picture's modality. labels and probabilities (N,): the best score and its class, or
@@ -35,7 +35,7 @@ class Embedded:
 
 
 def embed_batches(loaded: Loaded, pixels: NDArray[np.uint8], modalities: Sequence[str] | None = None) -> Embedded:
-    """Vectors and class scores of (N, 256, 256) uint8 pixels; runs per task, on the model's device.
+    """Embed and classify (N, 256, 256) uint8 pixels; runs per task, on the model's device.
 
     `modalities` are the N normalised Modality values; UNKNOWN, or no modalities, leaves every class open.
     On one type of processor, a frame gets the same bytes alone and in any batch, in every process: the network runs on
@@ -86,7 +86,7 @@ def _one_thread() -> Iterator[None]:
 def class_scores(
     logits: NDArray[np.float32], manifest: Manifest, modalities: Sequence[str] | None = None
 ) -> NDArray[np.float32]:
-    """(N, classes) softmax over the classes possible for each row's modality, 0 for the others."""
+    """Apply the softmax to (N, classes) logits over the classes possible for each row's modality; 0 for the others."""
     allowed = np.ones(logits.shape, dtype=bool)
     for row, modality in enumerate(modalities or ()):
         if modality != UNKNOWN:

@@ -1,4 +1,4 @@
-"""Principal directions of a model's features, which bound distances."""
+"""Principal directions of a model's features, for lower bounds of distances."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from cbmir_spark.errors import ModelError
 
 PROJECTION_DIRECTIONS = 128
-# Rows that a projection is applied to at a time.
+# Rows per block of a projection.
 _PROJECTED = 1_024
 
 
@@ -26,15 +26,15 @@ class Projection:
 
     @property
     def defect(self) -> float:
-        """‖PPᵀ − I‖₂: how far the rows are from orthonormal, which a proved bound has to allow for."""
+        """‖PPᵀ − I‖₂: the distance of the rows from orthonormal, which a proved bound has to allow for."""
         gram = self.directions @ self.directions.T
         return float(np.linalg.norm(gram - np.eye(len(gram)), 2))
 
     def apply(self, vectors: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-        """(N, D) float32 vectors → (N, K) float32 coordinates and (N,) float64 residual norms.
+        """Project (N, D) float32 vectors to (N, K) float32 coordinates and (N,) float64 residual norms.
 
-        The residual is formed and then measured: ‖x‖² − ‖p‖² loses the digits that the bound lives on. Memory: two
-        float64 blocks of _PROJECTED rows, beside what is given and returned.
+        The residual is formed and then measured, since ‖x‖² − ‖p‖² loses the digits that the bound depends on. Memory:
+        two float64 blocks of _PROJECTED rows, beside the arguments and results.
         """
         coordinates = np.empty((len(vectors), len(self.directions)), np.float32)
         squares = np.empty(len(vectors))
@@ -50,7 +50,7 @@ class Projection:
 
     @staticmethod
     def fit(batches: Iterable[NDArray[np.float32]], directions: int = PROJECTION_DIRECTIONS) -> "Projection":
-        """Principal directions of all rows of the (n, D) batches, in float64; batches are seen once.
+        """Find the principal directions of all rows of the (n, D) batches, in float64; batches are read once.
 
         There are min(directions, D) of them, also where the rows span less: any orthonormal rows give a
         valid bound. Raises ModelError where there are no rows.

@@ -1,16 +1,15 @@
-"""Figures as PNG."""
+"""Matplotlib figures, and their rendering as PNG."""
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 
-def confusion_figure(counts: NDArray[np.int64], classes: Sequence[str]) -> bytes:
-    """The confusion matrix as a PNG: shares of each true class, counts written in."""
+def confusion_figure(counts: NDArray[np.int64], classes: Sequence[str]) -> Figure:
+    """Draw a (true, predicted) confusion matrix: shares of each true class as colours, and the counts."""
     side = max(4.6, 0.4 * len(classes) + 2.2)
     # The object interface: pyplot would look for a display and keep every figure alive.
     figure = Figure(figsize=(side, side), layout="constrained")
@@ -27,11 +26,29 @@ def confusion_figure(counts: NDArray[np.int64], classes: Sequence[str]) -> bytes
     for row, column in zip(*np.nonzero(counts), strict=True):
         colour = "white" if shares[row, column] > 0.55 else "#1b1d1f"
         axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=7, color=colour)
-    return _png(figure)
+    return figure
 
 
-def class_figure(rows: Mapping[str, Mapping[str, float | None]], images: Mapping[str, int]) -> bytes:
-    """Bars of each class as a PNG: `rows` gives for each series its figure by class, in 0…1."""
+def precision_recall_figure(
+    curves: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]], averages: Mapping[str, float]
+) -> Figure:
+    """Draw the (precision, recall) curve of each class, with its average precision."""
+    columns = min(4, max(1, len(curves)))
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(3.0 * columns, 2.6 * max(rows, 1)), layout="constrained")
+    for place, (name, (precision, recall)) in enumerate(curves.items(), 1):
+        axes = figure.add_subplot(rows, columns, place)
+        axes.step(np.append(0.0, recall), np.append(precision[0], precision), where="pre")
+        axes.set(xlim=(0, 1.02), ylim=(0, 1.05))
+        axes.set_title(f"{name}  {averages[name]:.3f}", fontsize=8)
+        axes.tick_params(labelsize=7)
+    figure.supxlabel("recall", fontsize=8)
+    figure.supylabel("precision", fontsize=8)
+    return figure
+
+
+def class_figure(rows: Mapping[str, Mapping[str, float | None]], images: Mapping[str, int]) -> Figure:
+    """Draw bars of each class: `rows` gives for each series its figure by class, in 0…1."""
     classes = list(images)
     # Okabe and Ito's colours, and a hatch for those who see none of them.
     styles = [("#0072b2", ""), ("#e69f00", "//"), ("#009e73", ".."), ("#cc79a7", "xx")]
@@ -53,30 +70,12 @@ def class_figure(rows: Mapping[str, Mapping[str, float | None]], images: Mapping
         axes.spines[edge].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=3, frameon=False, fontsize=8)
-    return _png(figure)
+    return figure
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """Render a figure; the same figure gives the same bytes."""
     stream = io.BytesIO()
-    # No software version in the file: the same figures give the same bytes.
+    # Without the software's version, which would change the bytes.
     figure.savefig(stream, format="png", dpi=130, metadata={"Software": None})
     return stream.getvalue()
-
-
-def small_confusion_figure(confusion: NDArray[np.int64], classes: Sequence[str]) -> Any:
-    # The object interface: pyplot would look for a display and keep every figure alive.
-    from matplotlib.figure import Figure
-
-    side = max(4.0, 0.35 * len(classes) + 2.0)
-    figure = Figure(figsize=(side, side), layout="constrained")
-    axes = figure.subplots()
-    rows = confusion.sum(axis=1, keepdims=True)
-    shares = np.divide(confusion, rows, out=np.zeros(confusion.shape), where=rows > 0)
-    axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
-    axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7)
-    axes.set_yticks(range(len(classes)), classes, fontsize=7)
-    for row, column in zip(*np.nonzero(confusion), strict=True):
-        colour = "white" if shares[row, column] > 0.5 else "black"
-        axes.text(column, row, confusion[row, column], ha="center", va="center", fontsize=6, color=colour)
-    axes.set(xlabel="predicted", ylabel="true", title="Test patients")
-    return figure

@@ -1,20 +1,20 @@
-"""Keep glibc from returning memory between steps."""
+"""Stop glibc from returning memory to the system between training steps."""
 
 import contextlib
 import ctypes
 from collections.abc import Generator
 
-# mallopt(3): the parameters M_TRIM_THRESHOLD and M_MMAP_MAX, and their usual values.
+# mallopt(3): the parameters M_TRIM_THRESHOLD and M_MMAP_MAX, and their defaults.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
-_USUAL = {_TRIM_THRESHOLD: 128 * 2**10, _MMAP_MAX: 65_536}
+_DEFAULTS = {_TRIM_THRESHOLD: 128 * 2**10, _MMAP_MAX: 65_536}
 
 
 @contextlib.contextmanager
-def memory_kept() -> Generator[None, None, None]:
-    """Have this process keep the memory that it frees, for as long as it steps through a training.
+def retain_freed_memory() -> Generator[None, None, None]:
+    """Let this process reuse the memory that it frees, for the duration of the block.
 
-    glibc gives large blocks back to the system and has them mapped anew, page by page, at each step: a third of the
-    time of an AlexNet's step on a CPU. Other C libraries are left as they are.
+    By default glibc returns large blocks to the system and maps them again, page by page, at each step: a third of the
+    time of an AlexNet's step on a CPU. Does nothing with other C libraries.
     """
     libc = ctypes.CDLL(None)
     mallopt, trim = getattr(libc, "mallopt", None), getattr(libc, "malloc_trim", None)
@@ -26,6 +26,6 @@ def memory_kept() -> Generator[None, None, None]:
     try:
         yield
     finally:
-        for parameter, value in _USUAL.items():
+        for parameter, value in _DEFAULTS.items():
             mallopt(parameter, value)
         trim(0)

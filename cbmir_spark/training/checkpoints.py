@@ -1,6 +1,6 @@
-"""Checkpoints of a training: safetensors and JSON in the lake, of which nothing is ever unpickled.
+"""Checkpoints of a training in the lake, as safetensors and JSON; nothing is ever unpickled.
 
-A checkpoint is one object whose name holds its digest. What is torn or was damaged is passed over, and the one before
+A checkpoint is one object whose name holds its digest. Those that are torn or damaged are skipped, and the one before
 is the last good one.
 """
 
@@ -13,23 +13,26 @@ import safetensors.torch
 
 from cbmir_spark import storage
 from cbmir_spark.storage import ObjectStore
-from cbmir_spark.training.loop import Checkpoint
+from cbmir_spark.training.course import Checkpoint
 
-_KEPT = 2
+_RETAINED = 2
 _POSITION = "position"
 _SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True)
-class Folder:
-    """The checkpoints of one training, below a folder of their own; written by its first process alone."""
+class CheckpointFolder:
+    """The checkpoints of one training, in a folder that only its first process writes to.
+
+    `every` is the number of steps from one checkpoint to the next.
+    """
 
     uri: str
     store: ObjectStore
     every: int
 
     def newest(self) -> Checkpoint | None:
-        """The last good one; None where there is none."""
+        """Read the last good checkpoint; None where there is none."""
         for name in reversed(self._names()):
             content = self.store.read_bytes(storage.join(self.uri, name))
             if hashlib.sha256(content).hexdigest() != name.removesuffix(_SUFFIX).partition("-")[2]:
@@ -40,16 +43,17 @@ class Folder:
         return None
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Add one and remove those that it makes superfluous; a reader sees it whole or not at all."""
+        """Add a checkpoint, atomically, and delete all but the newest two."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
         content = safetensors.torch.save(tensors, metadata={_POSITION: json.dumps(dict(checkpoint.position))})
         digest = hashlib.sha256(content).hexdigest()
         name = f"{checkpoint.position['steps']:012d}-{digest}{_SUFFIX}"
         self.store.write_bytes(storage.join(self.uri, name), content)
-        for old in self._names()[:-_KEPT]:
+        for old in self._names()[:-_RETAINED]:
             self.store.delete(storage.join(self.uri, old))
 
     def clear(self) -> None:
+        """Delete the folder."""
         self.store.delete_folder(self.uri)
 
     def _names(self) -> list[str]:

@@ -1,11 +1,15 @@
-"""Read a snapshot's row groups through Petastorm, shuffled and sharded."""
+"""Read a snapshot's row groups through Petastorm, shuffled and sharded.
+
+Petastorm knows nothing of Delta's log and unpickles what it finds in a dataset's folder, so it gets the files that the
+manifest names and never a folder.
+"""
 
 import hashlib
 import math
 import time
 import warnings
-from collections.abc import Generator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,29 +23,39 @@ from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training.loop import Batch
 from cbmir_spark.training.manifest import TARGET, Snapshot
 
-_STALLED_SECONDS = 120.0
-# Shards that the batch of a step is put together from, each read by a thread of its own.
+# Without a row for so long, a reader is taken for one that has ended too early.
+STALLED_SECONDS = 120.0
+# Shards that each batch consists of, where there are enough row groups; each is read by one thread.
 _SHARDS = 4
 
 with warnings.catch_warnings():
-    # distutils and pyarrow's old file systems, at import.
+    # Its import warns of distutils and of pyarrow's old file systems.
     warnings.simplefilter("ignore")
     from petastorm import make_batch_reader
 
-# The same at each row group read. Only petastorm's own modules are silenced.
-warnings.filterwarnings("ignore", category=FutureWarning, module=r"petastorm\.")
-
 RowGroup = tuple[NDArray[np.uint8], NDArray[np.int64]]
+
+
+@contextmanager
+def petastorm_warnings_ignored() -> Iterator[None]:
+    """Ignore the FutureWarnings of Petastorm's own modules for the duration of the block.
+
+    Its threads warn at each row group, and filters are those of the whole process: enter this once for a job or a
+    training process, not for each reader.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"petastorm\.")
+        yield
 
 
 class Loader:
     """One process's share of a split, as (uint8 (n, 256, 256), int64 (n,)) batches of pixels and class numbers.
 
-    Row groups are dealt out to shards in turn, and shards to processes; every shard is cut into the same number of
-    batches of even size, and the batch of a step is what all shards give to it, in their order. So no row is dropped,
-    none is seen twice in an epoch, no process waits for one that has run out, and the batch of a step is the same for
-    any number of processes that divides the number of shards. A process has two rows at least, as batch normalisation
-    needs. Each epoch opens fresh readers (Petastorm cannot begin again in mid-epoch) and closes them on every way out.
+    Row groups go to shards in turn, and shards to processes. Each shard contributes to every step, as evenly as its
+    rows allow, and the batch of a step is the contributions of all shards in their order. So an epoch gives each row
+    once, no process runs out before another, and the batch of a step is the same for any number of processes that
+    divides the number of shards. A process has at least two rows of a batch, since batch normalisation needs them. Each
+    epoch opens fresh readers, since Petastorm cannot restart one in mid-epoch, and closes them however it ends.
     """
 
     def __init__(
@@ -56,9 +70,12 @@ class Loader:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        """`batch_size` is that of a step, over all `world` processes."""
+        """Plan the shards; reads nothing yet. `batch_size` is that of a step, over all `world` processes.
+
+        Raises TrainingError for a seed below 1, and for more processes than row groups.
+        """
         if seed < 1:
-            raise TrainingError(f"seed {seed}: give one from 1 up; Petastorm takes 0 for no seed")
+            raise TrainingError(f"seed {seed}: give one from 1 up; Petastorm takes 0 as no seed")
         files = snapshot.files[split]
         groups = [rows for file in files for rows in file.groups]
         if len(groups) < world:
@@ -67,30 +84,30 @@ class Loader:
                 "lower training.processes or dataset.rows_per_group"
             )
         self._shards = _shards(len(groups), world)
-        # Petastorm's rule of who reads what; `_row_groups` checks that it was kept.
+        # Petastorm assigns row groups in this way; `_row_groups` checks the sums.
         shares = [sum(groups[shard :: self._shards]) for shard in range(self._shards)]
         self.steps = max(1, min(-(-sum(shares) // batch_size), min(shares) // 2))
-        self._sizes = [_even(share, self.steps) for share in shares]
+        self._rows_of_steps = [_even(share, self.steps) for share in shares]
         each = self._shards // world
-        self._own = range(rank * each, (rank + 1) * each)
-        self.rows = sum(shares[shard] for shard in self._own)
+        self._local_shards = range(rank * each, (rank + 1) * each)
+        self.rows = sum(shares[shard] for shard in self._local_shards)
         self._files = [storage.join(snapshot.uri, file.path) for file in files]
         self._store = store
         self._seed, self._shuffle = seed, shuffle
 
     def span(self, step: int) -> tuple[int, int]:
-        """Where this process's rows begin in the whole batch of a step, and how many rows that batch has."""
-        sizes = [shard[step] for shard in self._sizes]
-        return sum(sizes[: self._own.start]), sum(sizes)
+        """Locate this process's rows in the batch of a step: the first of them, and the rows of the whole batch."""
+        sizes = [shard[step] for shard in self._rows_of_steps]
+        return sum(sizes[: self._local_shards.start]), sum(sizes)
 
     def epoch(self, number: int) -> Generator[Batch, None, None]:
-        """The batches of one epoch; the same seed and epoch give the same batches in the same order.
+        """Give the batches of one epoch; the same seed and epoch give the same batches in the same order.
 
-        Raises TrainingError where the files do not hold the rows that the manifest promises.
+        Raises TrainingError where the files have fewer or more rows than the manifest says.
         """
         with ExitStack() as readers:
             parts = []
-            for shard in self._own:
+            for shard in self._local_shards:
                 parts.append(self._part(number, shard))
                 readers.enter_context(closing(parts[-1]))
             for _ in range(self.steps):
@@ -98,27 +115,27 @@ class Loader:
                 yield torch.from_numpy(np.concatenate(pixels)), torch.from_numpy(np.concatenate(targets))
 
     def _part(self, number: int, shard: int) -> Generator[RowGroup, None, None]:
-        """What one shard gives to each step."""
-        held: list[RowGroup] = []
+        """Give one shard's rows of each step."""
+        buffered: list[RowGroup] = []
         waiting = 0
         with closing(self._row_groups(number, shard)) as groups:
-            for size in self._sizes[shard]:
+            for size in self._rows_of_steps[shard]:
                 while waiting < size:
-                    held.append(next(groups))
-                    waiting += len(held[-1][1])
-                part, held = _take(held, size)
+                    buffered.append(next(groups))
+                    waiting += len(buffered[-1][1])
+                part, buffered = _take(buffered, size)
                 waiting -= size
                 yield part
 
     def _row_groups(self, epoch: int, shard: int) -> Generator[RowGroup, None, None]:
-        urls, filesystem = _petastorm_place(self._files, self._store)
+        urls, filesystem = _petastorm_source(self._files, self._store)
         reader = make_batch_reader(
             urls,
             schema_fields=[f"^{TARGET}$", f"^{cols.PIXELS_COLUMN}$"],
             reader_pool_type="thread",
-            # With one worker row groups come in one order; more of them race at the start of each epoch.
+            # One worker gives row groups in a fixed order; several race at the start of each epoch.
             workers_count=1,
-            # Row groups read ahead, 16 MB each with the usual 256 rows.
+            # Row groups read ahead; one of the default 256 rows takes 16 MB.
             results_queue_size=5,
             shuffle_row_groups=self._shuffle,
             shuffle_rows=self._shuffle,
@@ -128,17 +145,17 @@ class Loader:
             shard_count=self._shards,
             filesystem=filesystem,
         )
-        seen, since, promised = 0, time.monotonic(), sum(self._sizes[shard])
+        seen, since, expected = 0, time.monotonic(), sum(self._rows_of_steps[shard])
         try:
-            while seen < promised:
+            while seen < expected:
                 try:
                     group = next(reader)
                 except StopIteration:
-                    # Petastorm may say that it is done before its threads have begun: it asks first whether
-                    # all work is done and then whether all was handed out, and both can be true in turn.
-                    if time.monotonic() - since > _STALLED_SECONDS:
+                    # Petastorm may report the end before its threads have started: it checks first whether all
+                    # work is finished and then whether all was assigned, and both can be true in turn.
+                    if time.monotonic() - since > STALLED_SECONDS:
                         raise TrainingError(
-                            f"the snapshot gave {seen} of {promised} rows: its files are not those of the manifest"
+                            f"the snapshot gave {seen} of {expected} rows: its files are not those of the manifest"
                         ) from None
                     time.sleep(0.01)
                     continue
@@ -146,8 +163,8 @@ class Loader:
                 targets = np.asarray(getattr(group, TARGET), dtype=np.int64)
                 seen, since = seen + len(targets), time.monotonic()
                 yield pixels.reshape(len(targets), cols.SIDE, cols.SIDE), targets
-            if seen > promised:
-                raise TrainingError(f"the snapshot gave {seen} rows, its manifest says {promised}")
+            if seen > expected:
+                raise TrainingError(f"the snapshot gave {seen} rows, its manifest says {expected}")
         finally:
             # Not as a context manager: its exit prints a line.
             reader.stop()
@@ -155,7 +172,7 @@ class Loader:
 
 
 def _shards(groups: int, world: int) -> int:
-    """Into how many shards row groups are dealt out: the same for one, two and four processes, if there are enough."""
+    """Choose the number of shards: the same for one, two and four processes, where there are enough row groups."""
     fixed = next(count for count in (_SHARDS, 2, 1) if count <= groups)
     shared = math.lcm(fixed, world)
     return shared if shared <= groups else world
@@ -166,10 +183,10 @@ def _even(rows: int, steps: int) -> list[int]:
     return [even + 1] * more + [even] * (steps - more)
 
 
-def _take(held: list[RowGroup], size: int) -> tuple[RowGroup, list[RowGroup]]:
-    """The first `size` rows of what is held, and the rest."""
+def _take(buffered: list[RowGroup], size: int) -> tuple[RowGroup, list[RowGroup]]:
+    """Split off the first `size` rows."""
     pixels, targets, rest = [], [], []
-    for group_pixels, group_targets in held:
+    for group_pixels, group_targets in buffered:
         cut = min(size, len(group_targets))
         if cut:
             pixels.append(group_pixels[:cut])
@@ -181,17 +198,17 @@ def _take(held: list[RowGroup], size: int) -> tuple[RowGroup, list[RowGroup]]:
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:
-    """A seed of its own for each epoch, never 0."""
+    """Derive the seed of an epoch, never 0."""
     return 1 + int.from_bytes(hashlib.sha256(f"{seed}:{epoch}".encode()).digest()[:4], "big") // 2
 
 
-def _petastorm_place(uris: Sequence[str], store: ObjectStore) -> tuple[list[str], Any]:
-    """The URLs, and the file system where Petastorm cannot find it by itself."""
+def _petastorm_source(uris: Sequence[str], store: ObjectStore) -> tuple[list[str], Any]:
+    """The URLs, and the file system for object storage, which Petastorm cannot set up by itself."""
     if all(storage.is_local(uri) for uri in uris):
         return list(uris), None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        # Only pyarrow's old file systems select the old reader, which is the one that Petastorm knows.
+        # Petastorm needs pyarrow's old reader, which only the old file systems select.
         from pyarrow.filesystem import S3FSWrapper
 
         wrapped = S3FSWrapper(store.file_system())

@@ -1,4 +1,4 @@
-"""What MLflow records of a training run."""
+"""The record of a training run in MLflow: parameters, metrics, figures, data versions."""
 
 import contextlib
 import platform
@@ -13,24 +13,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cbmir_spark.config import Settings
+from cbmir_spark.config import DatasetSettings
 from cbmir_spark.lake import schemas
 from cbmir_spark.lake.paths import LakePaths
-from cbmir_spark.reports.plots import small_confusion_figure
-from cbmir_spark.training.manifest import SPLITS, Snapshot
-from cbmir_spark.training.metrics import Curve, Figures, K, RankingFigures
+from cbmir_spark.reports.plots import confusion_figure, precision_recall_figure
+from cbmir_spark.training.history import History
+from cbmir_spark.training.manifest import SPLITS
+from cbmir_spark.training.metrics import PRECISION_AT, ClassificationFigures, PrecisionRecall, RankingFigures
+from cbmir_spark.training.task import TrainingTask
 
 
 def parameters(
-    settings: Settings, snapshot: Snapshot, job: Mapping[str, Any], versions: Mapping[str, int]
-) -> dict[str, Any]:
-    fitting = {name: value for name, value in job["fitting"].items() if name != "class_weights"}
+    task: TrainingTask, dataset: DatasetSettings, processes: int, versions: Mapping[str, int]
+) -> dict[str, object]:
+    """Name what a run was trained with and on, as MLflow's parameters."""
+    snapshot = task.snapshot
+    fitting = {name: value for name, value in asdict(task.fitting).items() if name != "class_weights"}
     return {
-        "preset": job["preset"],
+        "preset": task.preset,
         **fitting,
-        "batch_size": job["batch_size"],
-        "processes": job["processes"],
-        **{f"dataset.{name}": value for name, value in settings.dataset.model_dump().items()},
+        "batch_size": task.batch_size,
+        "processes": processes,
+        **{f"dataset.{name}": value for name, value in dataset.model_dump().items()},
         "snapshot": snapshot.digest,
         "preprocessing": snapshot.preprocessing,
         "classes": len(snapshot.classes),
@@ -40,7 +44,23 @@ def parameters(
     }
 
 
-def log_test(mlflow: Any, test: Figures, confusion: NDArray[np.int64], classes: Sequence[str]) -> None:
+def log_history(mlflow: Any, history: History) -> None:
+    """Log the learning curve, and the step that the training was resumed at, if it was."""
+    for point in history.curve:
+        figures = {"step_loss": point.loss, "step_accuracy": point.accuracy, "step_rate": point.learning_rate}
+        mlflow.log_metrics(figures, step=point.step)
+    if history.resumed is not None:
+        mlflow.set_tag("resumed_from_step", str(history.resumed))
+
+
+def log_test(
+    mlflow: Any,
+    test: ClassificationFigures,
+    confusion: NDArray[np.int64],
+    curves: Sequence[PrecisionRecall | None],
+    classes: Sequence[str],
+) -> None:
+    """Log the figures of the test split as metrics, and by class as JSON and pictures below `test/`."""
     mlflow.log_metrics(
         {
             "test_accuracy": test.accuracy,
@@ -49,32 +69,17 @@ def log_test(mlflow: Any, test: Figures, confusion: NDArray[np.int64], classes: 
             "test_macro_f1": test.macro_f1,
         }
     )
+    present = {name: curve for name, curve in zip(classes, curves, strict=True) if curve is not None}
+    averages = {name: curve.average_precision for name, curve in present.items()}
+    points = {name: (curve.precision, curve.recall) for name, curve in present.items()}
     mlflow.log_dict(asdict(test), "test/per_class.json")
-    mlflow.log_figure(small_confusion_figure(confusion, classes), "test/confusion_matrix.png")
-
-
-def log_curves(mlflow: Any, curves: Sequence[Curve | None], classes: Sequence[str]) -> None:
-    """Precision over recall of each class that has test pictures, as one figure and as figures of merit."""
-    from matplotlib.figure import Figure
-
-    there = [(name, curve) for name, curve in zip(classes, curves, strict=True) if curve is not None]
-    mlflow.log_dict({name: curve.average_precision for name, curve in there}, "test/average_precision.json")
-    columns = min(4, max(1, len(there)))
-    rows = -(-len(there) // columns)
-    figure = Figure(figsize=(3.0 * columns, 2.6 * max(rows, 1)), layout="constrained")
-    for place, (name, curve) in enumerate(there, 1):
-        axes = figure.add_subplot(rows, columns, place)
-        axes.step(np.append(0.0, curve.recall), np.append(curve.precision[0], curve.precision), where="pre")
-        axes.set(xlim=(0, 1.02), ylim=(0, 1.05))
-        axes.set_title(f"{name}  {curve.average_precision:.3f}", fontsize=8)
-        axes.tick_params(labelsize=7)
-    figure.supxlabel("recall", fontsize=8)
-    figure.supylabel("precision", fontsize=8)
-    mlflow.log_figure(figure, "test/precision_recall.png")
+    mlflow.log_dict(averages, "test/average_precision.json")
+    mlflow.log_figure(confusion_figure(confusion, classes), "test/confusion_matrix.png")
+    mlflow.log_figure(precision_recall_figure(points, averages), "test/precision_recall.png")
 
 
 def environment() -> dict[str, str]:
-    """Versions of what a training depends on, as tags."""
+    """Name the versions of what a training depends on, as tags."""
     names = ("cbmir_spark", "torch", "numpy", "pyarrow", "petastorm", "pyspark", "delta-spark", "mlflow")
     found = {"version.python": platform.python_version()}
     for name in names:
@@ -88,9 +93,9 @@ def environment() -> dict[str, str]:
 
 
 def _revision(module: Path) -> str | None:
-    """The commit of the checkout that a module is part of, with `-dirty` where files differ from it.
+    """Find the commit of the checkout that a module belongs to, with `-dirty` where files differ from it.
 
-    None for an installed package and without git: then MLflow's own MLFLOW_RUN_CONTEXT may name it, as the image does.
+    None for an installed package and without git; then MLFLOW_RUN_CONTEXT may name it, as it does in the image.
     """
 
     def git(*words: str) -> str:
@@ -100,7 +105,7 @@ def _revision(module: Path) -> str | None:
         return done.stdout.strip()
 
     try:
-        # An environment may lie inside of somebody else's checkout.
+        # An environment may lie inside another project's checkout.
         git("ls-files", "--error-unmatch", module.name)
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
@@ -108,7 +113,7 @@ def _revision(module: Path) -> str | None:
 
 
 def log_inputs(mlflow: Any, lake: LakePaths, versions: Mapping[str, int], digest: str) -> None:
-    """Say which versions of which Delta tables the snapshot `digest` was made from, as MLflow's dataset inputs."""
+    """Log the Delta tables, and their versions, that the snapshot `digest` was made from as dataset inputs."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from mlflow.data.delta_dataset_source import DeltaDatasetSource
@@ -120,10 +125,10 @@ def log_inputs(mlflow: Any, lake: LakePaths, versions: Mapping[str, int], digest
 
 
 def ranking_metrics(ranking: RankingFigures) -> dict[str, float]:
-    """As MLflow metrics, with the names they have there."""
+    """Name the figures as MLflow's metrics."""
     return {
-        f"validation_precision_at_{K}": ranking.precision,
-        f"validation_macro_precision_at_{K}": ranking.macro_precision,
+        f"validation_precision_at_{PRECISION_AT}": ranking.precision,
+        f"validation_macro_precision_at_{PRECISION_AT}": ranking.macro_precision,
         "validation_map": ranking.mean_average_precision,
         "validation_macro_map": ranking.macro_mean_average_precision,
     }

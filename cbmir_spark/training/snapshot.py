@@ -1,21 +1,15 @@
-"""Training snapshots, and the Petastorm loaders that read them; the only module that imports petastorm.
+"""Training snapshots: TAGS ⋈ PIXELS at the published versions, labelled, split by patient, and written once.
 
-A snapshot is TAGS ⋈ PIXELS at pinned Delta versions, labelled, split by patient, and written once:
-
-    <lake>/snapshots/<digest>/{train,validation,test}/part-00000.parquet …   shuffled rows, small row groups
-    <lake>/snapshots/<digest>/manifest.json                                  written last: it makes the rest count
-
-Petastorm knows nothing of Delta's log and unpickles what it finds in a dataset's folder, so it is given the
-files that the manifest names and never a folder.
+<lake>/snapshots/<digest>/{train,validation,test}/part-00000.parquet …   shuffled rows, small row groups
+<lake>/snapshots/<digest>/manifest.json                                  written last: it makes the rest count
 """
 
 import hashlib
 import json
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
-from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from cbmir_spark import storage
@@ -23,10 +17,8 @@ from cbmir_spark.config import Choice, DatasetSettings
 from cbmir_spark.errors import TrainingError
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, schemas
-from cbmir_spark.lake.paths import LakePaths
-from cbmir_spark.lake.publication import Published
+from cbmir_spark.lake.open import OpenLake
 from cbmir_spark.models.artifact import UNKNOWN, LabelKind
-from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training.manifest import (
     FORMAT,
     IMAGES,
@@ -43,19 +35,12 @@ from cbmir_spark.training.manifest import (
 from cbmir_spark.training.snapshot_files import write_files
 from cbmir_spark.training.split import split_patients
 
-with warnings.catch_warnings():
-    # distutils and pyarrow's old file systems, at import; nobody here can mend them.
-    warnings.simplefilter("ignore")
-
-# The same at each row group read. Only petastorm's own modules are silenced.
-warnings.filterwarnings("ignore", category=FutureWarning, module=r"petastorm\.")
-
 
 def labelled(tags: DataFrame, label: LabelKind, burned_in: Choice = "exclude") -> Callable[[DataFrame], DataFrame]:
     """PIXELS → the frames that may be learned from, each with its label.
 
-    Only kind `image` (no localizers, screens, whole slides), none in which burned-in text has to be expected unless
-    the policy (burned_in.py) includes them, and no UNKNOWN in the label: UNKNOWN is never a class.
+    Only kind `image` (no localizers, screens, whole slides), none with a risk of burned-in text unless the policy
+    (dicom/burned_in.py) includes them, and no UNKNOWN in the label: UNKNOWN is never a class.
     """
     known = F.col(cols.BODY_PART) != UNKNOWN
     name: Column = F.col(cols.BODY_PART)
@@ -84,61 +69,48 @@ def labelled(tags: DataFrame, label: LabelKind, burned_in: Choice = "exclude") -
     return apply
 
 
-def snapshot(
-    spark: SparkSession,
-    lake: LakePaths,
-    pinned: Published,
-    settings: DatasetSettings,
-    store: ObjectStore,
-    burned_in: Choice = "exclude",
-) -> Snapshot:
-    """The snapshot of the pinned versions, written unless the same rows were written before.
+def write_snapshot(lake: OpenLake, settings: DatasetSettings, burned_in: Choice = "exclude") -> Snapshot:
+    """Write the snapshot of the published versions, or find it where the same rows were written before.
 
     The driver sees one row for each patient and label; frames are sorted and written by tasks. Raises
     TrainingError where nothing can be learned from, there are fewer than two classes, or a split that was asked
     for stays empty.
     """
-    tags = delta.read(spark, lake.path(schemas.TAGS), pinned.tags)
-    pixels = delta.read(spark, lake.path(schemas.PIXELS), pinned.pixels)
-    frames = pixels.transform(labelled(tags, settings.label, burned_in))
+    published = lake.versions
+    frames = lake.pixels.transform(labelled(lake.tags, settings.label, burned_in))
     counted: pd.DataFrame = (
         frames.groupBy(cols.PATIENT_ID, cols.MODALITY, LABEL).agg(F.count(F.lit(1)).alias(IMAGES)).toPandas()
     )
     if counted.empty:
         raise TrainingError(
-            f"lake {lake.uri} has no frame to learn from: every body part is UNKNOWN, or no row is a plain image "
+            f"lake {lake.paths.uri} has no frame to learn from: every body part is UNKNOWN, or no row is a plain image "
             "without burned-in text; see vocabulary.body_parts and privacy.burned_in in the settings"
         )
     totals = counted.groupby(LABEL)[IMAGES].sum()
     left_out = {str(label): int(n) for label, n in totals.items() if n < settings.min_images}
-    kept = counted[~counted[LABEL].isin(list(left_out))]
-    classes = tuple(sorted(kept[LABEL].unique()))
+    used = counted[~counted[LABEL].isin(list(left_out))]
+    classes = tuple(sorted(used[LABEL].unique()))
     if len(classes) < 2:
         raise TrainingError(
             f"{len(classes)} class(es) with dataset.min_images={settings.min_images} frames or more"
             f" ({', '.join(classes) or 'none'}); too few: {_listed(left_out)}. Two are needed"
         )
-    side = split_patients(kept, settings.test_fraction, settings.validation_fraction, settings.seed)
-    kept = kept.assign(**{SPLIT: kept[cols.PATIENT_ID].map(side)})
-    for name, fraction in ((TEST, settings.test_fraction), (VALIDATION, settings.validation_fraction)):
-        if fraction > 0 and name not in set(side.values()):
-            raise TrainingError(
-                f"the {name} split is empty: no class has enough patients ({len(side)} in all) to hold one back; "
-                f"set dataset.{name}_fraction=0 or ingest more patients"
-            )
-    rows = {name: int(kept.loc[kept[SPLIT] == name, IMAGES].sum()) for name in SPLITS}
-    sided = spark.createDataFrame(pd.DataFrame(sorted(side.items()), columns=[cols.PATIENT_ID, SPLIT]))
+    side = split_patients(used, settings.test_fraction, settings.validation_fraction, settings.seed)
+    _check_splits(side, settings)
+    used = used.assign(**{SPLIT: used[cols.PATIENT_ID].map(side)})
+    rows = {name: int(used.loc[used[SPLIT] == name, IMAGES].sum()) for name in SPLITS}
+    sides = lake.spark.createDataFrame(pd.DataFrame(sorted(side.items()), columns=[cols.PATIENT_ID, SPLIT]))
     chosen = (
         frames.where(F.col(LABEL).isin(list(classes)))
-        .join(F.broadcast(sided), on=cols.PATIENT_ID, how="inner")
+        .join(F.broadcast(sides), on=cols.PATIENT_ID, how="inner")
         .withColumn(KEY, F.sha2(F.concat_ws(":", F.lit(settings.seed), cols.IMAGE_ID, cols.FRAME), 256))
     )
-    digest = _digest(chosen, settings, classes, pinned.preprocessing)
-    uri = storage.join(lake.snapshots, digest)
+    digest = _digest(chosen, settings, classes, published.preprocessing)
+    uri = lake.paths.snapshot(digest)
     manifest = storage.join(uri, MANIFEST)
-    if store.kind(manifest) == "file":
-        return Snapshot.from_json(store.read_bytes(manifest), uri)
-    patients_of = kept.groupby(LABEL)[cols.PATIENT_ID].nunique()
+    if lake.store.kind(manifest) == "file":
+        return Snapshot.from_json(lake.store.read_bytes(manifest), uri)
+    patients_of = used.groupby(LABEL)[cols.PATIENT_ID].nunique()
     written = Snapshot(
         format=FORMAT,
         digest=digest,
@@ -146,27 +118,36 @@ def snapshot(
         label=settings.label,
         classes=classes,
         possible={
-            str(modality): tuple(sorted(group[LABEL].unique())) for modality, group in kept.groupby(cols.MODALITY)
+            str(modality): tuple(sorted(group[LABEL].unique())) for modality, group in used.groupby(cols.MODALITY)
         },
-        preprocessing=pinned.preprocessing,
+        preprocessing=published.preprocessing,
         images={
-            name: {str(k): int(n) for k, n in kept[kept[SPLIT] == name].groupby(LABEL)[IMAGES].sum().items()}
+            name: {str(k): int(n) for k, n in used[used[SPLIT] == name].groupby(LABEL)[IMAGES].sum().items()}
             for name in SPLITS
         },
         patients={name: sum(where == name for where in side.values()) for name in SPLITS},
-        lonely=tuple(str(label) for label, n in patients_of.items() if n == 1),
+        single_patient_classes=tuple(str(label) for label, n in patients_of.items() if n == 1),
         left_out=left_out,
-        versions={"sources": pinned.sources, "tags": pinned.tags, "pixels": pinned.pixels},
-        files=write_files(chosen, uri, rows, classes, settings.rows_per_group, store),
+        versions={"sources": published.sources, "tags": published.tags, "pixels": published.pixels},
+        files=write_files(chosen, uri, rows, classes, settings.rows_per_group, lake.store),
     )
-    store.write_bytes(manifest, written.to_json().encode())
+    lake.store.write_bytes(manifest, written.to_json().encode())
     return written
 
 
-def _digest(chosen: DataFrame, settings: DatasetSettings, classes: Sequence[str], preprocessing: str) -> str:
-    """A name that the rows, their sides and the layout decide; no pixels are read for it.
+def _check_splits(side: Mapping[str, str], settings: DatasetSettings) -> None:
+    for name, fraction in ((TEST, settings.test_fraction), (VALIDATION, settings.validation_fraction)):
+        if fraction > 0 and name not in side.values():
+            raise TrainingError(
+                f"the {name} split is empty: no class has enough patients ({len(side)} in all) to hold one out; "
+                f"set dataset.{name}_fraction=0 or ingest more patients"
+            )
 
-    Rows are hashed by tasks and the hashes added up, so that their order does not matter.
+
+def _digest(chosen: DataFrame, settings: DatasetSettings, classes: Sequence[str], preprocessing: str) -> str:
+    """Name the snapshot by its rows, their sides and its layout; reads no pixels.
+
+    Tasks hash the rows, and the hashes are added up, so that their order does not matter.
     """
     row = F.sha2(F.concat_ws("|", SPLIT, LABEL, cols.IMAGE_ID, cols.FRAME, cols.PIXEL_DIGEST), 256)
     words = [
@@ -174,7 +155,7 @@ def _digest(chosen: DataFrame, settings: DatasetSettings, classes: Sequence[str]
         for word in range(4)
     ]
     sums = chosen.select(row.alias("row")).agg(F.count(F.lit(1)).alias(IMAGES), *words).collect()[0]
-    said = {
+    hashed = {
         "format": FORMAT,
         "label": settings.label,
         "classes": list(classes),
@@ -183,7 +164,7 @@ def _digest(chosen: DataFrame, settings: DatasetSettings, classes: Sequence[str]
         "rows_per_group": settings.rows_per_group,
         "rows": [str(value) for value in sums],
     }
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _listed(counts: Mapping[str, int]) -> str:

@@ -31,11 +31,11 @@ from cbmir_spark.training.manifest import (
 
 
 def erase(uri: str, lost: Callable[[DataFrame], DataFrame], spark: SparkSession, store: ObjectStore) -> tuple[int, int]:
-    """Take frames out of the snapshot in folder `uri`: rows that went, and files that held them.
+    """Remove frames from the snapshot in folder `uri`; the numbers of rows removed and of files rewritten.
 
-    `lost` picks them by their ids. Tasks write the files that hold such frames again under new names, the manifest then
-    names those, and files that it does not name are removed: until then, and after a kill, the snapshot is the old one,
-    whole. Snapshots from before series and study were written to them are known by image and patient alone.
+    `lost` selects them by their ids. Tasks rewrite the affected files under new names, then the manifest names those,
+    then unnamed files are deleted: until the manifest is written, and after a kill, the snapshot is the old one.
+    Snapshots of older versions have the ids of image and patient alone.
     """
     manifest = storage.join(uri, MANIFEST)
     snapshot = Snapshot.from_json(store.read_bytes(manifest), uri)
@@ -48,8 +48,8 @@ def erase(uri: str, lost: Callable[[DataFrame], DataFrame], spark: SparkSession,
         images_of = (
             lost(frames.select(*ids, place)).groupBy(_PATH).agg(F.collect_set(cols.IMAGE_ID).alias(cols.IMAGE_ID))
         )
-        done = images_of.mapInArrow(_eraser(uri, store), _ERASED)
-        written = {row[_PATH]: row for row in done.collect()}
+        erased = images_of.mapInArrow(_eraser(uri, store), _ERASED)
+        written = {row[_PATH]: row for row in erased.collect()}
     if written:
         images = {split: dict(counts) for split, counts in snapshot.images.items()}
         for path, row in written.items():
@@ -60,13 +60,13 @@ def erase(uri: str, lost: Callable[[DataFrame], DataFrame], spark: SparkSession,
         patients: dict[str, int] = {}
         for split, old in snapshot.files.items():
             new = [written.get(file.path, file) for file in old]
-            kept = [
+            remaining = [
                 file if isinstance(file, DataFile) else DataFile(file["made"], tuple(file["groups"]), file["sha256"])
                 for file in new
                 if isinstance(file, DataFile) or file["groups"]
             ]
-            files[split] = tuple(kept)
-            uris = [storage.join(uri, file.path) for file in kept]
+            files[split] = tuple(remaining)
+            uris = [storage.join(uri, file.path) for file in remaining]
             patients[split] = spark.read.parquet(*uris).select(cols.PATIENT_ID).distinct().count() if uris else 0
         snapshot = replace(snapshot, images=images, patients=patients, files=files)
         store.write_bytes(manifest, snapshot.to_json().encode())
@@ -81,7 +81,7 @@ _ERASED = f"{_PATH} string, made string, groups array<int>, sha256 string, lost 
 
 
 def _eraser(uri: str, store: ObjectStore) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
-    """Per task: files and the images to leave out of each → what was written in their place, a row for each file."""
+    """Per task: files and the images to remove from each → a row for each file that replaces one."""
 
     def erase_from(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
@@ -120,7 +120,7 @@ def write_files(
     rows_per_group: int,
     store: ObjectStore,
 ) -> dict[str, tuple[DataFile, ...]]:
-    """Write all splits in one pass; a file's rows and bytes do not depend on how Spark cut its tasks."""
+    """Write all splits in one pass; the files' bytes do not depend on how Spark partitions its tasks."""
     groups = {name: max(-(-n // rows_per_group), min(n, LEAST_GROUPS)) for name, n in rows.items()}
     group_rows = {name: -(-n // groups[name]) if n else 1 for name, n in rows.items()}
     parts = {name: max(1, -(-count // GROUPS_PER_FILE)) for name, count in groups.items()}
@@ -163,7 +163,7 @@ def write_files(
 def _part_writer(
     uri: str, group_rows: Mapping[str, int], store: ObjectStore
 ) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
-    """Per task: sorted rows in, one Parquet file for each (split, part) out, and a row that describes it."""
+    """Per task: sorted rows → one Parquet file for each (split, part), and a row that describes it."""
 
     def write(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         open_part: _Part | None = None
@@ -196,17 +196,17 @@ class _File:
         self._groups: list[int] = []
 
     def add(self, rows: pa.Table) -> None:
-        """One row group, unless there are no rows."""
+        """Append one row group, unless there are no rows."""
         if not len(rows):
             return
         if self._writer is None:
-            # Pixels hardly repeat: a dictionary of them is built in vain.
+            # Pixels rarely repeat, so a dictionary of them would be wasted.
             self._writer = pq.ParquetWriter(self._sink, rows.schema, compression="snappy", use_dictionary=[LABEL])
         self._writer.write_table(rows, row_group_size=len(rows))
         self._groups.append(len(rows))
 
     def close(self, uri: str, store: ObjectStore) -> tuple[list[int], str]:
-        """Write the file, unless it is empty; the rows of its groups and its digest."""
+        """Write the file, unless it is empty; the rows of its groups, and its SHA-256."""
         if self._writer is None:
             return [], ""
         self._writer.close()
@@ -216,25 +216,25 @@ class _File:
 
 
 class _Part:
-    """The file of one split and part, filled in even row groups; in memory, at most a few of them long."""
+    """The file of one split and part, written in even row groups; buffers a few of them in memory."""
 
     def __init__(self, name: tuple[str, int], group_rows: int) -> None:
         self.name = name
         self._group_rows = group_rows
         self._file = _File()
-        self._held: list[pa.RecordBatch] = []
+        self._buffered: list[pa.RecordBatch] = []
 
     def add(self, batch: pa.RecordBatch) -> None:
-        self._held.append(batch)
-        rows = pa.Table.from_batches(self._held)
+        self._buffered.append(batch)
+        rows = pa.Table.from_batches(self._buffered)
         while len(rows) >= self._group_rows:
             self._write(rows.slice(0, self._group_rows))
             rows = rows.slice(self._group_rows)
-        self._held = rows.to_batches()
+        self._buffered = rows.to_batches()
 
     def close(self, uri: str, store: ObjectStore) -> pa.RecordBatch:
-        if self._held:
-            self._write(pa.Table.from_batches(self._held))
+        if self._buffered:
+            self._write(pa.Table.from_batches(self._buffered))
         path = f"{self.name[0]}/part-{self.name[1]:05d}.parquet"
         groups, sha256 = self._file.close(storage.join(uri, path), store)
         return pa.RecordBatch.from_arrays(

@@ -9,12 +9,12 @@ from cbmir_spark.training.manifest import LABEL, TEST, TRAIN, VALIDATION
 
 
 def split_patients(images: pd.DataFrame, test_fraction: float, validation_fraction: float, seed: int) -> dict[str, str]:
-    """Which side each patient is on: `train`, `validation` or `test`. Runs on the driver.
+    """Assign each patient to `train`, `validation` or `test`. Runs on the driver.
 
     `images` has one row for each patient_id and label. Fractions are of each class's patients, taken in an
-    order that only the seed and the ids decide, rarest class first. Train keeps at least one patient of
-    every class; a class with two patients or more gets one in test, unless that would empty another class's
-    train side; validation is served from three patients on.
+    order that only the seed and the ids decide, rarest class first. At least one patient of every class stays in train;
+    a class with two patients or more gets one in test, unless that would empty another class's train side; a class with
+    three or more gets one in validation too.
     """
     patients: dict[str, set[str]] = {}
     labels: dict[str, set[str]] = {}
@@ -22,15 +22,15 @@ def split_patients(images: pd.DataFrame, test_fraction: float, validation_fracti
         patients.setdefault(label, set()).add(patient)
         labels.setdefault(patient, set()).add(label)
     side: dict[str, str] = {}
-    held = dict.fromkeys(patients, 0)
+    held_out = dict.fromkeys(patients, 0)
 
     def may_leave_train(patient: str) -> bool:
-        return all(len(patients[label]) - held[label] > 1 for label in labels[patient])
+        return all(len(patients[label]) - held_out[label] > 1 for label in labels[patient])
 
     def hold_out(patient: str, where: str) -> None:
         side[patient] = where
         for label in labels[patient]:
-            held[label] += 1
+            held_out[label] += 1
 
     def order(patient: str) -> str:
         return hashlib.sha256(f"{seed}:{patient}".encode()).hexdigest()
@@ -51,7 +51,7 @@ def split_patients(images: pd.DataFrame, test_fraction: float, validation_fracti
         for where, count in wanted.items():
             free = [patient for patient in members if patient not in side]
             if not has(label, where):
-                # The first one should also serve other classes that have nobody on this side yet.
+                # Prefer a patient who also serves other classes without anybody on this side.
                 free.sort(key=lambda patient: (-serves(patient, where), order(patient)))
             missing = count - sum(side.get(patient) == where for patient in members)
             for patient in free:

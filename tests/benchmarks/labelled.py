@@ -80,7 +80,7 @@ def figures(told: pd.DataFrame, vectors: NDArray[np.float32], asked: NDArray[np.
     classes = sorted(set(told[LABEL]) | set(told[cols.PREDICTED]))
     pairs = told[asked].groupby([LABEL, cols.PREDICTED]).size()
     counts = measures.confusion_matrix({(str(a), str(b)): int(n) for (a, b), n in pairs.items()}, classes)
-    by_class = metrics.figures(counts, classes).by_class
+    by_class = metrics.classification_figures(counts, classes).by_class
     cells = [label for label in many if by_class[label]["images"]]
     found, relevant = [], []
     labels, patients = told[LABEL].to_numpy(), told[cols.PATIENT_ID].to_numpy()

@@ -42,7 +42,7 @@ from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, publication, schemas
 from cbmir_spark.lake.runs import Stages
 from cbmir_spark.models import artifact
-from cbmir_spark.models.networks import Draw
+from cbmir_spark.models.layers import Draw
 from cbmir_spark.models.projection import Projection
 from cbmir_spark.retrieval import answer as answers
 from cbmir_spark.retrieval import search

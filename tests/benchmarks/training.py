@@ -22,9 +22,12 @@ from PIL import Image
 from cbmir_spark import config, storage
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.models import networks
+from cbmir_spark.models.presets import preset_of
 from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training import allocator, loop
 from cbmir_spark.training import loader as training_loader
+from cbmir_spark.training.course import Fitting
+from cbmir_spark.training.history import Epoch
 from cbmir_spark.training.manifest import FORMAT, TARGET, TEST, TRAIN, VALIDATION, DataFile, Snapshot
 from tests.benchmarks.common import SHARED, keep, tell
 
@@ -66,7 +69,7 @@ def write(folder: Path, pixels: NDArray[np.uint8], targets: NDArray[np.int64]) -
         preprocessing="bench",
         images={},
         patients={},
-        lonely=(),
+        single_patient_classes=(),
         left_out={},
         versions={},
         files={TRAIN: files, VALIDATION: (), TEST: ()},
@@ -74,7 +77,7 @@ def write(folder: Path, pixels: NDArray[np.uint8], targets: NDArray[np.int64]) -
 
 
 class InMemory:
-    """torch's own DataLoader over arrays in memory, as `fitting.fit` reads it."""
+    """torch's own DataLoader over arrays in memory, as `loop.fit` reads it."""
 
     def __init__(self, pixels: NDArray[np.uint8], targets: NDArray[np.int64]) -> None:
         self._data = torch.utils.data.TensorDataset(torch.from_numpy(pixels), torch.from_numpy(targets))
@@ -98,11 +101,11 @@ def loader_alone(loader: training_loader.Loader, rounds: int) -> list[float]:
     return speeds
 
 
-def fitted(preset: str, source: loop.BatchSource, precision: Any) -> loop.Epoch:
+def fitted(preset: str, source: loop.BatchSource, precision: Any) -> Epoch:
     """The figures of a second epoch: the first one allocates memory and chooses kernels."""
     torch.manual_seed(1)
-    recipe = networks.preset_of(preset).recipe
-    course = loop.Fitting(
+    recipe = preset_of(preset).recipe
+    course = Fitting(
         optimiser=recipe.optimiser,
         learning_rate=1e-4,
         weight_decay=recipe.weight_decay,
@@ -114,7 +117,7 @@ def fitted(preset: str, source: loop.BatchSource, precision: Any) -> loop.Epoch:
         augment=recipe.augment,
         precision=precision,
     )
-    with allocator.memory_kept():
+    with allocator.retain_freed_memory():
         return loop.fit(networks.build(preset, CLASSES), loop.Loaders(source, None), course).epochs[-1]
 
 

@@ -24,13 +24,14 @@ from cbmir_spark.evaluation import queries as test_queries
 from cbmir_spark.index import job as index_job
 from cbmir_spark.index import open as index_open
 from cbmir_spark.lake import columns as cols
-from cbmir_spark.lake import publication, schemas
+from cbmir_spark.lake import schemas
+from cbmir_spark.lake.open import open_lake
 from cbmir_spark.models import artifact, networks
 from cbmir_spark.models.projection import Projection
 from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training import metrics
-from cbmir_spark.training import snapshot as snapshots
 from cbmir_spark.training.manifest import Snapshot
+from cbmir_spark.training.snapshot import write_snapshot
 from tests.support import tiny_lake
 from tests.support.tiny_lake import Drawn, draw, pseudonym, publish
 
@@ -209,9 +210,8 @@ def evaluated(
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny_lake, "draw", misleading)
-        lake = publish(spark, settings, IMAGES)
-    pinned = publication.require_published(spark, lake)
-    snapshot = snapshots.snapshot(spark, lake, pinned, settings.dataset, ObjectStore(settings.storage))
+        publish(spark, settings, IMAGES)
+    snapshot = write_snapshot(open_lake(spark, settings), settings.dataset)
     torch.manual_seed(1)
     network = networks.build("alexnet-small", len(snapshot.classes)).eval()
     saved = artifact.save(

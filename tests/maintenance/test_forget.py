@@ -24,6 +24,7 @@ from cbmir_spark.ingest import job as ingest_job
 from cbmir_spark.ingest import parse
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, identity, pseudonyms, publication, schemas
+from cbmir_spark.lake.open import open_lake
 from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.lake.pseudonyms import Pseudonyms
 from cbmir_spark.maintenance import forget
@@ -32,9 +33,9 @@ from cbmir_spark.retrieval import csv_export, query_files
 from cbmir_spark.retrieval import job as retrieval_job
 from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training import loader as training_loader
-from cbmir_spark.training import snapshot as snapshots
 from cbmir_spark.training import snapshot_files
 from cbmir_spark.training.manifest import MANIFEST, SPLITS, TEST, TRAIN, Snapshot
+from cbmir_spark.training.snapshot import write_snapshot
 from tests.conftest import MakeSettings
 from tests.index.test_index import save_model
 from tests.support.leaks import contents
@@ -89,8 +90,7 @@ def prepared(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
     other = lake.features("other-model")
     delta.ensure(spark, schemas.FEATURES, other)
     delta.append(delta.read(spark, indexed.table), schemas.FEATURES, other)
-    pinned = publication.require_published(spark, lake)
-    snapshot = snapshots.snapshot(spark, lake, pinned, settings.dataset, ObjectStore(settings.storage))
+    snapshot = write_snapshot(open_lake(spark, settings), settings.dataset)
     unfinished = Path(storage.local_path(lake.snapshots)) / "unfinished"
     shutil.copytree(storage.local_path(snapshot.uri), unfinished)
     (unfinished / MANIFEST).unlink()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cbmir_spark.errors import ModelError
-from cbmir_spark.models import artifact, networks
+from cbmir_spark.models import artifact, networks, presets
 from cbmir_spark.models import embed as embedding
 from cbmir_spark.models import projection as models_projection
 from cbmir_spark.models.artifact import Manifest, Saved
@@ -87,7 +87,7 @@ def test_small_alexnet_keeps_five_convolutions_and_three_linear_layers() -> None
     assert sum(p.numel() for p in network.parameters()) < 3_000_000
 
 
-@pytest.mark.parametrize("preset", networks.PRESETS)
+@pytest.mark.parametrize("preset", presets.PRESETS)
 def test_what_a_network_embeds_is_what_it_classifies(preset: str) -> None:
     network = networks.build(preset, 3).eval()
     x = network.to_input(torch.from_numpy(pictures(2)))

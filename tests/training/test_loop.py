@@ -17,10 +17,12 @@ import torch.multiprocessing
 
 from cbmir_spark.config import StorageSettings
 from cbmir_spark.errors import TrainingError
-from cbmir_spark.models import networks
+from cbmir_spark.models import layers, networks, presets
 from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training import augment, checkpoints, loop, metrics
-from cbmir_spark.training.loop import Batch, Fitting, Loaders
+from cbmir_spark.training.course import Fitting
+from cbmir_spark.training.history import Epoch
+from cbmir_spark.training.loop import Batch, Loaders
 
 LOCAL = StorageSettings(endpoint=None, region="eu-central-1", path_style=False, attempts=1)
 
@@ -83,7 +85,7 @@ def test_training_learns_and_leaves_the_callers_random_numbers_alone() -> None:
     history = loop.fit(network, Loaders(source, None), course(epochs=6), told.append)
     assert torch.equal(torch.rand(3), expected)
     assert list(history.epochs) == told and [epoch.number for epoch in told] == [1, 2, 3, 4, 5, 6]
-    assert told[-1].loss < 0.5 * told[0].loss and history.kept == 6
+    assert told[-1].loss < 0.5 * told[0].loss and history.best_epoch == 6
     _, confusion = loop.confusion_of(network, source, torch.ones(2))
     assert confusion.tolist() == [[8, 0], [0, 8]]
 
@@ -92,13 +94,13 @@ def test_the_epoch_that_validates_best_is_kept() -> None:
     network, source = small(), InMemory()
     states, scores = [], []
 
-    def remember(epoch: loop.Epoch) -> None:
+    def remember(epoch: Epoch) -> None:
         states.append({name: tensor.clone() for name, tensor in network.state_dict().items()})
         scores.append(epoch.validation_macro_recall)
 
     history = loop.fit(network, Loaders(source, InMemory(rows=8)), course(epochs=4), remember)
-    assert history.kept == max(range(1, 5), key=lambda number: (scores[number - 1], number))
-    kept = states[history.kept - 1]
+    assert history.best_epoch == max(range(1, 5), key=lambda number: (scores[number - 1], number))
+    kept = states[history.best_epoch - 1]
     assert all(torch.equal(kept[name], tensor) for name, tensor in network.state_dict().items())
 
 
@@ -114,7 +116,7 @@ def test_class_weights_make_every_class_count_alike() -> None:
 
 
 def test_figures_of_a_confusion_matrix_by_hand() -> None:
-    found = metrics.figures(np.array([[3, 1, 0], [0, 2, 0], [0, 0, 0]]), ["A", "B", "C"])
+    found = metrics.classification_figures(np.array([[3, 1, 0], [0, 2, 0], [0, 0, 0]]), ["A", "B", "C"])
     assert found.accuracy == pytest.approx(5 / 6)
     assert found.by_class["A"] == pytest.approx({"precision": 1.0, "recall": 0.75, "f1": 6 / 7, "images": 4})
     assert found.by_class["B"] == pytest.approx({"precision": 2 / 3, "recall": 1.0, "f1": 0.8, "images": 2})
@@ -155,8 +157,8 @@ class Stopping(InMemory):
             yield batch
 
 
-def folder(path: Path, every: int = 2) -> checkpoints.Folder:
-    return checkpoints.Folder(f"file://{path}", ObjectStore(LOCAL), every)
+def folder(path: Path, every: int = 2) -> checkpoints.CheckpointFolder:
+    return checkpoints.CheckpointFolder(f"file://{path}", ObjectStore(LOCAL), every)
 
 
 @pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
@@ -175,11 +177,13 @@ def test_a_training_that_was_stopped_ten_times_ends_in_the_same_weights(tmp_path
             left = steps - (before.position["steps"] if before else 0)
             skipped = before.position["done"] if before else 0
             after = skipped + chance.randrange(max(1, left))
-            loop.fit(small(), Loaders(Stopping(after, rows=24), InMemory(rows=8)), how, keeper=kept)
+            loop.fit(small(), Loaders(Stopping(after, rows=24), InMemory(rows=8)), how, checkpoints=kept)
     resumed = small()
-    history = loop.fit(resumed, Loaders(InMemory(rows=24), InMemory(rows=8)), how, keeper=folder(tmp_path / "kept"))
+    history = loop.fit(
+        resumed, Loaders(InMemory(rows=24), InMemory(rows=8)), how, checkpoints=folder(tmp_path / "kept")
+    )
     assert history.resumed is not None and history.resumed > 0
-    assert history.kept == expected.kept
+    assert history.best_epoch == expected.best_epoch
     assert [epoch.loss for epoch in history.epochs] == [epoch.loss for epoch in expected.epochs]
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
@@ -191,22 +195,22 @@ def test_a_training_that_was_stopped_after_its_last_step_is_summed_up(tmp_path: 
     how = course(epochs=2, updates=updates)
     expected = loop.fit(small(), Loaders(InMemory(rows=24), None), how)
 
-    def stop(epoch: loop.Epoch) -> None:
+    def stop(epoch: Epoch) -> None:
         if epoch.number == 2:
             raise Stopped
 
     with pytest.raises(Stopped):
         loop.fit(small(), Loaders(InMemory(rows=24), None), how, stop, folder(tmp_path, every=1))
-    again = loop.fit(small(), Loaders(InMemory(rows=24), None), how, keeper=folder(tmp_path, every=1))
+    again = loop.fit(small(), Loaders(InMemory(rows=24), None), how, checkpoints=folder(tmp_path, every=1))
     assert again.resumed == (updates or 6)
     assert [epoch.loss for epoch in again.epochs] == [epoch.loss for epoch in expected.epochs]
-    assert again.curve == expected.curve and again.kept == expected.kept == 2
+    assert again.curve == expected.curve and again.best_epoch == expected.best_epoch == 2
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
     kept = folder(tmp_path, every=1)
     with pytest.raises(Stopped):
-        loop.fit(small(), Loaders(Stopping(3), None), course(), keeper=kept)
+        loop.fit(small(), Loaders(Stopping(3), None), course(), checkpoints=kept)
     older, newer = sorted(tmp_path.iterdir())
     content = bytearray(newer.read_bytes())
     content[len(content) // 2] ^= 1
@@ -232,7 +236,7 @@ def test_a_checkpoint_runs_no_code_that_was_put_into_it(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_a_number_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
     how = course(optimiser="sgd", learning_rate=1e30, epochs=3)
     with pytest.raises(TrainingError, match="training diverged"):
-        loop.fit(small(), Loaders(InMemory(), None), how, keeper=folder(tmp_path, every=1))
+        loop.fit(small(), Loaders(InMemory(), None), how, checkpoints=folder(tmp_path, every=1))
     found = folder(tmp_path).newest()
     assert found is not None and found.position["steps"] >= 1
 
@@ -288,10 +292,10 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
 # Presets
 
 
-@pytest.mark.parametrize("preset", networks.PRESETS)
+@pytest.mark.parametrize("preset", presets.PRESETS)
 def test_every_preset_learns_two_kinds_of_picture(preset: str) -> None:
     """A few steps by its own recipe, but for the paper's rate, which needs more pictures than these."""
-    recipe = networks.PRESETS[preset].recipe
+    recipe = presets.PRESETS[preset].recipe
     torch.manual_seed(1)
     network = networks.build(preset, 2)
     how = course(
@@ -316,15 +320,15 @@ def test_a_picture_is_changed_alike_wherever_its_row_is_computed() -> None:
     pictures = networks.Network.to_input(torch.from_numpy(InMemory(rows=8).pixels))
 
     def changed(first: int, count: int) -> torch.Tensor:
-        draw = networks.Draw(torch.Generator().manual_seed(5), first, 8)
-        return augment.augmented(pictures[first : first + count], draw)
+        draw = layers.Draw(torch.Generator().manual_seed(5), first, 8)
+        return augment.augment_batch(pictures[first : first + count], draw)
 
     whole = changed(0, 8)
     assert torch.equal(torch.cat([changed(0, 3), changed(3, 5)]), whole)
     assert not torch.allclose(whole, pictures) and whole.shape == pictures.shape
     # A black picture is dark all over: nothing gray comes in from outside.
     black = networks.Network.to_input(torch.zeros(1, 256, 256, dtype=torch.uint8))
-    made = augment.augmented(black, networks.Draw(torch.Generator().manual_seed(5), 0, 1))
+    made = augment.augment_batch(black, layers.Draw(torch.Generator().manual_seed(5), 0, 1))
     assert float(made.max() - made.min()) < 1e-4
 
 

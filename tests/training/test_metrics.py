@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from cbmir_spark.training.metrics import K, rank
+from cbmir_spark.training.metrics import PRECISION_AT, ranking_figures
 
 
 def test_a_ranking_worked_by_hand() -> None:
     gallery = np.array([[0.0], [1.0], [2.0], [3.0], [9.0]], dtype=np.float32)
     labels = [0, 1, 0, 0, 1]
     # Right, wrong, right, right, wrong; then for the other one: right, wrong, wrong, right, wrong.
-    found = rank(np.array([[-1.0], [9.5], [0.0]], dtype=np.float32), [0, 1, 7], gallery, labels)
+    found = ranking_figures(np.array([[-1.0], [9.5], [0.0]], dtype=np.float32), [0, 1, 7], gallery, labels)
     first, second = (1 + 2 / 3 + 3 / 4) / 3, (1 + 2 / 4) / 2
     assert (found.queries, found.without) == (2, 1)
     assert found.mean_average_precision == pytest.approx((first + second) / 2)
@@ -27,8 +27,8 @@ def test_many_random_rankings_against_the_definitions() -> None:
         right = held[np.argsort(((gallery.astype(float) - query) ** 2).sum(1), kind="stable")] == label
         hits = np.flatnonzero(right)
         averages.append(np.mean([(i + 1) / (place + 1) for i, place in enumerate(hits)]))
-        precisions.append(right[: min(K, len(hits))].mean())
-    found = rank(queries, asked, gallery, held)
+        precisions.append(right[: min(PRECISION_AT, len(hits))].mean())
+    found = ranking_figures(queries, asked, gallery, held)
     assert found.mean_average_precision == pytest.approx(np.mean(averages))
     assert found.precision == pytest.approx(np.mean(precisions))
     by_class = [np.mean([a for a, other in zip(averages, asked, strict=True) if other == label]) for label in range(5)]
@@ -36,6 +36,6 @@ def test_many_random_rankings_against_the_definitions() -> None:
 
 
 def test_nothing_to_rank_is_no_division_by_nothing() -> None:
-    none = np.zeros((0, 3), dtype=np.float32)
-    assert rank(none, [], np.ones((2, 3), dtype=np.float32), [0, 1]).mean_average_precision == 0.0
-    assert rank(np.ones((2, 3), dtype=np.float32), [5, 5], np.ones((2, 3), dtype=np.float32), [0, 1]).without == 2
+    none, two = np.zeros((0, 3), dtype=np.float32), np.ones((2, 3), dtype=np.float32)
+    assert ranking_figures(none, [], two, [0, 1]).mean_average_precision == 0.0
+    assert ranking_figures(two, [5, 5], two, [0, 1]).without == 2

@@ -24,10 +24,10 @@ from cbmir_spark.training.job import TrainingReport
 from tests.support.models import registry_of
 from tests.support.s3_server import S3Server
 from tests.support.tiny_lake import publish
+from tests.support.training import images
 from tests.system.test_cluster import environment
 from tests.system.test_kills import DRIVER_OPTIONS
 from tests.system.test_s3 import _reach
-from tests.training.test_training import images
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -79,7 +79,7 @@ def is_the_same(report: TrainingReport, expected: TrainingReport) -> bool:
 
     def course(of: TrainingReport) -> object:
         losses = [(epoch.loss, epoch.validation_loss) for epoch in of.history.epochs]
-        return of.snapshot, of.images, of.history.curve, of.history.kept, losses, of.test, of.ranking
+        return of.snapshot, of.images, of.history.curve, of.history.best_epoch, losses, of.test, of.ranking
 
     assert course(report) == course(expected)
     return report.model_id == expected.model_id

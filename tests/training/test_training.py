@@ -22,29 +22,13 @@ from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.models import embed as embedding
 from cbmir_spark.models import registry
 from cbmir_spark.training import job as training_job
+from cbmir_spark.training.history import Epoch
 from cbmir_spark.training.job import TrainingReport
-from cbmir_spark.training.loop import Epoch
 from tests.conftest import Cbmir
 from tests.support.models import registry_of
 from tests.support.processes import below
-from tests.support.tiny_lake import Drawn, publish
-
-PATIENTS, IMAGES_EACH = 4, 3
-
-
-def images(each: int = IMAGES_EACH) -> list[Drawn]:
-    return [
-        Drawn(f"{modality}{part}{patient}-{number}", f"{modality}{part}{patient}", modality, part)
-        for modality, part in (("CT", "CHEST"), ("CT", "HEAD"), ("MR", "HEAD"))
-        for patient in range(PATIENTS)
-        for number in range(each)
-    ]
-
-
-def settings_for(folder: Path, *overrides: str) -> Settings:
-    own = [f"lake.uri={folder / 'lake'}", "dataset.min_images=3", "training.epochs=2", "training.batch_size=8"]
-    own += ["dataset.test_fraction=0.3", "dataset.validation_fraction=0"]
-    return config.load(overrides=[*own, *overrides], environ={})
+from tests.support.tiny_lake import publish
+from tests.support.training import IMAGES_EACH, PATIENTS, images, settings_for
 
 
 @pytest.fixture(scope="module")
@@ -58,24 +42,24 @@ def trained(
     elsewhere = folder / "working"
     elsewhere.mkdir()
     before = Path.cwd()
-    told: list[Epoch] = []
+    epochs: list[Epoch] = []
     os.chdir(elsewhere)
     try:
-        report = training_job.run(spark, settings, told.append)
+        report = training_job.run(spark, settings, epochs.append)
     finally:
         os.chdir(before)
     assert list(elsewhere.iterdir()) == [], "MLflow wrote into the working folder"
-    return settings, report, told, f"sqlite:///{folder / 'lake' / 'mlflow' / 'mlflow.db'}"
+    return settings, report, epochs, f"sqlite:///{folder / 'lake' / 'mlflow' / 'mlflow.db'}"
 
 
 Trained = tuple[Settings, TrainingReport, list[Epoch], str]
 
 
 def test_run_reports_what_it_did(trained: Trained) -> None:
-    _, report, told, tracking_uri = trained
+    _, report, epochs, tracking_uri = trained
     assert report.images == {"train": 27, "validation": 0, "test": 9} and report.classes == 3
     assert report.patients == {"train": 9, "validation": 0, "test": 3}
-    assert list(report.history.epochs) == told and len(told) == 2
+    assert list(report.history.epochs) == epochs and len(epochs) == 2
     assert report.test is not None and 0.0 <= report.test.macro_recall <= 1.0
     assert report.model_uri == "models:/cbmir/1" and report.tracking_uri == tracking_uri
     assert set(report.seconds) == {"snapshot", "fit", "projection", "test", "ranking", "register"}
@@ -85,7 +69,7 @@ def test_run_reports_what_it_did(trained: Trained) -> None:
 def test_mlflow_run_holds_parameters_metrics_data_versions_and_figures(trained: Trained, tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
-    settings, report, told, tracking_uri = trained
+    settings, report, epochs, tracking_uri = trained
     client = MlflowClient(tracking_uri=tracking_uri)
     run = client.get_run(report.run_id)
     assert run.info.status == "FINISHED"
@@ -113,7 +97,7 @@ def test_mlflow_run_holds_parameters_metrics_data_versions_and_figures(trained: 
     }
     assert {each.digest for each in inputs.values()} == {report.snapshot}
     losses = client.get_metric_history(report.run_id, "train_loss")
-    assert [(m.step, m.value) for m in losses] == [(epoch.number, epoch.loss) for epoch in told]
+    assert [(m.step, m.value) for m in losses] == [(epoch.number, epoch.loss) for epoch in epochs]
     assert report.test is not None
     assert run.data.metrics["test_macro_recall"] == report.test.macro_recall
     by_class = json.loads(Path(client.download_artifacts(report.run_id, "test/per_class.json", tmp_path)).read_text())
@@ -151,7 +135,7 @@ def test_the_candidate_is_a_pickle_free_model_with_a_signature(trained: Trained,
     assert "model.pt2" in names and not {name for name in names if name.endswith((".pkl", ".pth", ".pt"))}
 
 
-def test_the_served_model_says_what_ours_says(trained: Trained) -> None:
+def test_the_served_model_gives_the_scores_of_ours(trained: Trained) -> None:
     import mlflow
 
     settings, report, _, _ = trained
@@ -206,8 +190,8 @@ def test_an_object_store_lake_needs_a_tracking_server() -> None:
     settings = config.load(overrides=["lake.uri=s3a://bucket/lake"], environ={})
     with pytest.raises(ConfigError, match=r"mlflow\.tracking_uri is not set.*s3a://bucket/lake"):
         _ = registry_of(settings).tracking
-    told = settings.mlflow.model_copy(update={"tracking_uri": "http://127.0.0.1:5000"})
-    assert registry_of(settings.model_copy(update={"mlflow": told})).tracking.uri == "http://127.0.0.1:5000"
+    given = settings.mlflow.model_copy(update={"tracking_uri": "http://127.0.0.1:5000"})
+    assert registry_of(settings.model_copy(update={"mlflow": given})).tracking.uri == "http://127.0.0.1:5000"
 
 
 # pyspark does not close the pipe on which it reads what torchrun prints.
@@ -264,10 +248,13 @@ def test_a_sweep_is_one_run_with_a_run_for_each_training(spark: SparkSession, tr
     elsewhere = settings.model_copy(update={"lake": settings.lake.model_copy(update={"uri": "/nowhere"})})
     with pytest.raises(ConfigError, match=r"lake\.uri differs"):
         training_job.sweep(spark, [settings, elsewhere], "both", counted.append)
+    other = settings.model_copy(update={"mlflow": settings.mlflow.model_copy(update={"model_name": "other"})})
+    with pytest.raises(ConfigError, match="mlflow differs"):
+        training_job.sweep(spark, [settings, other], "both", counted.append)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("- training.epochz: 3", "epochz"),
         ("training.epochs: 3", "give a list"),
@@ -277,43 +264,45 @@ def test_a_sweep_is_one_run_with_a_run_for_each_training(spark: SparkSession, tr
         (None, "No such file"),
     ],
 )
-def test_a_sweep_that_cannot_be_read_trains_nothing(tmp_path: Path, cbmir: Cbmir, text: str | None, said: str) -> None:
+def test_a_sweep_that_cannot_be_read_trains_nothing(
+    tmp_path: Path, cbmir: Cbmir, text: str | None, message: str
+) -> None:
     file = tmp_path / "sweep.yaml"
     if text is not None:
         file.write_text(text)
-    status, _, told = cbmir("train", "--sweep", str(file), "--lake", str(tmp_path / "lake"))
-    assert status != 0 and said in told and len(told.strip().splitlines()) == 1
+    status, _, printed = cbmir("train", "--sweep", str(file), "--lake", str(tmp_path / "lake"))
+    assert status != 0 and message in printed and len(printed.strip().splitlines()) == 1
     assert not (tmp_path / "lake").exists()
 
 
-# Stopped and gone on
+# Stopped and resumed
 
 
 class Killed(Exception):
     """What ends a run in the middle, between two epochs."""
 
 
-def test_a_run_that_was_stopped_goes_on_and_ends_in_the_same_model(spark: SparkSession, trained: Trained) -> None:
+def test_a_run_that_was_stopped_resumes_and_ends_in_the_same_model(spark: SparkSession, trained: Trained) -> None:
     settings, report, _, tracking_uri = trained
     often = settings.model_copy(update={"training": settings.training.model_copy(update={"checkpoint_steps": 1})})
-    kept = Path(storage.local_path(LakePaths.of(settings.lake).uri)) / "training"
-    assert not any(kept.rglob("*.safetensors")), "a training that ended leaves no checkpoint"
+    checkpoints = Path(storage.local_path(LakePaths.of(settings.lake).checkpoints))
+    assert not any(checkpoints.rglob("*.safetensors")), "a training that ended leaves no checkpoint"
 
     def die(epoch: Epoch) -> None:
         raise Killed
 
     with pytest.raises(Killed):
         training_job.run(spark, often, die)
-    assert any(kept.rglob("*.safetensors"))
-    told: list[Epoch] = []
-    again = training_job.run(spark, often, told.append)
+    assert any(checkpoints.rglob("*.safetensors"))
+    epochs: list[Epoch] = []
+    again = training_job.run(spark, often, epochs.append)
     assert again.model_id == report.model_id
-    assert [epoch.loss for epoch in told] == [epoch.loss for epoch in report.history.epochs]
+    assert [epoch.loss for epoch in epochs] == [epoch.loss for epoch in report.history.epochs]
     from mlflow import MlflowClient
 
     tags = MlflowClient(tracking_uri=tracking_uri).get_run(again.run_id).data.tags
     assert tags["resumed_from_step"] == str(again.history.resumed) != "0"
-    assert not any(kept.rglob("*.safetensors"))
+    assert not any(checkpoints.rglob("*.safetensors"))
 
 
 def test_runs_are_compared_in_the_terminal(trained: Trained, cbmir: Cbmir, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,8 +314,8 @@ def test_runs_are_compared_in_the_terminal(trained: Trained, cbmir: Cbmir, monke
     assert status == 0 and found["model_id"] == report.model_id and found["parameters"]["preset"] == "alexnet-small"
     assert report.test is not None and found["metrics"]["test_macro_recall"] == report.test.macro_recall
     assert report.run_id[:8] in cbmir("runs", "--lake", folder)[1]
-    status, _, told = cbmir("runs", "--lake", f"{folder}-nowhere")
-    assert status == 1 and "nothing was trained on this lake" in told
+    status, _, printed = cbmir("runs", "--lake", f"{folder}-nowhere")
+    assert status == 1 and "nothing was trained on this lake" in printed
 
 
 @leaves_pipe
@@ -334,7 +323,7 @@ def test_a_process_that_was_killed_is_started_again_from_the_checkpoint(spark: S
     settings, _, _, _ = trained
     how = {"processes": 2, "checkpoint_steps": 1, "epochs": 4, "seed": 7}
     two = settings.model_copy(update={"training": settings.training.model_copy(update=how)})
-    checkpoints = Path(storage.local_path(LakePaths.of(settings.lake).uri)) / "training"
+    checkpoints = Path(storage.local_path(LakePaths.of(settings.lake).checkpoints))
     killed: list[int] = []
 
     def kill() -> None:
