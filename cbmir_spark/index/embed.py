@@ -11,10 +11,10 @@ from pyspark.sql import functions as F
 
 from cbmir_spark.dicom.vocabulary_tables import UNKNOWN
 from cbmir_spark.index import arrays
+from cbmir_spark.index.layout import FEATURES
 from cbmir_spark.index.open import load
 from cbmir_spark.index.verify import KEY, OF_TAGS
 from cbmir_spark.lake import columns as cols
-from cbmir_spark.lake import schemas
 from cbmir_spark.models import artifact
 from cbmir_spark.models import embed as embedding
 from cbmir_spark.models.artifact import Loaded
@@ -37,7 +37,7 @@ def embed(frames: DataFrame, folder: str, store: ObjectStore, batch_size: int, m
                 yield feature_rows(batch.slice(start, batch_size), loaded, minimum)
 
     columns = (*KEY, cols.PIXEL_DIGEST, cols.PIXELS_BATCH, *OF_TAGS, cols.PIXELS_COLUMN)
-    return frames.select(*columns).mapInArrow(rows, schemas.FEATURES.schema)
+    return frames.select(*columns).mapInArrow(rows, FEATURES.schema)
 
 
 def spread(rows: DataFrame, counts: Mapping[tuple[str, str], int], rows_per_file: int) -> DataFrame:
@@ -84,7 +84,7 @@ def feature_rows(batch: pa.RecordBatch, loaded: Loaded, minimum: float) -> pa.Re
         cols.BODY_PART: pa.array([part for part, _ in parts]),
         cols.BODY_PART_SOURCE: pa.array([source for _, source in parts]),
     }
-    names = schemas.FEATURES.schema.names
+    names = FEATURES.schema.names
     return pa.RecordBatch.from_arrays([made[n] if n in made else batch.column(n) for n in names], names=names)
 
 

@@ -19,11 +19,10 @@ from numpy.typing import NDArray
 from cbmir_spark import storage
 from cbmir_spark.index import arrays
 from cbmir_spark.index.byte_sources import Local, Remote, Source, file_system
+from cbmir_spark.index.layout import Place
 from cbmir_spark.index.parquet_pages import HEADER_BYTES, as_in_memory, first_byte, page_values
 from cbmir_spark.storage import ObjectStore
 
-# (modality, body_part)
-Place = tuple[str, str]
 Floats = NDArray[np.float32]
 Numbers = NDArray[np.int64]
 # Files that a task holds open; each takes two descriptors.

@@ -10,17 +10,14 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import LongType, StructField, StructType
 
-from cbmir_spark import storage
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import ModelError, TableError
 from cbmir_spark.index import arrays
-from cbmir_spark.index.open import FILES, open_index
+from cbmir_spark.index.open import open_index, read_model
 from cbmir_spark.lake import columns as cols
-from cbmir_spark.lake import delta, publication, schemas
-from cbmir_spark.lake.paths import LakePaths
-from cbmir_spark.models import artifact
+from cbmir_spark.lake.open import open_lake
 from cbmir_spark.models.artifact import Manifest
-from cbmir_spark.storage import ObjectStore
+from cbmir_spark.models.registry import Registry
 
 KEY = (cols.IMAGE_ID, cols.FRAME)
 OF_TAGS = (
@@ -135,24 +132,21 @@ def faults(batch: pa.RecordBatch, dimension: int) -> NDArray[np.int64]:
     return counts
 
 
-def check(spark: SparkSession, settings: Settings) -> Checked:
+def run(spark: SparkSession, settings: Settings) -> Checked:
     """Compare the whole searched index with the published frames, and look at every vector of it.
 
     Raises TableError where a frame is missing, a row has no frame or comes twice, or a vector cannot be searched; and
     ModelError where the table, or the model's files that workers read, are not the model's.
     """
-    lake = LakePaths.of(settings.lake)
-    pinned = publication.require_published(spark, lake)
-    index = open_index(spark, settings)
-    published = artifact.load(*(ObjectStore(settings.storage).read_bytes(storage.join(index.folder, n)) for n in FILES))
-    if published.manifest != index.manifest:
+    lake = open_lake(spark, settings)
+    frames = live_frames(lake.tags, lake.pixels)
+    registry = Registry(settings.mlflow, lake.paths.uri, lake.store)
+    index = open_index(lake, registry, settings.retrieval.model)
+    if read_model(index.folder, lake.store).load().manifest != index.manifest:
         raise ModelError(f"{index.folder} holds another model than the registry: remove that folder")
-    tags = delta.read(spark, lake.path(schemas.TAGS), pinned.tags)
-    pixels = delta.read(spark, lake.path(schemas.PIXELS), pinned.pixels)
-    verify(live_frames(tags, pixels), index.rows, index.manifest)
-    sources = sources_of(index.rows)
-    files = delta.live_files(spark, index.path, index.version)
-    return Checked(index.manifest.model_id, index.version, sum(sources.values()), len(files))
+    verify(frames, index.rows, index.manifest)
+    rows = sum(sources_of(index.rows).values())
+    return Checked(index.manifest.model_id, index.version, rows, len(index.files))
 
 
 def verify(live: DataFrame, features: DataFrame, manifest: Manifest, batches: Collection[int] | None = None) -> None:

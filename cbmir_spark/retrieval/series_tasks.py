@@ -16,7 +16,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from cbmir_spark.index.vector_files import DataFile, OpenFiles, Place, Read, VectorFile
+from cbmir_spark.index.layout import Place
+from cbmir_spark.index.vector_files import DataFile, OpenFiles, Read, VectorFile
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.retrieval import kernel, tasks
 from cbmir_spark.retrieval.tasks import SearchInputs, Share

@@ -1,5 +1,6 @@
 """Vectors by their place in Parquet files, against Arrow's own reading of the same files."""
 
+import dataclasses
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -18,8 +19,10 @@ from cbmir_spark.config import StorageSettings
 from cbmir_spark.errors import TableError
 from cbmir_spark.index import arrays, vector_files
 from cbmir_spark.index.byte_sources import merged
+from cbmir_spark.index.layout import FEATURES
 from cbmir_spark.index.parquet_pages import page_values
 from cbmir_spark.index.vector_files import DataFile, Floats, OpenFiles, VectorFile
+from cbmir_spark.lake import delta
 from cbmir_spark.spark import session
 from cbmir_spark.spark.python_workers import without_archives
 from cbmir_spark.storage import ObjectStore
@@ -83,10 +86,11 @@ def test_a_vector_that_is_null_or_of_another_length_is_not_read_by_its_place(tmp
 
 
 def test_what_spark_writes_for_the_index_is_read_by_place(spark: SparkSession, tmp_path: Path) -> None:
-    """The writer's settings and the reader agree: in sessions that `session.build` made."""
+    """The table's write settings and the reader agree, for appended rows and for those that a MERGE rewrites."""
     schema = StructType(
         [StructField("number", LongType(), False), StructField("vector", ArrayType(FloatType(), False), False)]
     )
+    table = dataclasses.replace(FEATURES, schema=schema, partitioned_by=(), constraints={})
 
     def made() -> Floats:
         return np.random.default_rng(2).standard_normal((1500, 4096), np.float32)
@@ -97,19 +101,30 @@ def test_what_spark_writes_for_the_index_is_read_by_place(spark: SparkSession, t
             vectors = arrays.vector_column(every[batch.column(0).to_numpy()])
             yield pa.RecordBatch.from_arrays([batch.column(0), vectors], names=schema.names)
 
-    written = spark.range(0, 1500, 1, 1).mapInArrow(rows, schema)
-    written.write.option("compression", "none").parquet(str(tmp_path / "written"))
-    (path,) = (tmp_path / "written").glob("*.parquet")
+    def file_at(version: int) -> Path:
+        (uri,) = delta.live_files(spark, path, version)
+        return Path(storage.local_path(uri))
+
+    path = storage.canonical(str(tmp_path / "written"))
+    delta.ensure(spark, table, path)
+    appended = delta.append(spark.range(0, 1500, 1, 1).mapInArrow(rows, schema), table, path)
     vectors = made()
-    with opened(path) as file:
+    with opened(file_at(appended)) as file:
         found = np.empty((2, 4096), np.float32)
         file.some_vectors("vector", np.array([0, 1]), np.array([5, 0]), found)
         assert file.read.bytes == 2 * 4 * 4096
-        # A row group is as big as `properties` says, where the writer looks at all.
+        # A row group is as big as the write settings say, where the writer looks at all.
         assert 400 < file.rows_of(0) < 700
         assert (found == vectors[[5, file.rows_of(0)]]).all()
         everything = [number for portion in file.portions(0, 1, 100) for number in portion]
         assert (file.vectors("vector", everything, 4096) == vectors).all()
+    gone = spark.createDataFrame([(number,) for number in (0, 3, 1499)], "number long")
+    with opened(file_at(delta.delete_rows(spark, table, path, gone, "true"))) as file:
+        number = file.table([0], ["number"]).column("number").to_numpy()
+        before, found = file.read.bytes, np.empty((1, 4096), np.float32)
+        file.some_vectors("vector", np.array([0]), np.array([7]), found)
+        assert file.read.bytes - before == 4 * 4096
+        assert not set(number) & {0, 3, 1499} and (found == vectors[number[7]]).all()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can be told")

@@ -20,6 +20,7 @@ from cbmir_spark import config, storage
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import InputError, TableError
 from cbmir_spark.index import job as index_job
+from cbmir_spark.index.layout import FEATURES
 from cbmir_spark.ingest import job as ingest_job
 from cbmir_spark.ingest import parse
 from cbmir_spark.lake import columns as cols
@@ -36,8 +37,8 @@ from cbmir_spark.training import snapshot as snapshots
 from cbmir_spark.training import snapshot_files
 from cbmir_spark.training.manifest import MANIFEST, SPLITS, TEST, TRAIN, Snapshot
 from tests.conftest import MakeSettings
-from tests.index.test_index import save_model
 from tests.support.leaks import contents
+from tests.support.models import save_model
 from tests.support.tiny_lake import PREPROCESSING, Drawn, draw, identifiers, owners, publish
 
 GONE = "PATIENT-7531"
@@ -87,8 +88,8 @@ def prepared(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
     save_model(folder / "model", preprocessing=PREPROCESSING)
     indexed = index_job.run(spark, settings)
     other = lake.features("other-model")
-    delta.ensure(spark, schemas.FEATURES, other)
-    delta.append(delta.read(spark, indexed.table), schemas.FEATURES, other)
+    delta.ensure(spark, FEATURES, other)
+    delta.append(delta.read(spark, indexed.table), FEATURES, other)
     pinned = publication.require_published(spark, lake)
     snapshot = snapshots.snapshot(spark, lake, pinned, settings.dataset, ObjectStore(settings.storage))
     unfinished = Path(storage.local_path(lake.snapshots)) / "unfinished"
