@@ -1,8 +1,8 @@
 """TAGS ⋈ PIXELS + model → FEATURES: one vector for each frame, one Delta table for each model.
 
-A model's files are put into the lake once, under a name that is their digest, and every Python worker loads them
-once. Frames that the table lacks are embedded per task, looked over before anything is visible, and appended in one
-commit. When the table then holds exactly the live frames, `champion` moves to the model.
+A model's files are written into the lake once, in a folder named by their digest, and each Python worker loads them
+once. Frames that the table lacks are embedded in tasks, checked before anything is visible, and appended in one commit.
+When the table holds exactly the live frames, `champion` moves to the model.
 """
 
 import json
@@ -22,6 +22,7 @@ from cbmir_spark.index.embed import embed, spread
 from cbmir_spark.index.layout import FEATURES, Place
 from cbmir_spark.index.open import MODEL_PROPERTY, PREPROCESSING_PROPERTY, check_table, publish_model
 from cbmir_spark.index.verify import (
+    FRAME_COLUMNS,
     KEY,
     MISSING,
     ROW_PARTITION,
@@ -43,15 +44,15 @@ from cbmir_spark.lake.schemas import PIXELS, TAGS, Table
 from cbmir_spark.models.artifact import Manifest
 from cbmir_spark.models.registry import CANDIDATE, CHAMPION, Registry
 
-# Frames for one embedding task: minutes of work on a CPU, so that a lost task costs little.
+# Frames per embedding task: minutes of work on a CPU, so that a lost task costs little.
 FRAMES_PER_TASK = 2048
-# Up to so many missing frames their keys and tags (some 400 bytes each) are sent to every task; beyond, Spark sorts.
+# Keys and tags of so many missing frames (about 400 bytes each) are broadcast; for more, Spark sorts.
 MOST_BROADCAST = 200_000
 
 
 @dataclass(frozen=True)
 class Report:
-    """What an index run did. `champion` is the registered version that the alias now names, None if it has none."""
+    """The outcome of an index run. `champion` is the registered version that the alias now names, None if none."""
 
     model_id: str
     table: str
@@ -66,11 +67,22 @@ class Report:
     seconds: Mapping[str, float]
 
 
-def run(spark: SparkSession, settings: Settings) -> Report:
-    """Bring a model's FEATURES up to the published frames, and make it the champion where a registry knows it.
+@dataclass(frozen=True)
+class Changes:
+    """Frames and rows that differ, as `compare` describes them; counts of missing frames by ingest batch and of stale
+    rows by partition.
+    """
 
-    Run again it embeds nothing and commits nothing. Raises ModelError for a model of other preprocessing, TableError,
-    before anything is visible, for vectors that cannot be searched, and Busy while another job writes FEATURES.
+    frames: DataFrame
+    missing: Counter[int]
+    stale: Counter[Place]
+
+
+def run(spark: SparkSession, settings: Settings) -> Report:
+    """Update a model's FEATURES to the published frames, and make a registered model the champion.
+
+    A second run embeds and commits nothing. Raises ModelError for a model of other preprocessing, TableError, before
+    anything is visible, for vectors that cannot be searched, and Busy while another job writes FEATURES.
     """
     with open_for_writing(spark, settings, lease.INDEX) as lake:
         return _run(lake, settings)
@@ -78,7 +90,7 @@ def run(spark: SparkSession, settings: Settings) -> Report:
 
 def _run(lake: OpenLake, settings: Settings) -> Report:
     record = Record("index")
-    spark, pinned = lake.spark, lake.versions
+    pinned = lake.versions
     with record.stage("model"):
         registry = Registry(settings.mlflow, lake.paths.uri, lake.store)
         uri = settings.index.model or registry.alias_uri(CANDIDATE)
@@ -87,84 +99,52 @@ def _run(lake: OpenLake, settings: Settings) -> Report:
         if manifest.preprocessing != pinned.preprocessing:
             raise ModelError(
                 f"model {manifest.model_id} was trained on pixels of preprocessing {manifest.preprocessing}, lake "
-                f"{lake.paths.uri} holds {pinned.preprocessing}: train a model on this lake, or name one of its own"
+                f"{lake.paths.uri} holds {pinned.preprocessing}: train a model on this lake, or name one that was"
             )
         folder = publish_model(lake, saved)
-    before = _table(lake, manifest)
-    path, after = before.path, before.version
+    table = _table(lake, manifest)
     live = live_frames(lake.tags, lake.pixels)
-
     with record.stage("compare"):
-        touched = _changed_batches(lake, path)
-        seen_by = json.dumps({TAGS.name: pinned.tags, PIXELS.name: pinned.pixels})
-        changes = (
-            compare(_of(live, touched), _of(before.rows, touched))
-            .where(F.col(STATE) != SAME)
-            .persist(StorageLevel.MEMORY_AND_DISK)
-        )
-        # One row for each ingest batch or partition that changed: as many as there were nights, not frames.
-        summary = changes.groupBy(STATE, cols.PIXELS_BATCH, *ROW_PARTITION).count().collect()
-    batches = Counter[int]()
-    emptied = Counter[tuple[str, str]]()
-    for row in summary:
-        if row[STATE] == MISSING:
-            batches[row[cols.PIXELS_BATCH]] += row["count"]
-        else:
-            emptied[tuple(row[name] for name in ROW_PARTITION)] += row["count"]
-    embedded, deleted = batches.total(), emptied.total()
-    made = None
-    if embedded:
-        wanted = changes.where(F.col(STATE) == MISSING).select(*live.columns)
+        batches = _changed_batches(lake, table.path)
+        changes = _changes(_of(live, batches), _of(table.rows, batches))
+    rows = None
+    if changes.missing:
         with record.stage("embed"):
-            made = _embedded(lake, settings.index, wanted, batches, folder).persist(StorageLevel.DISK_ONLY)
-            looked = inspect(made, manifest.embedding_dim)
-            if looked.faults or looked.rows != embedded:
-                problem = looked.faults or f"{looked.rows} vectors came out"
-                raise TableError(
-                    f"model {manifest.model_id} embedded {embedded} frames: {problem}; nothing was written, "
-                    "train the model again"
-                )
+            rows = _embedded(lake, settings.index, changes, folder).persist(StorageLevel.DISK_ONLY)
+            _check_vectors(rows, manifest, changes.missing.total())
     lake.check_leases()
     with record.stage("write"):
-        # Deleted first: a reader in between finds a frame missing, never a frame with two vectors.
-        if emptied:
-            within = layout.predicate(emptied, delta.TARGET)
-            after = delta.delete_rows(spark, FEATURES, path, stale_keys(changes), within, "" if embedded else seen_by)
-        if made is not None:
-            grouped = made.groupBy(cols.MODALITY, cols.BODY_PART).count().collect()
-            counts = {(row[cols.MODALITY], row[cols.BODY_PART]): row["count"] for row in grouped}
-            rows = spread(made, counts, settings.index.rows_per_file)
-            after = delta.append(rows, FEATURES, path, seen_by, settings.index.rows_per_file)
-            made.unpersist()
-        written = before if after == before.version else TableVersion(spark, path, after)
-        written = _compact(written, settings.index, seen_by)
-    changes.unpersist()
+        followed = json.dumps({TAGS.name: pinned.tags, PIXELS.name: pinned.pixels})
+        written = _compact(_write(table, changes, rows, settings.index, followed), settings.index, followed)
+    changes.frames.unpersist()
+    if rows is not None:
+        rows.unpersist()
     with record.stage("verify"):
-        verify(_of(live, touched), _of(written.rows, touched), manifest, batches)
-        places = sources_of(written.rows)
+        verify(_of(live, batches), _of(written.rows, batches), manifest, changes.missing)
+        counted = sources_of(written.rows)
     champion = None
     if uri.startswith(("models:/", "runs:/")):
         champion = registry.move_alias(CHAMPION, manifest.model_id)
     sources = dict.fromkeys((cols.FROM_TAG, cols.FROM_PREDICTION, cols.FROM_NOTHING), 0)
-    for (_, _, source), count in places.items():
+    for (_, _, source), count in counted.items():
         sources[source] += count
     report = Report(
         model_id=manifest.model_id,
-        table=path,
+        table=table.path,
         version=written.version,
-        embedded=embedded,
-        deleted=deleted,
+        embedded=changes.missing.total(),
+        deleted=changes.stale.total(),
         rows=sum(sources.values()),
         sources=sources,
-        partitions=len({(modality, body_part) for modality, body_part, _ in places}),
+        partitions=len({(modality, body_part) for modality, body_part, _ in counted}),
         files=len(written.files),
         champion=champion,
         seconds=record.seconds,
     )
     record.write(
-        spark,
+        lake.spark,
         lake.paths,
-        counts={"embedded": embedded, "deleted": deleted, "rows": report.rows},
+        counts={"embedded": report.embedded, "deleted": report.deleted, "rows": report.rows},
         versions_read={"sources": pinned.sources, "tags": pinned.tags, "pixels": pinned.pixels},
         versions_written={"features": written.version},
     )
@@ -205,6 +185,67 @@ def _of(rows: DataFrame, batches: Collection[int] | None) -> DataFrame:
     return rows.where(F.col(cols.PIXELS_BATCH).isin(*batches) if batches else F.lit(False))
 
 
+def _changes(live: DataFrame, features: DataFrame) -> Changes:
+    """Compare and count. The driver gets one row per ingest batch or partition: as many as there were nights."""
+    frames = compare(live, features).where(F.col(STATE) != SAME).persist(StorageLevel.MEMORY_AND_DISK)
+    missing, stale = Counter[int](), Counter[Place]()
+    for row in frames.groupBy(STATE, cols.PIXELS_BATCH, *ROW_PARTITION).count().collect():
+        if row[STATE] == MISSING:
+            missing[row[cols.PIXELS_BATCH]] += row["count"]
+        else:
+            modality, body_part = (row[name] for name in ROW_PARTITION)
+            stale[modality, body_part] += row["count"]
+    return Changes(frames, missing, stale)
+
+
+def _embedded(lake: OpenLake, settings: IndexSettings, changes: Changes, folder: str) -> DataFrame:
+    """Rows of FEATURES for the missing frames; lazy. Of PIXELS only their ingest batches are read."""
+    count = changes.missing.total()
+    missing = changes.frames.where(F.col(STATE) == MISSING).select(*FRAME_COLUMNS)
+    keys = F.broadcast(missing) if count <= MOST_BROADCAST else missing
+    frames = (
+        lake.pixels.where(F.col(cols.BATCH).isin(*changes.missing))
+        .select(*KEY, cols.PIXELS_COLUMN)
+        .join(keys, on=list(KEY), how="inner")
+    )
+    # PIXELS has few and large files: read as they are, one core would embed while the others wait.
+    cores = lake.spark.sparkContext.defaultParallelism
+    tasks = max(math.ceil(count / FRAMES_PER_TASK), min(cores, math.ceil(count / settings.batch_size)))
+    frames = frames.repartition(tasks, *KEY)
+    return embed(frames, folder, lake.store, settings.batch_size, settings.min_probability)
+
+
+def _check_vectors(rows: DataFrame, manifest: Manifest, expected: int) -> None:
+    """Raise TableError unless there are as many vectors as expected and each can be searched."""
+    inspected = inspect(rows, manifest.embedding_dim)
+    if inspected.faults or inspected.rows != expected:
+        problem = inspected.faults or f"{inspected.rows} vectors came out"
+        raise TableError(
+            f"model {manifest.model_id} embedded {expected} frames: {problem}; nothing was written, "
+            "train the model again"
+        )
+
+
+def _write(
+    table: TableVersion, changes: Changes, rows: DataFrame | None, settings: IndexSettings, message: str
+) -> TableVersion:
+    """Delete stale rows, then append new ones: a reader in between may miss a frame, but never finds two vectors."""
+    version = table.version
+    if changes.stale:
+        within = layout.predicate(changes.stale, delta.TARGET)
+        keys = stale_keys(changes.frames)
+        # The message belongs to the last commit, after which the index is up to date.
+        version = delta.delete_rows(
+            table.spark, FEATURES, table.path, keys, within, "" if rows is not None else message
+        )
+    if rows is not None:
+        grouped = rows.groupBy(cols.MODALITY, cols.BODY_PART).count().collect()
+        counts = {(row[cols.MODALITY], row[cols.BODY_PART]): row["count"] for row in grouped}
+        laid_out = spread(rows, counts, settings.rows_per_file)
+        version = delta.append(laid_out, FEATURES, table.path, message, settings.rows_per_file)
+    return table if version == table.version else TableVersion(table.spark, table.path, version)
+
+
 def _compact(table: TableVersion, settings: IndexSettings, message: str) -> TableVersion:
     """Rewrite partitions that many runs have cut into small files; the version that results."""
     files = Counter(layout.place_of(uri) for uri in table.files)
@@ -222,23 +263,6 @@ def _compact(table: TableVersion, settings: IndexSettings, message: str) -> Tabl
     where = layout.predicate(many)
     version = delta.rearrange(spread_rows, FEATURES, table.path, where, message, settings.rows_per_file)
     return TableVersion(table.spark, table.path, version)
-
-
-def _embedded(
-    lake: OpenLake, settings: IndexSettings, wanted: DataFrame, batches: Mapping[int, int], folder: str
-) -> DataFrame:
-    """Rows of FEATURES for the wanted frames; lazy. Only the ingest batches that they are in are read."""
-    count = sum(batches.values())
-    keys = F.broadcast(wanted) if count <= MOST_BROADCAST else wanted
-    frames = (
-        lake.pixels.where(F.col(cols.BATCH).isin(*batches))
-        .select(*KEY, cols.PIXELS_COLUMN)
-        .join(keys, on=list(KEY), how="inner")
-    )
-    # PIXELS has few and large files: read as they lie, one core would embed while the others wait.
-    cores = lake.spark.sparkContext.defaultParallelism
-    tasks = max(math.ceil(count / FRAMES_PER_TASK), min(cores, math.ceil(count / settings.batch_size)))
-    return embed(frames.repartition(tasks, *KEY), folder, lake.store, settings.batch_size, settings.min_probability)
 
 
 def _with_lengths(manifest: Manifest) -> Table:

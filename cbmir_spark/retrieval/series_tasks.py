@@ -178,7 +178,7 @@ def parts(
     read = Read()
     for share in shares:
         with VectorFile(share.file, inputs.store) as file:
-            for row_groups in file.portions(share.part, share.of, height):
+            for row_groups in file.batches(share.part, share.of, height):
                 rows = file.table(row_groups, columns)
                 where = tasks.locations_of(file, share.file.number, row_groups)
                 selected = np.ones(len(rows), dtype=bool) if imputed else tasks.not_imputed(rows)

@@ -131,7 +131,7 @@ def test_run_again_it_embeds_and_commits_nothing_and_asks_for_the_champion(
     assert again.champion == "4"
 
 
-@pytest.mark.parametrize(("spoil", "words"), [(float("nan"), "7 with NaN"), (0.0, "7 of zeros alone")])
+@pytest.mark.parametrize(("spoil", "words"), [(float("nan"), "7 with NaN"), (0.0, "7 all zero")])
 def test_vectors_that_cannot_be_searched_stop_the_job_before_they_are_seen(
     spark: SparkSession, indexed: Indexed, tmp_path: Path, spoil: float, words: str
 ) -> None:
@@ -163,7 +163,7 @@ def test_a_row_twice_is_found(spark: SparkSession, indexed: Indexed) -> None:
     pixels = delta.read(spark, indexed.lake.path(schemas.PIXELS), pinned.pixels)
     rows = open_index(spark, indexed.settings).rows
     doubled = rows.unionByName(rows.where(F.col(cols.IMAGE_ID) == pseudonym("b")))
-    with pytest.raises(TableError, match="lacks 0 frames, holds 0 rows without a frame and 3 rows twice"):
+    with pytest.raises(TableError, match="lacks 0 frames, has 0 rows without a frame and 3 duplicate rows"):
         index_verify.verify(index_verify.live_frames(tags, pixels), doubled, indexed.model.manifest, [])
 
 
@@ -204,7 +204,7 @@ def test_inspection_counts_each_fault(spark: SparkSession) -> None:
     df = spark.createDataFrame(rows, "vector array<float>, residual_norm double").repartition(3)
     found = index_verify.inspect(df, 2)
     assert dataclasses.astuple(found) == (6, 2, 2, 1)
-    assert found.faults == "2 of another dimension, 2 with NaN or infinite values, 1 of zeros alone"
+    assert found.faults == "2 of another dimension, 2 with NaN or infinite values, 1 all zero"
     assert index_verify.inspect(df.where("false"), 2) == index_verify.Inspection(0, 0, 0, 0)
 
 

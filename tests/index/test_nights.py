@@ -91,7 +91,7 @@ def test_nights_are_followed_by_what_changed_and_small_files_become_few(
     rows = open_index(spark, settings).rows
     lost = rows.limit(1).select(cols.MODALITY, cols.BODY_PART, cols.IMAGE_ID, cols.FRAME)
     delta.delete_rows(spark, FEATURES, report.table, spark.createDataFrame(lost.collect(), lost.schema), "true")
-    with pytest.raises(TableError, match="lacks 1 frames, holds 0 rows without a frame and 0 rows twice"):
+    with pytest.raises(TableError, match="lacks 1 frames, has 0 rows without a frame and 0 duplicate rows"):
         index_verify.run(spark, settings)
     # Nothing was published since, so a night does not look there; a full comparison does.
     assert index_job.run(spark, settings).embedded == 0
