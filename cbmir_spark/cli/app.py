@@ -271,10 +271,15 @@ def features(
 ) -> None:
     """Where a model's vectors are: any Parquet reader can open the files."""
     settings = _settings(config, overrides, {"lake.uri": lake, "retrieval.model": model})
-    from cbmir_spark.index import open as index_open
+    from cbmir_spark.index.open import open_index
+    from cbmir_spark.lake.open import open_lake
+    from cbmir_spark.models.registry import Registry
 
     with _session(settings, "features") as spark:
-        table, uris = index_open.live_files(spark, settings)
+        lake_there = open_lake(spark, settings)
+        registry = Registry(settings.mlflow, lake_there.paths.uri, lake_there.store)
+        index = open_index(lake_there, registry, settings.retrieval.model)
+        table, uris = index.path, index.files
     if as_json:
         return console.print_json({"table": table, "files": uris})
     for line in uris if files else [table, f"{len(uris)} live files; --files lists them"]:
@@ -297,7 +302,7 @@ def verify(
     from cbmir_spark.index import verify as index_verify
 
     with _session(settings, "verify") as spark:
-        report = index_verify.check(spark, settings)
+        report = index_verify.run(spark, settings)
     return console.print_json(report) if as_json else console.print_report("Verified", report)
 
 
@@ -426,7 +431,7 @@ def _session(settings: config.Settings, job: str) -> Iterator["SparkSession"]:
 
     spark = session.build(settings, job)
     try:
-        with failures.told(spark, job):
+        with failures.translate_errors(spark, job):
             yield spark
     finally:
         # Where its Java is gone there is nothing left to stop.

@@ -25,6 +25,7 @@ from cbmir_spark import storage
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import CbmirError, EnvironmentProblem, InputError
 from cbmir_spark.lake import pseudonyms
+from cbmir_spark.lake.open import has_tables
 from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.spark import session
 from cbmir_spark.storage import ObjectStore
@@ -131,6 +132,7 @@ def _key(settings: Settings) -> str:
         and settings.privacy.key_file is None
         and local is not None
         and not os.path.exists(os.path.join(local, pseudonyms.KEY_FILE))
+        and not has_tables(lake, ObjectStore(settings.storage))
     ):
         return "none yet: the first ingest makes one in the lake's vault"
     return f"key id {pseudonyms.load(settings.privacy, local).key_id}"

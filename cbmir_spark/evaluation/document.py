@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from cbmir_spark.config import PixelSettings
+from cbmir_spark.config import PixelsSettings
 from cbmir_spark.evaluation.measures import AVERAGE_PRECISION, PRECISION, Figures
 from cbmir_spark.models.artifact import LabelKind
 from cbmir_spark.reports import page, plots
@@ -89,7 +89,7 @@ class Evaluation:
 
 
 def notes_on(
-    pixels: PixelSettings, unanswerable: int, queries: int, images: int, single_patient_classes: Sequence[str]
+    pixels: PixelsSettings, unanswerable: int, queries: int, images: int, single_patient_classes: Sequence[str]
 ) -> list[str]:
     """Write the notes below the figures: what a hit means here, and what limits the figures."""
     notes = [

@@ -97,7 +97,7 @@ def run(spark: SparkSession, settings: Settings) -> Report:
     """
     record = Record("evaluate")
     lake = open_lake(spark, settings)
-    index = open_index(spark, settings)
+    index = open_index(lake, Registry(settings.mlflow, lake.paths.uri, lake.store), settings.retrieval.model)
     kind = index.manifest.label
     with record.stage("queries"):
         snapshot = test_queries.snapshot_of(lake, index.manifest)

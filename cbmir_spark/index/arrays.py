@@ -1,4 +1,4 @@
-"""Columns of Arrow batches as numpy arrays, without a copy where the layout allows it. No Spark session, no torch."""
+"""Convert columns of Arrow batches to numpy arrays, without a copy where the layout allows it."""
 
 import numpy as np
 import pyarrow as pa
@@ -9,14 +9,14 @@ from cbmir_spark.lake import columns as cols
 
 
 def vectors_of(batch: pa.RecordBatch, dimension: int) -> NDArray[np.float32]:
-    """The (n, D) float32 vectors of a batch; see `matrix`."""
+    """Get the (n, D) float32 vectors of a batch; see `matrix`."""
     return matrix(batch.column(cols.VECTOR), dimension)
 
 
 def matrix(lists: pa.ListArray | pa.ChunkedArray, dimension: int | None = None) -> NDArray[np.float32]:
-    """The (n, D) float32 vectors of a column of lists, of one chunk without a copy.
+    """Convert a column of lists to (n, D) float32, without a copy if it is one chunk.
 
-    Raises TableError where one is not of `dimension` (None: any, but all alike).
+    Raises TableError if a list does not have `dimension` values (None: as many as the first).
     """
     if isinstance(lists, pa.ChunkedArray):
         lists = lists.chunk(0) if lists.num_chunks == 1 else lists.combine_chunks()
@@ -30,16 +30,16 @@ def matrix(lists: pa.ListArray | pa.ChunkedArray, dimension: int | None = None) 
 
 
 def vector_column(vectors: NDArray[np.float32]) -> pa.Array:
-    """(n, D) float32 as an Arrow list column."""
+    """Convert (n, D) float32 to an Arrow list column."""
     offsets = np.arange(0, vectors.size + 1, vectors.shape[1], dtype=np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(vectors.reshape(-1)))
 
 
 def pixels_of(batch: pa.RecordBatch) -> NDArray[np.uint8]:
-    """The (n, 256, 256) uint8 pixels of a batch, without a copy. Raises TableError for frames of another size."""
+    """Get the (n, 256, 256) uint8 pixels of a batch, without a copy. Raises TableError for frames of another size."""
     column = batch.column(cols.PIXELS_COLUMN)
     offsets = np.frombuffer(column.buffers()[1], dtype=np.int32)[column.offset : column.offset + len(column) + 1]
     if not (np.diff(offsets) == cols.FRAME_BYTES).all():
-        raise TableError(f"frames in PIXELS are not all of {cols.FRAME_BYTES} bytes")
+        raise TableError(f"PIXELS holds frames that are not {cols.FRAME_BYTES} bytes long: ingest into a new lake")
     values = np.frombuffer(column.buffers()[2], dtype=np.uint8)
     return values[offsets[0] : offsets[-1]].reshape(-1, cols.SIDE, cols.SIDE)

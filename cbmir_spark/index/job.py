@@ -1,8 +1,8 @@
 """TAGS ⋈ PIXELS + model → FEATURES: one vector for each frame, one Delta table for each model.
 
-A model's files are put into the lake once, under a name that is their digest, and every Python worker loads them
-once. Frames that the table lacks are embedded per task, looked over before anything is visible, and appended in one
-commit. When the table then holds exactly the live frames, `champion` moves to the model.
+A model's files are written into the lake once, in a folder named by their digest, and each Python worker loads them
+once. Frames that the table lacks are embedded in tasks, checked before anything is visible, and appended in one commit.
+When the table holds exactly the live frames, `champion` moves to the model.
 """
 
 import json
@@ -15,11 +15,14 @@ from pyspark import StorageLevel
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from cbmir_spark.config import Settings
+from cbmir_spark.config import IndexSettings, Settings
 from cbmir_spark.errors import ModelError, TableError
+from cbmir_spark.index import layout
 from cbmir_spark.index.embed import embed, spread
-from cbmir_spark.index.open import MODEL_PROPERTY, PREPROCESSING_PROPERTY, check_table, publish_model, scan
+from cbmir_spark.index.layout import FEATURES, Place
+from cbmir_spark.index.open import MODEL_PROPERTY, PREPROCESSING_PROPERTY, check_table, publish_model
 from cbmir_spark.index.verify import (
+    FRAME_COLUMNS,
     KEY,
     MISSING,
     ROW_PARTITION,
@@ -33,23 +36,23 @@ from cbmir_spark.index.verify import (
     verify,
 )
 from cbmir_spark.lake import columns as cols
-from cbmir_spark.lake import delta, lease, publication, schemas
-from cbmir_spark.lake.paths import LakePaths
-from cbmir_spark.lake.publication import Published
+from cbmir_spark.lake import delta, lease
+from cbmir_spark.lake.delta import TableVersion
+from cbmir_spark.lake.open import OpenLake, open_for_writing
 from cbmir_spark.lake.runs import Record
+from cbmir_spark.lake.schemas import PIXELS, TAGS, Table
 from cbmir_spark.models.artifact import Manifest
 from cbmir_spark.models.registry import CANDIDATE, CHAMPION, Registry
-from cbmir_spark.storage import ObjectStore
 
-# Frames for one embedding task: minutes of work on a CPU, so that a lost task costs little.
+# Frames per embedding task: minutes of work on a CPU, so that a lost task costs little.
 FRAMES_PER_TASK = 2048
-# Up to so many missing frames their keys and tags (some 400 bytes each) are sent to every task; beyond, Spark sorts.
+# Keys and tags of so many missing frames (about 400 bytes each) are broadcast; for more, Spark sorts.
 MOST_BROADCAST = 200_000
 
 
 @dataclass(frozen=True)
 class Report:
-    """What an index run did. `champion` is the registered version that the alias now names, None if it has none."""
+    """The outcome of an index run. `champion` is the registered version that the alias now names, None if none."""
 
     model_id: str
     table: str
@@ -64,134 +67,114 @@ class Report:
     seconds: Mapping[str, float]
 
 
-def run(spark: SparkSession, settings: Settings) -> Report:
-    """Bring a model's FEATURES up to the published frames, and make it the champion where a registry knows it.
-
-    Run again it embeds nothing and commits nothing. Raises ModelError for a model of other preprocessing, TableError,
-    before anything is visible, for vectors that cannot be searched, and Busy while another job writes FEATURES.
+@dataclass(frozen=True)
+class Changes:
+    """Frames and rows that differ, as `compare` describes them; counts of missing frames by ingest batch and of stale
+    rows by partition.
     """
-    lake = LakePaths.of(settings.lake)
-    publication.require_published(spark, lake)
-    with lease.hold(lake.vault, lease.INDEX, ObjectStore(settings.storage)) as held:
-        return _run(spark, settings, lake, held)
+
+    frames: DataFrame
+    missing: Counter[int]
+    stale: Counter[Place]
 
 
-def _run(spark: SparkSession, settings: Settings, lake: LakePaths, held: lease.Held) -> Report:
+def run(spark: SparkSession, settings: Settings) -> Report:
+    """Update a model's FEATURES to the published frames, and make a registered model the champion.
+
+    A second run embeds and commits nothing. Raises ModelError for a model of other preprocessing, TableError, before
+    anything is visible, for vectors that cannot be searched, and Busy while another job writes FEATURES.
+    """
+    with open_for_writing(spark, settings, lease.INDEX) as lake:
+        return _run(lake, settings)
+
+
+def _run(lake: OpenLake, settings: Settings) -> Report:
     record = Record("index")
-    pinned = publication.require_published(spark, lake)
+    pinned = lake.versions
     with record.stage("model"):
-        registry = Registry(settings.mlflow, lake.uri, ObjectStore(settings.storage))
+        registry = Registry(settings.mlflow, lake.paths.uri, lake.store)
         uri = settings.index.model or registry.alias_uri(CANDIDATE)
         saved = registry.resolve(uri)
         manifest = saved.load().manifest
         if manifest.preprocessing != pinned.preprocessing:
             raise ModelError(
                 f"model {manifest.model_id} was trained on pixels of preprocessing {manifest.preprocessing}, lake "
-                f"{lake.uri} holds {pinned.preprocessing}: train a model on this lake, or name one of its own"
+                f"{lake.paths.uri} holds {pinned.preprocessing}: train a model on this lake, or name one that was"
             )
-        folder = publish_model(saved.weights, manifest, lake, ObjectStore(settings.storage))
-    path = lake.features(manifest.model_id)
-    made_by = {MODEL_PROPERTY: manifest.model_id, PREPROCESSING_PROPERTY: manifest.preprocessing}
-    delta.ensure(spark, _table_of(manifest), path, made_by)
-    check_table(spark, path, manifest)
-    before = delta.version(spark, path)
-    features = delta.read(spark, path, before)
-    tags = delta.read(spark, lake.path(schemas.TAGS), pinned.tags)
-    pixels = delta.read(spark, lake.path(schemas.PIXELS), pinned.pixels)
-    live = live_frames(tags, pixels)
-
+        folder = publish_model(lake, saved)
+    table = _table(lake, manifest)
+    live = live_frames(lake.tags, lake.pixels)
     with record.stage("compare"):
-        touched = _touched(spark, lake, pinned, path)
-        seen_by = json.dumps({schemas.TAGS.name: pinned.tags, schemas.PIXELS.name: pinned.pixels})
-        changes = (
-            compare(_of(live, touched), _of(features, touched))
-            .where(F.col(STATE) != SAME)
-            .persist(StorageLevel.MEMORY_AND_DISK)
-        )
-        # One row for each ingest batch or partition that changed: as many as there were nights, not frames.
-        summary = changes.groupBy(STATE, cols.PIXELS_BATCH, *ROW_PARTITION).count().collect()
-    batches = Counter[int]()
-    emptied = Counter[tuple[str, str]]()
-    for row in summary:
-        if row[STATE] == MISSING:
-            batches[row[cols.PIXELS_BATCH]] += row["count"]
-        else:
-            emptied[tuple(row[name] for name in ROW_PARTITION)] += row["count"]
-    embedded, deleted = batches.total(), emptied.total()
-    after = before
-    made = None
-    if embedded:
-        wanted = changes.where(F.col(STATE) == MISSING).select(*live.columns)
+        batches = _changed_batches(lake, table.path)
+        changes = _changes(_of(live, batches), _of(table.rows, batches))
+    rows = None
+    if changes.missing:
         with record.stage("embed"):
-            made = _embedded(spark, settings, pixels, wanted, batches, folder).persist(StorageLevel.DISK_ONLY)
-            looked = inspect(made, manifest.embedding_dim)
-            if looked.faults or looked.rows != embedded:
-                problem = looked.faults or f"{looked.rows} vectors came out"
-                raise TableError(
-                    f"model {manifest.model_id} embedded {embedded} frames: {problem}; nothing was written, "
-                    "train the model again"
-                )
-    held.check()
+            rows = _embedded(lake, settings.index, changes, folder).persist(StorageLevel.DISK_ONLY)
+            _check_vectors(rows, manifest, changes.missing.total())
+    lake.check_leases()
     with record.stage("write"):
-        # Deleted first: a reader in between finds a frame missing, never a frame with two vectors.
-        if emptied:
-            within = " OR ".join(
-                f"(t.{cols.MODALITY} = '{m}' AND t.{cols.BODY_PART} = '{b}')" for m, b in sorted(emptied)
-            )
-            after = delta.delete_rows(spark, path, stale_keys(changes), within, "" if embedded else seen_by)
-        if made is not None:
-            grouped = made.groupBy(cols.MODALITY, cols.BODY_PART).count().collect()
-            counts = {(row[cols.MODALITY], row[cols.BODY_PART]): row["count"] for row in grouped}
-            rows = spread(made, counts, settings.index.rows_per_file)
-            after = delta.append(rows, schemas.FEATURES, path, seen_by, settings.index.rows_per_file)
-            made.unpersist()
-        after = _compact(spark, settings, path, after, seen_by)
-    changes.unpersist()
+        followed = json.dumps({TAGS.name: pinned.tags, PIXELS.name: pinned.pixels})
+        written = _compact(_write(table, changes, rows, settings.index, followed), settings.index, followed)
+    changes.frames.unpersist()
+    if rows is not None:
+        rows.unpersist()
     with record.stage("verify"):
-        features = delta.read(spark, path, after)
-        verify(_of(live, touched), _of(features, touched), manifest, batches)
-        places = sources_of(features)
+        verify(_of(live, batches), _of(written.rows, batches), manifest, changes.missing)
+        counted = sources_of(written.rows)
     champion = None
     if uri.startswith(("models:/", "runs:/")):
         champion = registry.move_alias(CHAMPION, manifest.model_id)
     sources = dict.fromkeys((cols.FROM_TAG, cols.FROM_PREDICTION, cols.FROM_NOTHING), 0)
-    for (_, _, source), count in places.items():
+    for (_, _, source), count in counted.items():
         sources[source] += count
     report = Report(
         model_id=manifest.model_id,
-        table=path,
-        version=after,
-        embedded=embedded,
-        deleted=deleted,
+        table=table.path,
+        version=written.version,
+        embedded=changes.missing.total(),
+        deleted=changes.stale.total(),
         rows=sum(sources.values()),
         sources=sources,
-        partitions=len({(modality, body_part) for modality, body_part, _ in places}),
-        files=len(features.inputFiles()),
+        partitions=len({(modality, body_part) for modality, body_part, _ in counted}),
+        files=len(written.files),
         champion=champion,
         seconds=record.seconds,
     )
     record.write(
-        spark,
-        lake,
-        counts={"embedded": embedded, "deleted": deleted, "rows": report.rows},
+        lake.spark,
+        lake.paths,
+        counts={"embedded": report.embedded, "deleted": report.deleted, "rows": report.rows},
         versions_read={"sources": pinned.sources, "tags": pinned.tags, "pixels": pinned.pixels},
-        versions_written={"features": after},
+        versions_written={"features": written.version},
     )
     return report
 
 
-def _touched(spark: SparkSession, lake: LakePaths, pinned: Published, path: str) -> frozenset[int] | None:
-    """Ingest batches that are not as the index has seen them; None where that is not known, so that all are looked at.
+def _table(lake: OpenLake, manifest: Manifest) -> TableVersion:
+    """Look up the model's FEATURES, created where there is no table yet."""
+    path = lake.paths.features(manifest.model_id)
+    found = delta.latest(lake.spark, path)
+    if found is None:
+        made_by = {MODEL_PROPERTY: manifest.model_id, PREPROCESSING_PROPERTY: manifest.preprocessing}
+        delta.ensure(lake.spark, _with_lengths(manifest), path, made_by)
+        return TableVersion(lake.spark, path, delta.version(lake.spark, path))
+    check_table(path, found, manifest)
+    return TableVersion(lake.spark, path, found.version)
+
+
+def _changed_batches(lake: OpenLake, path: str) -> frozenset[int] | None:
+    """Ingest batches that changed since the index was last written; None where that is unknown.
 
     The index's commits carry the versions of TAGS and PIXELS that they followed.
     """
-    told = delta.last_message(spark, path)
-    if told is None:
+    message = delta.last_message(lake.spark, path)
+    if message is None:
         return None
-    seen = json.loads(told)
+    followed = json.loads(message)
     found = [
-        delta.changed_batches(spark, lake.path(table), seen[table.name], version)
-        for table, version in ((schemas.TAGS, pinned.tags), (schemas.PIXELS, pinned.pixels))
+        delta.changed_batches(lake.table(table, followed[table.name]), lake.table(table, version))
+        for table, version in ((TAGS, lake.versions.tags), (PIXELS, lake.versions.pixels))
     ]
     return None if None in found else frozenset().union(*(batches for batches in found if batches is not None))
 
@@ -202,56 +185,90 @@ def _of(rows: DataFrame, batches: Collection[int] | None) -> DataFrame:
     return rows.where(F.col(cols.PIXELS_BATCH).isin(*batches) if batches else F.lit(False))
 
 
-def _compact(spark: SparkSession, settings: Settings, path: str, version: int, message: str) -> int:
-    """Write partitions that nights have cut into many small files anew; the version that there then is."""
-    files = Counter(publication.place_of(uri) for uri in delta.live_files(spark, path, version))
-    if not any(count > settings.index.max_extra_files for count in files.values()):
-        return version
-    features = delta.read(spark, path, version)
-    rows = Counter[tuple[str, str]]()
-    for (modality, body_part, _), count in sources_of(features).items():
-        rows[modality, body_part] += count
-    needed = {place: math.ceil(rows[place] / settings.index.rows_per_file) for place in files}
-    many = [place for place, count in files.items() if count > needed[place] + settings.index.max_extra_files]
-    if not many:
-        return version
-    laid = spread(scan(features, many), {place: rows[place] for place in many}, settings.index.rows_per_file)
-    where = " OR ".join(f"({cols.MODALITY} = '{m}' AND {cols.BODY_PART} = '{b}')" for m, b in sorted(many))
-    return delta.rearrange(laid, schemas.FEATURES, path, where, message, settings.index.rows_per_file)
+def _changes(live: DataFrame, features: DataFrame) -> Changes:
+    """Compare and count. The driver gets one row per ingest batch or partition: as many as there were nights."""
+    frames = compare(live, features).where(F.col(STATE) != SAME).persist(StorageLevel.MEMORY_AND_DISK)
+    missing, stale = Counter[int](), Counter[Place]()
+    for row in frames.groupBy(STATE, cols.PIXELS_BATCH, *ROW_PARTITION).count().collect():
+        if row[STATE] == MISSING:
+            missing[row[cols.PIXELS_BATCH]] += row["count"]
+        else:
+            modality, body_part = (row[name] for name in ROW_PARTITION)
+            stale[modality, body_part] += row["count"]
+    return Changes(frames, missing, stale)
 
 
-def _embedded(
-    spark: SparkSession,
-    settings: Settings,
-    pixels: DataFrame,
-    wanted: DataFrame,
-    batches: Mapping[int, int],
-    folder: str,
-) -> DataFrame:
-    """Rows of FEATURES for the wanted frames; lazy. Only the ingest batches that they are in are read."""
-    count = sum(batches.values())
-    keys = F.broadcast(wanted) if count <= MOST_BROADCAST else wanted
+def _embedded(lake: OpenLake, settings: IndexSettings, changes: Changes, folder: str) -> DataFrame:
+    """Rows of FEATURES for the missing frames; lazy. Of PIXELS only their ingest batches are read."""
+    count = changes.missing.total()
+    missing = changes.frames.where(F.col(STATE) == MISSING).select(*FRAME_COLUMNS)
+    keys = F.broadcast(missing) if count <= MOST_BROADCAST else missing
     frames = (
-        pixels.where(F.col(cols.BATCH).isin(*batches))
+        lake.pixels.where(F.col(cols.BATCH).isin(*changes.missing))
         .select(*KEY, cols.PIXELS_COLUMN)
         .join(keys, on=list(KEY), how="inner")
     )
-    # PIXELS has few and large files: read as they lie, one core would embed while the others wait.
-    cores = spark.sparkContext.defaultParallelism
-    tasks = max(math.ceil(count / FRAMES_PER_TASK), min(cores, math.ceil(count / settings.index.batch_size)))
-    return embed(
-        frames.repartition(tasks, *KEY),
-        folder,
-        ObjectStore(settings.storage),
-        settings.index.batch_size,
-        settings.index.min_probability,
-    )
+    # PIXELS has few and large files: read as they are, one core would embed while the others wait.
+    cores = lake.spark.sparkContext.defaultParallelism
+    tasks = max(math.ceil(count / FRAMES_PER_TASK), min(cores, math.ceil(count / settings.batch_size)))
+    frames = frames.repartition(tasks, *KEY)
+    return embed(frames, folder, lake.store, settings.batch_size, settings.min_probability)
 
 
-def _table_of(manifest: Manifest) -> schemas.Table:
+def _check_vectors(rows: DataFrame, manifest: Manifest, expected: int) -> None:
+    """Raise TableError unless there are as many vectors as expected and each can be searched."""
+    inspected = inspect(rows, manifest.embedding_dim)
+    if inspected.faults or inspected.rows != expected:
+        problem = inspected.faults or f"{inspected.rows} vectors came out"
+        raise TableError(
+            f"model {manifest.model_id} embedded {expected} frames: {problem}; nothing was written, "
+            "train the model again"
+        )
+
+
+def _write(
+    table: TableVersion, changes: Changes, rows: DataFrame | None, settings: IndexSettings, message: str
+) -> TableVersion:
+    """Delete stale rows, then append new ones: a reader in between may miss a frame, but never finds two vectors."""
+    version = table.version
+    if changes.stale:
+        within = layout.predicate(changes.stale, delta.TARGET)
+        keys = stale_keys(changes.frames)
+        # The message belongs to the last commit, after which the index is up to date.
+        version = delta.delete_rows(
+            table.spark, FEATURES, table.path, keys, within, "" if rows is not None else message
+        )
+    if rows is not None:
+        grouped = rows.groupBy(cols.MODALITY, cols.BODY_PART).count().collect()
+        counts = {(row[cols.MODALITY], row[cols.BODY_PART]): row["count"] for row in grouped}
+        laid_out = spread(rows, counts, settings.rows_per_file)
+        version = delta.append(laid_out, FEATURES, table.path, message, settings.rows_per_file)
+    return table if version == table.version else TableVersion(table.spark, table.path, version)
+
+
+def _compact(table: TableVersion, settings: IndexSettings, message: str) -> TableVersion:
+    """Rewrite partitions that many runs have cut into small files; the version that results."""
+    files = Counter(layout.place_of(uri) for uri in table.files)
+    if not any(count > settings.max_extra_files for count in files.values()):
+        return table
+    rows = Counter[Place]()
+    for (modality, body_part, _), count in sources_of(table.rows).items():
+        rows[modality, body_part] += count
+    needed = {place: math.ceil(rows[place] / settings.rows_per_file) for place in files}
+    many = [place for place, count in files.items() if count > needed[place] + settings.max_extra_files]
+    if not many:
+        return table
+    counts = {place: rows[place] for place in many}
+    spread_rows = spread(layout.scan(table.rows, many), counts, settings.rows_per_file)
+    where = layout.predicate(many)
+    version = delta.rearrange(spread_rows, FEATURES, table.path, where, message, settings.rows_per_file)
+    return TableVersion(table.spark, table.path, version)
+
+
+def _with_lengths(manifest: Manifest) -> Table:
     """FEATURES with the lengths that this model's vectors have."""
     lengths = {
         "vector_length": f"size({cols.VECTOR}) = {manifest.embedding_dim}",
         "projection_length": f"size({cols.PROJECTION}) = {manifest.projection_dim}",
     }
-    return replace(schemas.FEATURES, constraints={**schemas.FEATURES.constraints, **lengths})
+    return replace(FEATURES, constraints={**FEATURES.constraints, **lengths})

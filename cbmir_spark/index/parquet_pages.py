@@ -1,35 +1,35 @@
-"""Decode Parquet data pages of fixed-length float lists without a Parquet reader."""
+"""Find the values of a Parquet column chunk in its file, from footer and page header alone."""
 
 import pyarrow.parquet as pq
 
-# A page's header, as far as the number of its values: five 32-bit numbers of at most six bytes each, and a byte.
+# A page header up to its number of values: five 32-bit numbers of at most six bytes each, and a byte.
 HEADER_BYTES = 64
 # Thrift's types in the compact protocol.
 _INT, _STRUCT = 5, 12
 
 
 def first_byte(chunk: pq.ColumnChunkMetaData) -> int:
-    """Where in its file a chunk begins: with its dictionary, where it has one."""
+    """The offset of a chunk in its file; a dictionary comes first."""
     return int(chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset)
 
 
 def as_in_memory(chunk: pq.ColumnChunkMetaData, values: int) -> bool:
-    """Whether a chunk holds just so many numbers, as they are in memory."""
-    told = chunk.statistics
+    """True if a chunk holds exactly so many float32 values, encoded as in memory."""
+    statistics = chunk.statistics
     return (
         chunk.physical_type == "FLOAT"
         and chunk.compression == "UNCOMPRESSED"
         and set(chunk.encodings) <= {"PLAIN", "RLE", "BIT_PACKED"}
         and not chunk.has_dictionary_page
         and chunk.num_values == values
-        and told is not None
-        and told.has_null_count
-        and told.null_count == 0
+        and statistics is not None
+        and statistics.has_null_count
+        and statistics.null_count == 0
     )
 
 
 def page_values(header: bytes) -> int | None:
-    """How many values the uncompressed data page has that a header begins; None where it begins something else.
+    """The number of values of the uncompressed data page that a header describes; None for any other header.
 
     A header is a Thrift struct in the compact protocol (Parquet format, "Metadata", PageHeader): type, uncompressed and
     compressed size, perhaps a checksum, and the header of a data page, field 5, or of one of version 2, field 8, which
@@ -38,7 +38,7 @@ def page_values(header: bytes) -> int | None:
     place = 0
 
     def number() -> int:
-        """A zigzag number, seven bits a byte."""
+        """Read a zigzag number, seven bits per byte."""
         nonlocal place
         value = shift = 0
         while True:

@@ -1,8 +1,8 @@
-"""Parquet files of FEATURES as tasks read them: single columns, single row groups, and vectors by their place.
+"""Read Parquet files of FEATURES in tasks: single columns, single row groups, and vectors by their offset.
 
-FEATURES is written so that the vectors of a row group lie side by side in its file, uncompressed, at the end of one
-page (Parquet format, "Data Pages": levels come first, then values as they are in memory). There a vector is read by its
-offset, and nothing is decoded. Files that others have written or rewritten are decoded by Arrow instead.
+FEATURES is written (see layout.py) so that the vectors of a row group are contiguous in its file, uncompressed, at the
+end of one page (Parquet format, "Data Pages": levels come first, then values as in memory). Such a vector is read by
+its offset, without decoding. Files that other software wrote or rewrote are decoded by Arrow instead.
 """
 
 from collections import OrderedDict
@@ -19,20 +19,19 @@ from numpy.typing import NDArray
 from cbmir_spark import storage
 from cbmir_spark.index import arrays
 from cbmir_spark.index.byte_sources import Local, Remote, Source, file_system
+from cbmir_spark.index.layout import Place
 from cbmir_spark.index.parquet_pages import HEADER_BYTES, as_in_memory, first_byte, page_values
 from cbmir_spark.storage import ObjectStore
 
-# (modality, body_part)
-Place = tuple[str, str]
 Floats = NDArray[np.float32]
 Numbers = NDArray[np.int64]
-# Files that a task holds open; each takes two descriptors.
+# Open files per task; each takes two descriptors.
 _OPEN_FILES = 128
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """A live Parquet file of FEATURES, by its number among those searched."""
+    """A live Parquet file of FEATURES, with its number among the searched ones and its size in bytes."""
 
     number: int
     uri: str
@@ -42,7 +41,7 @@ class DataFile:
 
 @dataclass(frozen=True)
 class Read:
-    """What was read: vectors, and bytes of the file."""
+    """Vectors and stored bytes that were read."""
 
     vectors: int = 0
     bytes: int = 0
@@ -55,7 +54,7 @@ class Read:
 
 
 class VectorFile:
-    """An open file. `read` counts the vectors and the bytes that were taken from it."""
+    """An open file. `read` counts what was read from it."""
 
     def __init__(self, file: DataFile, store: ObjectStore) -> None:
         self.place = file.place
@@ -80,38 +79,39 @@ class VectorFile:
         self._file.close()
         self._source.close()
 
-    def portions(self, part: int, of: int, rows: int, first: int = 0) -> Iterator[list[int]]:
-        """Every `of`-th row group from `part` on, as many at a time as have so many rows.
+    def batches(self, part: int, of: int, rows: int, first: int = 0) -> Iterator[list[int]]:
+        """Iterate over every `of`-th row group from `part` on, in batches of at most `rows` rows.
 
-        At most: a row group of more comes alone. The first portion has at most `first` rows, where that is given.
+        A larger row group comes alone. The first batch has at most `first` rows, if given.
         """
-        portion: list[int] = []
-        held, most = 0, first or rows
+        batch: list[int] = []
+        total, limit = 0, first or rows
         for number in range(part, self._file.num_row_groups, of):
             count = self.rows_of(number)
-            if portion and held + count > most:
-                yield portion
-                portion, held, most = [], 0, rows
-            portion.append(number)
-            held += count
-        if portion:
-            yield portion
+            if batch and total + count > limit:
+                yield batch
+                batch, total, limit = [], 0, rows
+            batch.append(number)
+            total += count
+        if batch:
+            yield batch
 
     def rows_of(self, row_group: int) -> int:
+        """The number of rows of a row group."""
         return int(self._file.metadata.row_group(row_group).num_rows)
 
     def table(self, row_groups: Sequence[int], columns: Sequence[str]) -> pa.Table:
-        """Columns of all rows of some row groups."""
+        """Read columns of some row groups."""
         numbers = [self._number_of[name] for name in columns]
         groups = [self._file.metadata.row_group(group) for group in row_groups]
         chunks = [group.column(number) for group in groups for number in numbers]
         sizes = [int(chunk.total_compressed_size) for chunk in chunks]
         self.read += Read(bytes=sum(sizes))
-        self._source.announce(sorted(zip(map(first_byte, chunks), sizes, strict=True)))
+        self._source.prefetch(sorted(zip(map(first_byte, chunks), sizes, strict=True)))
         return self._file.read_row_groups(row_groups, columns, use_threads=False)
 
     def vectors(self, column: str, row_groups: Sequence[int], dimension: int, out: Floats | None = None) -> Floats:
-        """(n, D) the vectors of all rows of some row groups, in `out` where one is given that is high enough."""
+        """Read the (n, D) vectors of some row groups, into the first rows of `out` if given."""
         counts = [self.rows_of(number) for number in row_groups]
         self.read += Read(sum(counts))
         made = np.empty((sum(counts), dimension), np.float32) if out is None else out[: sum(counts)]
@@ -123,7 +123,7 @@ class VectorFile:
             self._fill(ranges, made.reshape(-1).view(np.uint8), [start * size for start in starts])
             return made
         for number, start, count in zip(row_groups, starts, counts, strict=True):
-            # One at a time, so that what is decoded stays in the processor's cache.
+            # One at a time, so that decoded values stay in the processor's cache.
             decoded = self.table([number], [column]).column(column)
             made[start : start + count] = arrays.matrix(decoded, dimension)
         return made
@@ -135,7 +135,7 @@ class VectorFile:
         row: NDArray[np.signedinteger[Any]],
         out: Floats,
     ) -> None:
-        """Put the vectors of n different rows, each by its row group and its number there, into (n, D) `out`."""
+        """Read the vectors of n different rows, each named by row group and row in it, into (n, D) `out`."""
         self.read += Read(len(row))
         dimension = out.shape[1]
         values = self._values(column, dimension)
@@ -150,15 +150,15 @@ class VectorFile:
             out[here] = arrays.matrix(decoded, dimension)[row[here]]
 
     def _fill(self, ranges: Sequence[tuple[int, int]], out: NDArray[np.uint8], places: Sequence[int]) -> None:
-        before = self._source.sent
+        before = self._source.requested
         self._source.copy(ranges, out, places)
-        self.read += Read(bytes=self._source.sent - before)
+        self.read += Read(bytes=self._source.requested - before)
 
     def _values(self, column: str, dimension: int) -> Numbers | None:
-        """Where in the file the vectors of each row group begin; None where they do not lie there side by side.
+        """The offsets in the file of each row group's vectors; None where they are not contiguous.
 
-        FEATURES' constraints say that all are of one length. A writer ends a page by its size, so that what holds for
-        the biggest chunk holds for all.
+        FEATURES' constraints give all vectors one length. A writer ends a page by its size, so if the biggest chunk is
+        one page, all are.
         """
         if column not in self._values_of:
             groups = [self._file.metadata.row_group(number) for number in range(self._file.num_row_groups)]
@@ -179,7 +179,7 @@ class VectorFile:
 
 
 class OpenFiles:
-    """Files by their number, opened when they are wanted; a few at a time. `read` counts what was taken from all."""
+    """Files by their number, opened on first use; a few are open at a time. `read` counts what was read from all."""
 
     def __init__(self, files: Mapping[int, DataFile], store: ObjectStore) -> None:
         self._files = files
@@ -195,7 +195,7 @@ class OpenFiles:
             self._close_oldest()
 
     def __getitem__(self, number: int) -> VectorFile:
-        """The open file; it may be closed when others have been asked for."""
+        """The open file; using other files may close it."""
         if number not in self._open:
             if len(self._open) == _OPEN_FILES:
                 self._close_oldest()

@@ -1,4 +1,4 @@
-"""Compare FEATURES with the published frames, and check its vectors."""
+"""Compare FEATURES with the published frames, and check its vectors. Counting runs in tasks."""
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -10,17 +10,14 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import LongType, StructField, StructType
 
-from cbmir_spark import storage
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import ModelError, TableError
 from cbmir_spark.index import arrays
-from cbmir_spark.index.open import FILES, open_index
+from cbmir_spark.index.open import open_index, read_model
 from cbmir_spark.lake import columns as cols
-from cbmir_spark.lake import delta, publication, schemas
-from cbmir_spark.lake.paths import LakePaths
-from cbmir_spark.models import artifact
+from cbmir_spark.lake.open import open_lake
 from cbmir_spark.models.artifact import Manifest
-from cbmir_spark.storage import ObjectStore
+from cbmir_spark.models.registry import Registry
 
 KEY = (cols.IMAGE_ID, cols.FRAME)
 OF_TAGS = (
@@ -33,7 +30,9 @@ OF_TAGS = (
     cols.MODALITY,
     cols.BODY_PART,
 )
-# A frame's row is the same as long as these are: an image read again may have other tags with the same pixels.
+# What embedding a frame needs to know of it beside its pixels.
+FRAME_COLUMNS = (*KEY, cols.PIXEL_DIGEST, cols.PIXELS_BATCH, *OF_TAGS)
+# A row is up to date if these agree with the frame: an image read again may have other tags and the same pixels.
 _SAME = (cols.IMAGE_ID, cols.FRAME, cols.PIXEL_DIGEST, cols.PIXELS_BATCH)
 
 STATE, COPIES = "state", "copies"
@@ -48,7 +47,7 @@ _INSPECTED = StructType(
 
 @dataclass(frozen=True)
 class Checked:
-    """An index that holds what it should: its model, version, rows and files."""
+    """An index without faults: its model, version, and numbers of rows and files."""
 
     model_id: str
     version: int
@@ -58,7 +57,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Counts of rows, and of those whose vector must not be searched."""
+    """Numbers of rows, and of those whose vector must not be searched."""
 
     rows: int
     wrong_dimension: int
@@ -67,28 +66,27 @@ class Inspection:
 
     @property
     def faults(self) -> str:
-        """What is wrong, in words; empty where nothing is."""
+        """The faults in words, empty if there are none."""
         found = {
             "of another dimension": self.wrong_dimension,
             "with NaN or infinite values": self.not_finite,
-            "of zeros alone": self.zero,
+            "all zero": self.zero,
         }
         return ", ".join(f"{count} {words}" for words, count in found.items() if count)
 
 
 def live_frames(tags: DataFrame, pixels: DataFrame) -> DataFrame:
-    """Frames that belong in an index, without their pixels: keys, digest, batch and what FEATURES takes from TAGS."""
+    """Select the frames that belong in an index: keys, digest, batch and what FEATURES takes from TAGS; no pixels."""
     images = tags.where(F.col(cols.KIND) == cols.IMAGE_KIND).select(cols.IMAGE_ID, F.col(cols.BATCH), *OF_TAGS)
     frames = pixels.select(*KEY, cols.PIXEL_DIGEST, cols.BATCH)
-    return frames.join(images, on=[cols.IMAGE_ID, cols.BATCH], how="inner").select(
-        *KEY, cols.PIXEL_DIGEST, F.col(cols.BATCH).alias(cols.PIXELS_BATCH), *OF_TAGS
-    )
+    joined = frames.join(images, on=[cols.IMAGE_ID, cols.BATCH], how="inner")
+    return joined.withColumnRenamed(cols.BATCH, cols.PIXELS_BATCH).select(*FRAME_COLUMNS)
 
 
 def compare(live: DataFrame, features: DataFrame) -> DataFrame:
-    """Live frames against rows: live_frames' columns, `state`, `copies`, and body part and source of the row.
+    """Compare live frames with rows of FEATURES; adds `state`, `copies`, and partition and source of the row.
 
-    `state` is SAME, MISSING (no row, or one made of other pixels or of another reading of the image) or STALE (a row
+    `state` is SAME, MISSING (no row, or one of other pixels or of an earlier reading of the image) or STALE (a row
     without its frame). `copies` counts the rows of a key: more than one is an error.
     """
     of_row = (cols.MODALITY, cols.BODY_PART, cols.BODY_PART_SOURCE)
@@ -100,7 +98,7 @@ def compare(live: DataFrame, features: DataFrame) -> DataFrame:
 
 
 def stale_keys(changes: DataFrame) -> DataFrame:
-    """What names the rows to delete, partition first."""
+    """Select what identifies the rows to delete, partition columns first."""
     row_modality, row_body_part = (F.col(name) for name in ROW_PARTITION)
     return changes.where(F.col(STATE) == STALE).select(
         row_modality.alias(cols.MODALITY), row_body_part.alias(cols.BODY_PART), *_SAME
@@ -108,7 +106,7 @@ def stale_keys(changes: DataFrame) -> DataFrame:
 
 
 def inspect(rows: DataFrame, dimension: int) -> Inspection:
-    """Look at every vector and residual of `rows`: one pass, in tasks; the driver gets four numbers from each."""
+    """Check every vector and residual of `rows`: one pass, in tasks; the driver gets four numbers from each batch."""
 
     def count(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         total = np.zeros(4, dtype=np.int64)
@@ -122,43 +120,42 @@ def inspect(rows: DataFrame, dimension: int) -> Inspection:
 
 
 def faults(batch: pa.RecordBatch, dimension: int) -> NDArray[np.int64]:
-    """(4,) counts of a batch: its rows, and those of another dimension, with non-finite values, of zeros alone."""
+    """Count the rows of a batch, and those of another dimension, with non-finite values, and all zero: (4,) int64."""
     column = batch.column(cols.VECTOR)
-    sound = np.diff(column.offsets.to_numpy()) == dimension
-    counts = np.array([len(sound), (~sound).sum(), 0, 0], dtype=np.int64)
-    if sound.any():
-        kept = batch if sound.all() else batch.filter(pa.array(sound))
-        vectors = arrays.vectors_of(kept, dimension)
-        residuals = kept.column(cols.RESIDUAL_NORM).to_numpy()
+    right = np.diff(column.offsets.to_numpy()) == dimension
+    counts = np.array([len(right), (~right).sum(), 0, 0], dtype=np.int64)
+    if right.any():
+        rows = batch if right.all() else batch.filter(pa.array(right))
+        vectors = arrays.vectors_of(rows, dimension)
+        residuals = rows.column(cols.RESIDUAL_NORM).to_numpy()
         counts[2] = (~(np.isfinite(vectors).all(axis=1) & np.isfinite(residuals))).sum()
         counts[3] = (~vectors.any(axis=1)).sum()
     return counts
 
 
-def check(spark: SparkSession, settings: Settings) -> Checked:
-    """Compare the whole searched index with the published frames, and look at every vector of it.
+def run(spark: SparkSession, settings: Settings) -> Checked:
+    """Compare the whole searched index with the published frames, and check every vector.
 
-    Raises TableError where a frame is missing, a row has no frame or comes twice, or a vector cannot be searched; and
-    ModelError where the table, or the model's files that workers read, are not the model's.
+    Raises TableError if a frame is missing, a row has no frame or occurs twice, or a vector cannot be searched;
+    ModelError if the table, or the model's files that workers read, are another model's.
     """
-    lake = LakePaths.of(settings.lake)
-    pinned = publication.require_published(spark, lake)
-    index = open_index(spark, settings)
-    published = artifact.load(*(ObjectStore(settings.storage).read_bytes(storage.join(index.folder, n)) for n in FILES))
-    if published.manifest != index.manifest:
-        raise ModelError(f"{index.folder} holds another model than the registry: remove that folder")
-    tags = delta.read(spark, lake.path(schemas.TAGS), pinned.tags)
-    pixels = delta.read(spark, lake.path(schemas.PIXELS), pinned.pixels)
-    verify(live_frames(tags, pixels), index.rows, index.manifest)
-    sources = sources_of(index.rows)
-    files = delta.live_files(spark, index.path, index.version)
-    return Checked(index.manifest.model_id, index.version, sum(sources.values()), len(files))
+    lake = open_lake(spark, settings)
+    frames = live_frames(lake.tags, lake.pixels)
+    registry = Registry(settings.mlflow, lake.paths.uri, lake.store)
+    index = open_index(lake, registry, settings.retrieval.model)
+    if read_model(index.folder, lake.store).load().manifest != index.manifest:
+        raise ModelError(
+            f"{index.folder} holds another model than the registry: delete that folder; it is written again"
+        )
+    verify(frames, index.rows, index.manifest)
+    rows = sum(sources_of(index.rows).values())
+    return Checked(index.manifest.model_id, index.version, rows, len(index.files))
 
 
 def verify(live: DataFrame, features: DataFrame, manifest: Manifest, batches: Collection[int] | None = None) -> None:
-    """Whether FEATURES holds each live frame once, and the vectors of `batches` (None: all) as they may be searched.
+    """Raise TableError unless FEATURES holds each live frame once, and each vector of `batches` can be searched.
 
-    Raises TableError with the counts. Vectors of other batches were looked at when they were written.
+    None checks the vectors of all batches; those of other batches were checked when they were written.
     """
     counted = compare(live, features).groupBy(STATE).agg(F.count("*").alias("keys"), F.sum(COPIES).alias("rows"))
     found = {row[STATE]: (row["keys"], row["rows"]) for row in counted.collect()}
@@ -166,15 +163,17 @@ def verify(live: DataFrame, features: DataFrame, manifest: Manifest, batches: Co
     twice = (found.get(SAME, (0, 0))[1] or 0) - keys[SAME]
     if twice or keys[MISSING] or keys[STALE]:
         raise TableError(
-            f"the index of {manifest.model_id} lacks {keys[MISSING]} frames, holds {keys[STALE]} rows without a frame "
-            f"and {twice} rows twice: run `cbmir index` again, or remove the table and index anew"
+            f"the index of {manifest.model_id} lacks {keys[MISSING]} frames, has {keys[STALE]} rows without a frame "
+            f"and {twice} duplicate rows: run `cbmir index`; if that does not help, remove the table and index again"
         )
-    looked = features if batches is None else features.where(F.col(cols.PIXELS_BATCH).isin(*batches))
-    if (batches is None or batches) and (problem := inspect(looked, manifest.embedding_dim).faults):
-        raise TableError(f"the index of {manifest.model_id} holds vectors that cannot be searched: {problem}")
+    checked = features if batches is None else features.where(F.col(cols.PIXELS_BATCH).isin(*batches))
+    if (batches is None or batches) and (problem := inspect(checked, manifest.embedding_dim).faults):
+        raise TableError(
+            f"the index of {manifest.model_id} holds vectors that cannot be searched ({problem}): train the model again"
+        )
 
 
 def sources_of(features: DataFrame) -> dict[tuple[str, str, str], int]:
-    """Rows by (modality, body_part, body_part_source)."""
+    """Count rows by (modality, body_part, body_part_source)."""
     of = (cols.MODALITY, cols.BODY_PART, cols.BODY_PART_SOURCE)
     return {(row[of[0]], row[of[1]], row[of[2]]): row["count"] for row in features.groupBy(*of).count().collect()}

@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 from delta.tables import DeltaTable
-from py4j.protocol import Py4JJavaError
+from py4j.protocol import Py4JError, Py4JJavaError, Py4JNetworkError
 from pyspark.errors import AnalysisException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -17,6 +17,12 @@ from cbmir_spark import storage
 from cbmir_spark.errors import TableError
 from cbmir_spark.lake.columns import BATCH, IMAGE_ID
 from cbmir_spark.lake.schemas import Table
+
+# What a condition on the rows of a table that is changed calls them.
+TARGET = "target"
+_SOURCE = "source"
+# Delta's own Scala class, reached by py4j: no public API answers without a Spark job.
+DELTA_LOG = "org.apache.spark.sql.delta.DeltaLog"
 
 
 @dataclass(frozen=True)
@@ -38,9 +44,41 @@ class TableVersion:
         return tuple(sorted(storage.canonical(uri) for uri in self.rows.inputFiles()))
 
 
-def newest(spark: SparkSession, path: str) -> TableVersion | None:
-    """The newest version of a Delta table, None where there is no table."""
-    return TableVersion(spark, path, version(spark, path)) if exists(spark, path) else None
+@dataclass(frozen=True)
+class Latest:
+    """The newest version of a Delta table, and the table's properties there."""
+
+    version: int
+    properties: Mapping[str, str]
+
+
+def latest(spark: SparkSession, path: str) -> Latest | None:
+    """Look up the newest version and the properties of a Delta table at once; None if there is no table.
+
+    Reads Delta's log on the driver without a Spark job. A version of Delta that has other classes inside is asked
+    through its public API, by two Spark jobs.
+    """
+    jvm: Any = spark.sparkContext._jvm
+    log_class = reduce(getattr, DELTA_LOG.split("."), jvm)
+    try:
+        snapshot = log_class.forTable(spark._jsparkSession, path).update(
+            False, jvm.scala.Option.empty(), jvm.scala.Option.empty()
+        )
+        version = int(snapshot.version())
+        properties = jvm.scala.jdk.javaapi.CollectionConverters.asJava(snapshot.metadata().configuration())
+    except (Py4JJavaError, Py4JNetworkError):
+        raise
+    except (TypeError, Py4JError):
+        return _latest_by_public_api(spark, path)
+    return Latest(version, dict(properties)) if version >= 0 else None
+
+
+def _latest_by_public_api(spark: SparkSession, path: str) -> Latest | None:
+    if not exists(spark, path):
+        return None
+    table = DeltaTable.forPath(spark, path)
+    detail, commit = table.detail().select("properties").collect()[0], table.history(1).select("version").collect()[0]
+    return Latest(int(commit["version"]), dict(detail["properties"]))
 
 
 def exists(spark: SparkSession, path: str) -> bool:
@@ -66,20 +104,17 @@ def ensure(spark: SparkSession, table: Table, path: str, properties: Mapping[str
     builder.execute()
 
 
-def properties(spark: SparkSession, path: str) -> dict[str, str]:
-    """The properties of a Delta table, ours among them."""
-    detail = DeltaTable.forPath(spark, path).detail().select("properties").first()
-    return dict(detail["properties"]) if detail else {}
-
-
 def read(spark: SparkSession, path: str, version: int | None = None) -> DataFrame:
-    """A Delta table, at a version where one is given. Raises TableError where there is none."""
-    if not exists(spark, path):
-        raise TableError(f"there is no table at {path}")
+    """Read a Delta table, lazily, at a version where one is given. Raises TableError where there is no table."""
     reader = spark.read.format("delta")
     if version is not None:
         reader = reader.option("versionAsOf", version)
-    return reader.load(path)
+    try:
+        return reader.load(path)
+    except AnalysisException:
+        if exists(spark, path):
+            raise
+        raise TableError(f"there is no table at {path}") from None
 
 
 def evolve(spark: SparkSession, table: Table, path: str, message: str = "") -> int | None:
@@ -138,27 +173,29 @@ def append(df: DataFrame, table: Table, path: str, message: str = "", rows_per_f
     `rows_per_file` bounds the rows of one file (0: no bound).
     """
     writer = conform(df, table).write.format("delta").mode("append").option("maxRecordsPerFile", rows_per_file)
-    writer.option("userMetadata", message).option("compression", table.codec).save(path)
+    with session_settings(df.sparkSession, table.write_settings):
+        writer.option("userMetadata", message).save(path)
     return version(df.sparkSession, path)
 
 
 def delete_images(spark: SparkSession, path: str, images: DataFrame, batches: Iterable[int]) -> int:
     """Remove the rows of `images` (one column, image_id) from the partitions of `batches`; the version written."""
     inside = ", ".join(str(batch) for batch in sorted(batches))
-    condition = f"t.{BATCH} IN ({inside}) AND t.{IMAGE_ID} = s.{IMAGE_ID}"
-    merge = DeltaTable.forPath(spark, path).alias("t").merge(images.alias("s"), condition)
+    condition = f"{TARGET}.{BATCH} IN ({inside}) AND {TARGET}.{IMAGE_ID} = {_SOURCE}.{IMAGE_ID}"
+    merge = DeltaTable.forPath(spark, path).alias(TARGET).merge(images.alias(_SOURCE), condition)
     merge.whenMatchedDelete().execute()
     return version(spark, path)
 
 
-def delete_rows(spark: SparkSession, path: str, rows: DataFrame, within: str, message: str = "") -> int:
-    """Remove what equals one of `rows` in all their columns; the version written. `message` travels in the commit.
+def delete_rows(spark: SparkSession, table: Table, path: str, rows: DataFrame, within: str, message: str = "") -> int:
+    """Delete the rows that equal one of `rows` in all its columns; the version written.
 
-    `within` is a condition on partition columns of the table, here called `t`, that bounds the files looked at.
+    `message` travels in the commit. `within` bounds the files that are read: SQL on partition columns of the table,
+    each qualified by TARGET.
     """
-    same = " AND ".join(f"t.{column} = s.{column}" for column in rows.columns)
-    merge = DeltaTable.forPath(spark, path).alias("t").merge(rows.alias("s"), f"({within}) AND {same}")
-    with commit_message(spark, message):
+    same = " AND ".join(f"{TARGET}.{column} = {_SOURCE}.{column}" for column in rows.columns)
+    merge = DeltaTable.forPath(spark, path).alias(TARGET).merge(rows.alias(_SOURCE), f"({within}) AND {same}")
+    with commit_message(spark, message), session_settings(spark, table.write_settings):
         merge.whenMatchedDelete().execute()
     return version(spark, path)
 
@@ -171,7 +208,8 @@ def rearrange(df: DataFrame, table: Table, path: str, where: str, message: str =
     """
     writer = conform(df, table).write.format("delta").mode("overwrite").option("replaceWhere", where)
     writer = writer.option("dataChange", "false").option("maxRecordsPerFile", rows_per_file)
-    writer.option("userMetadata", message).option("compression", table.codec).save(path)
+    with session_settings(df.sparkSession, table.write_settings):
+        writer.option("userMetadata", message).save(path)
     return version(df.sparkSession, path)
 
 
@@ -182,15 +220,15 @@ def last_message(spark: SparkSession, path: str) -> str | None:
     return None if found is None else str(found["userMetadata"])
 
 
-def changed_batches(spark: SparkSession, path: str, before: int, after: int) -> frozenset[int] | None:
-    """Batches of an ingest table whose files are not the same in two versions; None where the older one is gone."""
-    if before == after:
+def changed_batches(before: TableVersion, after: TableVersion) -> frozenset[int] | None:
+    """Batches of an ingest table whose files differ between two versions; None where the older one is gone."""
+    if before.version == after.version:
         return frozenset()
     try:
-        old = set(live_files(spark, path, before))
+        old = set(before.files)
     except (AnalysisException, Py4JJavaError):
         return None
-    return frozenset(_batch_of(uri) for uri in old ^ set(live_files(spark, path, after)))
+    return frozenset(_batch_of(uri) for uri in old ^ set(after.files))
 
 
 def _batch_of(uri: str) -> int:
@@ -198,16 +236,24 @@ def _batch_of(uri: str) -> int:
 
 
 def update_rows(
-    spark: SparkSession, path: str, rows: DataFrame, keys: Iterable[str], values: Iterable[str], within: str
+    spark: SparkSession,
+    table: Table,
+    path: str,
+    rows: DataFrame,
+    keys: Iterable[str],
+    values: Iterable[str],
+    within: str,
 ) -> int:
-    """Set columns of what equals one of `rows` in all `keys`, two nulls being equal; the version written.
+    """Update the rows that match one of `rows` on `keys` (null-safe); the version written.
 
-    The new value of each of `values` is the column of `rows` called `new_` and its name. `within` is as in
-    `delete_rows`. One commit, also where rows change partitions: a reader finds each of them once.
+    Each of `values` is set from the column of `rows` named `new_` and its name. `within` is as for `delete_rows`. One
+    commit, also where rows change partitions: a reader finds each of them once.
     """
-    same = " AND ".join(f"t.{column} <=> s.{column}" for column in keys)
-    merge = DeltaTable.forPath(spark, path).alias("t").merge(rows.alias("s"), f"({within}) AND {same}")
-    merge.whenMatchedUpdate(set={column: f"s.new_{column}" for column in values}).execute()
+    same = " AND ".join(f"{TARGET}.{column} <=> {_SOURCE}.{column}" for column in keys)
+    merge = DeltaTable.forPath(spark, path).alias(TARGET).merge(rows.alias(_SOURCE), f"({within}) AND {same}")
+    update = merge.whenMatchedUpdate(set={column: f"{_SOURCE}.new_{column}" for column in values})
+    with session_settings(spark, table.write_settings):
+        update.execute()
     return version(spark, path)
 
 
@@ -220,28 +266,16 @@ def vacuum(spark: SparkSession, path: str, hours: int) -> None:
         # Delta lists a table in as many tasks as this says, by default 10,000, however few folders there are.
         "spark.sql.sources.parallelPartitionDiscovery.parallelism": str(4 * spark.sparkContext.defaultParallelism),
     }
-    before = {key: spark.conf.get(key, None) for key in settings}
-    for key, value in settings.items():
-        spark.conf.set(key, value)
-    try:
+    with session_settings(spark, settings):
         DeltaTable.forPath(spark, path).vacuum(hours)
-    finally:
-        for key, old in before.items():
-            if old is None:
-                spark.conf.unset(key)
-            else:
-                spark.conf.set(key, old)
 
 
 def version(spark: SparkSession, path: str) -> int:
-    """The newest version of a Delta table. Raises TableError where there is none."""
-    jvm: Any = spark.sparkContext._jvm
-    # `DeltaTable.history` answers the same by a Spark job of a quarter of a second, and a run asks ten times.
-    log = jvm.org.apache.spark.sql.delta.DeltaLog.forTable(spark._jsparkSession, path)
-    found = int(log.update(False, jvm.scala.Option.empty(), jvm.scala.Option.empty()).version())
-    if found < 0:
+    """Look up the newest version of a Delta table. Raises TableError where there is none."""
+    found = latest(spark, path)
+    if found is None:
         raise TableError(f"there is no table at {path}")
-    return found
+    return found.version
 
 
 def live_files(spark: SparkSession, path: str, version: int | None = None) -> list[str]:
@@ -255,10 +289,22 @@ def _without_nullability(kind: DataType) -> str:
 
 @contextmanager
 def commit_message(spark: SparkSession, message: str) -> Iterator[None]:
-    """MERGE and CREATE take a commit's message from the session only, so it is set around one statement."""
-    key = "spark.databricks.delta.commitInfo.userMetadata"
-    spark.conf.set(key, message)
+    """Give the commit of one MERGE or CREATE a message, which these take from the session alone."""
+    with session_settings(spark, {"spark.databricks.delta.commitInfo.userMetadata": message}):
+        yield
+
+
+@contextmanager
+def session_settings(spark: SparkSession, settings: Mapping[str, str]) -> Iterator[None]:
+    """Change settings of the session while the block runs; Parquet's writer reads them too."""
+    before = {key: spark.conf.get(key, None) for key in settings}
+    for key, value in settings.items():
+        spark.conf.set(key, value)
     try:
         yield
     finally:
-        spark.conf.unset(key)
+        for key, old in before.items():
+            if old is None:
+                spark.conf.unset(key)
+            else:
+                spark.conf.set(key, old)

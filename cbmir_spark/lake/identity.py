@@ -45,7 +45,7 @@ def prune_identities(spark: SparkSession, lake: LakePaths, tags: DataFrame, left
     orphans = candidates.join(_owners(tags), on=[KIND, PSEUDONYM], how="left_anti").persist()
     count = orphans.count()
     if count:
-        delete_rows(spark, path, orphans, "true")
+        delete_rows(spark, IDENTITY, path, orphans, "true")
     orphans.unpersist()
     return count
 

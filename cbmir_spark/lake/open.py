@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 
 from pyspark.sql import DataFrame, SparkSession
 
@@ -15,7 +14,7 @@ from cbmir_spark.lake.delta import TableVersion
 from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.lake.pseudonyms import Pseudonyms
 from cbmir_spark.lake.publication import Published
-from cbmir_spark.lake.schemas import PIXELS, SOURCES, TAGS
+from cbmir_spark.lake.schemas import PIXELS, SOURCES, TAGS, Table
 from cbmir_spark.storage import ObjectStore
 
 
@@ -34,6 +33,7 @@ class OpenLake:
     published: Published | None = None
     pseudonyms: Pseudonyms | None = None
     leases: tuple[lease.Held, ...] = ()
+    _opened: dict[tuple[str, int], TableVersion] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def versions(self) -> Published:
@@ -49,23 +49,28 @@ class OpenLake:
             raise ConfigError(pseudonyms.NO_KEY)
         return self.pseudonyms
 
-    @cached_property
+    @property
     def tags(self) -> DataFrame:
-        """TAGS at the published version."""
-        return TableVersion(self.spark, self.paths.path(TAGS), self.versions.tags).rows
+        """TAGS at the published version. Raises TableError where no image has been ingested."""
+        return self.table(TAGS, self.versions.tags).rows
 
-    @cached_property
+    @property
     def pixels(self) -> DataFrame:
-        """PIXELS at the published version."""
-        return TableVersion(self.spark, self.paths.path(PIXELS), self.versions.pixels).rows
+        """PIXELS at the published version. Raises TableError where no image has been ingested."""
+        return self.table(PIXELS, self.versions.pixels).rows
 
-    @cached_property
+    @property
     def sources(self) -> DataFrame:
-        """SOURCES at the published version."""
-        return TableVersion(self.spark, self.paths.path(SOURCES), self.versions.sources).rows
+        """SOURCES at the published version. Raises TableError where no image has been ingested."""
+        return self.table(SOURCES, self.versions.sources).rows
+
+    def table(self, table: Table, version: int) -> TableVersion:
+        """Open a table at a version; each version is opened once, however often it is asked for."""
+        path = self.paths.path(table)
+        return self._opened.setdefault((path, version), TableVersion(self.spark, path, version))
 
     def at(self, published: Published) -> "OpenLake":
-        """The same lake at other published versions."""
+        """The same lake at other published versions; tables that it has opened stay open."""
         return replace(self, published=published)
 
     def check_leases(self) -> None:
@@ -98,13 +103,18 @@ def open_for_writing(
     paths, store = LakePaths.of(settings.lake), ObjectStore(settings.storage)
     _check_roots(paths, store)
     # Before the leases, since taking one creates the vault's folder.
-    if not may_be_new and store.kind(storage.join(paths.path(SOURCES), "_delta_log")) != "folder":
+    if not may_be_new and not has_tables(paths, store):
         raise TableError(no_images(paths))
     with ExitStack() as stack:
         held = tuple(stack.enter_context(lease.hold(paths.vault, name, store)) for name in leases)
         published = publication.published(spark, paths)
         names = _pseudonyms(paths, settings.privacy, published)
         yield OpenLake(spark, paths, store, published, names, held)
+
+
+def has_tables(paths: LakePaths, store: ObjectStore) -> bool:
+    """Whether an ingest has created the lake's tables; needs no Spark."""
+    return store.kind(storage.join(paths.path(SOURCES), "_delta_log")) == "folder"
 
 
 def no_images(paths: LakePaths) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from cbmir_spark import storage
 from cbmir_spark.config import LakeSettings
-from cbmir_spark.lake.schemas import FEATURES, VAULT, Table
+from cbmir_spark.lake.schemas import VAULT, Table
 
 MANIFEST = "manifest.json"
 
@@ -42,7 +42,7 @@ class LakePaths:
     @property
     def features_root(self) -> str:
         """The folder of all FEATURES tables."""
-        return storage.join(self.uri, FEATURES.name)
+        return storage.join(self.uri, "features")
 
     def models(self, model_id: str) -> str:
         """Locate the folder that workers load a model from."""

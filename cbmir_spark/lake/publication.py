@@ -8,14 +8,13 @@ published before it appends a batch, so that none is there twice.
 
 import json
 from dataclasses import asdict, dataclass, replace
-from urllib.parse import unquote
 
 from delta.tables import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from cbmir_spark.errors import TableError
-from cbmir_spark.lake.columns import BODY_PART, MODALITY, URI
+from cbmir_spark.lake.columns import URI
 from cbmir_spark.lake.delta import append, commit_message, conform, ensure, exists, version
 from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.lake.schemas import PIXELS, SOURCES, TAGS
@@ -125,9 +124,3 @@ def roll_back(spark: SparkSession, lake: LakePaths, pinned: Published) -> list[s
             DeltaTable.forPath(spark, path).restoreToVersion(wanted)
             mended.append(table.name)
     return mended
-
-
-def place_of(uri: str) -> tuple[str, str]:
-    """Modality and body part of a file of FEATURES, which lies in a folder named by both."""
-    values = dict(part.split("=", 1) for part in uri.split("/") if "=" in part)
-    return unquote(values[MODALITY]), unquote(values[BODY_PART])

@@ -1,4 +1,4 @@
-"""Each table: where it lives, its columns, partitions and constraints."""
+"""Define the tables: where each lives, its columns, partitions and constraints. FEATURES is in index/layout.py."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -9,7 +9,6 @@ from pyspark.sql.types import (
     BooleanType,
     DataType,
     DoubleType,
-    FloatType,
     IntegerType,
     LongType,
     MapType,
@@ -39,9 +38,6 @@ from cbmir_spark.lake.columns import (
     FRAME,
     FRAME_BYTES,
     FRAMES,
-    FROM_NOTHING,
-    FROM_PREDICTION,
-    FROM_TAG,
     HITS,
     IDENTIFIER,
     IMAGE_ID,
@@ -63,18 +59,14 @@ from cbmir_spark.lake.columns import (
     PIXEL_DIGEST,
     PIXEL_SPACING_COLUMN,
     PIXEL_SPACING_ROW,
-    PIXELS_BATCH,
     PIXELS_COLUMN,
     PREDICTED,
     PREPROCESSING,
-    PROBABILITY,
-    PROJECTION,
     PSEUDONYM,
     QUERY_ID,
     RANK,
     REASON,
     REJECTED,
-    RESIDUAL_NORM,
     ROWS,
     RUN_ID,
     SAMPLES_PER_PIXEL,
@@ -89,7 +81,6 @@ from cbmir_spark.lake.columns import (
     TEXT_RISK,
     TRANSFER_SYNTAX,
     URI,
-    VECTOR,
     VIEW_POSITION,
     WINDOW_HIGH,
     WINDOW_LOW,
@@ -99,36 +90,41 @@ from cbmir_spark.lake.columns import (
 LAKE, VAULT = "lake", "vault"
 
 
-def _required(name: str, kind: DataType) -> StructField:
+def required(name: str, kind: DataType) -> StructField:
+    """A column without nulls."""
     return StructField(name, kind, nullable=False)
 
 
-def _optional(name: str, kind: DataType) -> StructField:
+def optional(name: str, kind: DataType) -> StructField:
+    """A column that may hold nulls."""
     return StructField(name, kind, nullable=True)
 
 
-def _one_of(column: str, values: Iterable[str]) -> str:
+def one_of(column: str, values: Iterable[str]) -> str:
+    """The constraint that a column holds one of some values, in SQL."""
     return f"{column} IN ({', '.join(repr(value) for value in sorted(values))})"
 
 
 @dataclass(frozen=True)
 class Table:
-    """One table: where it lives, its columns, how its files are laid out, and what Delta refuses to let in."""
+    """One table: its name below the lake or the vault, its columns, its partitions, and the rows that Delta refuses.
+
+    `write_settings` are the session's settings while one of the table's files is written.
+    """
 
     name: str
     root: str
     schema: StructType
     partitioned_by: tuple[str, ...] = ()
     constraints: Mapping[str, str] = field(default_factory=dict)
-    codec: str = "snappy"
-    """How Parquet pages are compressed; every reader of Parquet knows these names."""
+    write_settings: Mapping[str, str] = field(default_factory=dict)
 
 
 _PSEUDONYMS = [
-    _required(IMAGE_ID, StringType()),
-    _required(SERIES_ID, StringType()),
-    _required(STUDY_ID, StringType()),
-    _required(PATIENT_ID, StringType()),
+    required(IMAGE_ID, StringType()),
+    required(SERIES_ID, StringType()),
+    required(STUDY_ID, StringType()),
+    required(PATIENT_ID, StringType()),
 ]
 
 TAGS = Table(
@@ -137,42 +133,42 @@ TAGS = Table(
     schema=StructType(
         [
             *_PSEUDONYMS,
-            _required(MODALITY, StringType()),
-            _required(BODY_PART, StringType()),
-            _optional(MODALITY_RAW, StringType()),
-            _optional(BODY_PART_RAW, StringType()),
-            _required(KIND, StringType()),
-            _optional(SEX, StringType()),
-            _optional(AGE_YEARS, DoubleType()),
-            _optional(YEAR, IntegerType()),
-            _optional(LATERALITY, StringType()),
-            _optional(VIEW_POSITION, StringType()),
-            _required(ROWS, IntegerType()),
-            _required(COLUMNS, IntegerType()),
-            _required(FRAMES, IntegerType()),
-            _optional(PIXEL_SPACING_ROW, DoubleType()),
-            _optional(PIXEL_SPACING_COLUMN, DoubleType()),
-            _optional(SLICE_THICKNESS, DoubleType()),
-            _required(PHOTOMETRIC, StringType()),
-            _required(BITS_STORED, IntegerType()),
-            _required(SIGNED, BooleanType()),
-            _required(SAMPLES_PER_PIXEL, IntegerType()),
-            _required(TRANSFER_SYNTAX, StringType()),
-            _required(SOP_CLASS, StringType()),
-            _required(BURNED_IN, StringType()),
-            _optional(TEXT_RISK, BooleanType()),
-            _required(BATCH, LongType()),
+            required(MODALITY, StringType()),
+            required(BODY_PART, StringType()),
+            optional(MODALITY_RAW, StringType()),
+            optional(BODY_PART_RAW, StringType()),
+            required(KIND, StringType()),
+            optional(SEX, StringType()),
+            optional(AGE_YEARS, DoubleType()),
+            optional(YEAR, IntegerType()),
+            optional(LATERALITY, StringType()),
+            optional(VIEW_POSITION, StringType()),
+            required(ROWS, IntegerType()),
+            required(COLUMNS, IntegerType()),
+            required(FRAMES, IntegerType()),
+            optional(PIXEL_SPACING_ROW, DoubleType()),
+            optional(PIXEL_SPACING_COLUMN, DoubleType()),
+            optional(SLICE_THICKNESS, DoubleType()),
+            required(PHOTOMETRIC, StringType()),
+            required(BITS_STORED, IntegerType()),
+            required(SIGNED, BooleanType()),
+            required(SAMPLES_PER_PIXEL, IntegerType()),
+            required(TRANSFER_SYNTAX, StringType()),
+            required(SOP_CLASS, StringType()),
+            required(BURNED_IN, StringType()),
+            optional(TEXT_RISK, BooleanType()),
+            required(BATCH, LongType()),
         ]
     ),
     partitioned_by=(BATCH,),
     constraints={
-        "modality_known": _one_of(MODALITY, vocabulary_tables.MODALITIES),
-        "body_part_known": _one_of(BODY_PART, vocabulary_tables.BODY_PARTS),
-        "kind_known": _one_of(KIND, KINDS),
-        "sex_known": f"{SEX} IS NULL OR {_one_of(SEX, 'MFO')}",
+        "modality_known": one_of(MODALITY, vocabulary_tables.MODALITIES),
+        "body_part_known": one_of(BODY_PART, vocabulary_tables.BODY_PARTS),
+        "kind_known": one_of(KIND, KINDS),
+        "sex_known": f"{SEX} IS NULL OR {one_of(SEX, 'MFO')}",
         # PS3.15 Annex E and HIPAA alike: nobody is told to be older than 90.
         "age_possible": f"{AGE_YEARS} IS NULL OR ({AGE_YEARS} >= 0 AND {AGE_YEARS} <= 90)",
-        "burned_in_known": _one_of(BURNED_IN, ("YES", "NO", "UNKNOWN")),
+        "burned_in_known": one_of(BURNED_IN, ("YES", "NO", "UNKNOWN")),
     },
 )
 
@@ -181,14 +177,14 @@ PIXELS = Table(
     root=LAKE,
     schema=StructType(
         [
-            _required(IMAGE_ID, StringType()),
-            _required(FRAME, IntegerType()),
-            _required(PIXELS_COLUMN, BinaryType()),
-            _required(PREPROCESSING, StringType()),
-            _required(WINDOW_LOW, DoubleType()),
-            _required(WINDOW_HIGH, DoubleType()),
-            _required(PIXEL_DIGEST, StringType()),
-            _required(BATCH, LongType()),
+            required(IMAGE_ID, StringType()),
+            required(FRAME, IntegerType()),
+            required(PIXELS_COLUMN, BinaryType()),
+            required(PREPROCESSING, StringType()),
+            required(WINDOW_LOW, DoubleType()),
+            required(WINDOW_HIGH, DoubleType()),
+            required(PIXEL_DIGEST, StringType()),
+            required(BATCH, LongType()),
         ]
     ),
     partitioned_by=(BATCH,),
@@ -200,20 +196,20 @@ SOURCES = Table(
     root=VAULT,
     schema=StructType(
         [
-            _required(URI, StringType()),
-            _required(SIZE, LongType()),
-            _required(MODIFIED, TimestampType()),
-            _optional(ETAG, StringType()),
-            _optional(DIGEST, StringType()),
-            _required(OUTCOME, StringType()),
-            _optional(REASON, StringType()),
-            _optional(IMAGE_ID, StringType()),
-            _required(KEY_ID, StringType()),
-            _required(BATCH, LongType()),
+            required(URI, StringType()),
+            required(SIZE, LongType()),
+            required(MODIFIED, TimestampType()),
+            optional(ETAG, StringType()),
+            optional(DIGEST, StringType()),
+            required(OUTCOME, StringType()),
+            optional(REASON, StringType()),
+            optional(IMAGE_ID, StringType()),
+            required(KEY_ID, StringType()),
+            required(BATCH, LongType()),
         ]
     ),
     constraints={
-        "outcome_known": _one_of(OUTCOME, OUTCOMES),
+        "outcome_known": one_of(OUTCOME, OUTCOMES),
         "image_named": f"{OUTCOME} NOT IN ('{INGESTED}', '{DUPLICATE}', '{CONFLICT}') OR {IMAGE_ID} IS NOT NULL",
         "reason_given": f"{OUTCOME} NOT IN ('{REJECTED}', '{NOT_AN_IMAGE}') OR {REASON} IS NOT NULL",
     },
@@ -227,14 +223,14 @@ IDENTITY = Table(
     root=VAULT,
     schema=StructType(
         [
-            _required(KIND, StringType()),
-            _required(PSEUDONYM, StringType()),
-            _required(IDENTIFIER, StringType()),
-            _required(KEY_ID, StringType()),
+            required(KIND, StringType()),
+            required(PSEUDONYM, StringType()),
+            required(IDENTIFIER, StringType()),
+            required(KEY_ID, StringType()),
         ]
     ),
     partitioned_by=(KIND,),
-    constraints={"kind_known": _one_of(KIND, OWNERS)},
+    constraints={"kind_known": one_of(KIND, OWNERS)},
 )
 
 FORGOTTEN = Table(
@@ -242,49 +238,13 @@ FORGOTTEN = Table(
     root=VAULT,
     schema=StructType(
         [
-            _required(KIND, StringType()),
-            _required(PSEUDONYM, StringType()),
-            _required(KEY_ID, StringType()),
-            _required(FORGOTTEN_AT, TimestampType()),
+            required(KIND, StringType()),
+            required(PSEUDONYM, StringType()),
+            required(KEY_ID, StringType()),
+            required(FORGOTTEN_AT, TimestampType()),
         ]
     ),
-    constraints={"kind_known": _one_of(KIND, OWNERS)},
-)
-
-FEATURES = Table(
-    name="features",
-    root=LAKE,
-    schema=StructType(
-        [
-            _required(IMAGE_ID, StringType()),
-            _required(FRAME, IntegerType()),
-            _required(VECTOR, ArrayType(FloatType(), containsNull=False)),
-            _required(PROJECTION, ArrayType(FloatType(), containsNull=False)),
-            _required(RESIDUAL_NORM, DoubleType()),
-            _required(PREDICTED, StringType()),
-            _required(PROBABILITY, FloatType()),
-            _required(BODY_PART_SOURCE, StringType()),
-            _required(SERIES_ID, StringType()),
-            _required(STUDY_ID, StringType()),
-            _required(PATIENT_ID, StringType()),
-            _optional(SEX, StringType()),
-            _optional(AGE_YEARS, DoubleType()),
-            _optional(YEAR, IntegerType()),
-            _required(PIXELS_BATCH, LongType()),
-            _required(PIXEL_DIGEST, StringType()),
-            _required(MODALITY, StringType()),
-            _required(BODY_PART, StringType()),
-        ]
-    ),
-    partitioned_by=(MODALITY, BODY_PART),
-    constraints={
-        "modality_known": _one_of(MODALITY, vocabulary_tables.MODALITIES),
-        "body_part_known": _one_of(BODY_PART, vocabulary_tables.BODY_PARTS),
-        "source_known": _one_of(BODY_PART_SOURCE, (FROM_TAG, FROM_PREDICTION, FROM_NOTHING)),
-        "residual_finite": f"{RESIDUAL_NORM} >= 0 AND {RESIDUAL_NORM} < double('infinity')",
-    },
-    # Vectors are read by their place in the file, see vector_files.py.
-    codec="none",
+    constraints={"kind_known": one_of(KIND, OWNERS)},
 )
 
 RESULTS_HITS = Table(
@@ -292,21 +252,21 @@ RESULTS_HITS = Table(
     root=LAKE,
     schema=StructType(
         [
-            _required(QUERY_ID, StringType()),
-            _required(RANK, IntegerType()),
-            _required(DISTANCE, DoubleType()),
-            _required(IMAGE_ID, StringType()),
-            _required(FRAME, IntegerType()),
-            _required(SERIES_ID, StringType()),
-            _required(STUDY_ID, StringType()),
-            _required(PATIENT_ID, StringType()),
-            _required(MODALITY, StringType()),
-            _required(BODY_PART, StringType()),
-            _required(BODY_PART_SOURCE, StringType()),
-            _required(PREDICTED, StringType()),
-            _optional(SEX, StringType()),
-            _optional(AGE_YEARS, DoubleType()),
-            _optional(YEAR, IntegerType()),
+            required(QUERY_ID, StringType()),
+            required(RANK, IntegerType()),
+            required(DISTANCE, DoubleType()),
+            required(IMAGE_ID, StringType()),
+            required(FRAME, IntegerType()),
+            required(SERIES_ID, StringType()),
+            required(STUDY_ID, StringType()),
+            required(PATIENT_ID, StringType()),
+            required(MODALITY, StringType()),
+            required(BODY_PART, StringType()),
+            required(BODY_PART_SOURCE, StringType()),
+            required(PREDICTED, StringType()),
+            optional(SEX, StringType()),
+            optional(AGE_YEARS, DoubleType()),
+            optional(YEAR, IntegerType()),
         ]
     ),
 )
@@ -316,12 +276,12 @@ RESULTS_STATUSES = Table(
     root=LAKE,
     schema=StructType(
         [
-            _required(QUERY_ID, StringType()),
-            _required(STATUS, StringType()),
-            _optional(REASON, StringType()),
-            _required(PARTITIONS, ArrayType(StringType(), containsNull=False)),
-            _required(CANDIDATES, LongType()),
-            _required(HITS, IntegerType()),
+            required(QUERY_ID, StringType()),
+            required(STATUS, StringType()),
+            optional(REASON, StringType()),
+            required(PARTITIONS, ArrayType(StringType(), containsNull=False)),
+            required(CANDIDATES, LongType()),
+            required(HITS, IntegerType()),
         ]
     ),
 )
@@ -329,9 +289,7 @@ RESULTS_STATUSES = Table(
 RESULTS_QUERIES = Table(
     name="queries",
     root=LAKE,
-    schema=StructType(
-        [_required(QUERY_ID, StringType()), *[_optional(name, StringType()) for name in OWNERS.values()]]
-    ),
+    schema=StructType([required(QUERY_ID, StringType()), *[optional(name, StringType()) for name in OWNERS.values()]]),
 )
 
 RUNS = Table(
@@ -339,16 +297,16 @@ RUNS = Table(
     root=LAKE,
     schema=StructType(
         [
-            _required(RUN_ID, StringType()),
-            _required(JOB, StringType()),
-            _required("started", TimestampType()),
-            _required("ended", TimestampType()),
-            _required(OUTCOME, StringType()),
-            _required("counts", MapType(StringType(), LongType(), valueContainsNull=False)),
-            _required("seconds", MapType(StringType(), DoubleType(), valueContainsNull=False)),
-            _required("versions_read", MapType(StringType(), LongType(), valueContainsNull=False)),
-            _required("versions_written", MapType(StringType(), LongType(), valueContainsNull=False)),
-            _required("software", StringType()),
+            required(RUN_ID, StringType()),
+            required(JOB, StringType()),
+            required("started", TimestampType()),
+            required("ended", TimestampType()),
+            required(OUTCOME, StringType()),
+            required("counts", MapType(StringType(), LongType(), valueContainsNull=False)),
+            required("seconds", MapType(StringType(), DoubleType(), valueContainsNull=False)),
+            required("versions_read", MapType(StringType(), LongType(), valueContainsNull=False)),
+            required("versions_written", MapType(StringType(), LongType(), valueContainsNull=False)),
+            required("software", StringType()),
         ]
     ),
 )

@@ -26,6 +26,7 @@ from pyspark.sql.types import StructType
 from cbmir_spark import storage
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import InputError, TableError
+from cbmir_spark.index import layout
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, identity, lease, pseudonyms, publication, schemas
 from cbmir_spark.lake.paths import LakePaths
@@ -360,16 +361,16 @@ def _features(spark: SparkSession, lake: LakePaths, mask: Mask, store: ObjectSto
     """FEATURES of every model, at once for every reader; a table without such rows gets no commit."""
     gone = Gone()
     keys = (cols.MODALITY, cols.BODY_PART, cols.IMAGE_ID, cols.FRAME)
-    for path in _folders(storage.join(lake.uri, schemas.FEATURES.name), store):
+    for path in _folders(storage.join(lake.uri, layout.FEATURES.name), store):
         if not delta.exists(spark, path):
             continue
         ids = delta.read(spark, path).select(*keys, cols.SERIES_ID, cols.STUDY_ID, cols.PATIENT_ID)
         rows = [tuple(row[key] for key in keys) for row in masked(ids, mask).collect()]
         if rows:
-            places = sorted({(modality, body_part) for modality, body_part, *_ in rows})
-            within = " OR ".join(f"(t.{cols.MODALITY} = '{m}' AND t.{cols.BODY_PART} = '{b}')" for m, b in places)
-            schema = StructType([schemas.FEATURES.schema[key] for key in keys])
-            delta.delete_rows(spark, path, spark.createDataFrame(rows, schema), within)
+            places = {(modality, body_part) for modality, body_part, *_ in rows}
+            within = layout.predicate(places, delta.TARGET)
+            schema = StructType([layout.FEATURES.schema[key] for key in keys])
+            delta.delete_rows(spark, layout.FEATURES, path, spark.createDataFrame(rows, schema), within)
             gone.rows += len(rows)
     return gone
 
@@ -406,5 +407,5 @@ def _folders(uri: str, store: ObjectStore) -> list[str]:
 def _delta_tables(spark: SparkSession, lake: LakePaths, store: ObjectStore) -> list[str]:
     """Paths of all Delta tables that hold rows about images."""
     paths = [lake.path(table) for table in (schemas.TAGS, schemas.PIXELS, schemas.SOURCES, schemas.IDENTITY)]
-    paths += _folders(storage.join(lake.uri, schemas.FEATURES.name), store)
+    paths += _folders(storage.join(lake.uri, layout.FEATURES.name), store)
     return [path for path in paths if delta.exists(spark, path)]

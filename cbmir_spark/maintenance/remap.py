@@ -19,6 +19,7 @@ from cbmir_spark.dicom.preprocessing import Preprocessing
 from cbmir_spark.dicom.vocabulary import Vocabulary
 from cbmir_spark.dicom.vocabulary_tables import UNKNOWN
 from cbmir_spark.errors import TableError
+from cbmir_spark.index import layout
 from cbmir_spark.ingest import parse
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, lease, publication, schemas
@@ -316,8 +317,10 @@ def _remap_tags(
     with record.stage("write"):
         tags_version = pinned.tags
         if batches:
-            inside = f"t.{cols.BATCH} IN ({', '.join(str(batch) for batch in sorted(batches))})"
-            tags_version = delta.update_rows(spark, lake.path(schemas.TAGS), table, (*_RAW, *_TERMS), _TERMS, inside)
+            inside = f"{delta.TARGET}.{cols.BATCH} IN ({', '.join(str(batch) for batch in sorted(batches))})"
+            tags_version = delta.update_rows(
+                spark, schemas.TAGS, lake.path(schemas.TAGS), table, (*_RAW, *_TERMS), _TERMS, inside
+            )
     with record.stage("publish"):
         pixels = delta.read(spark, lake.path(schemas.PIXELS), pinned.pixels).where(F.col(cols.BATCH).isin(*batches))
         sources = delta.read(spark, lake.path(schemas.SOURCES), pinned.sources).where(
@@ -355,7 +358,7 @@ def _as_table(spark: SparkSession, changed: Sequence[Change]) -> DataFrame:
 
 def _features(spark: SparkSession, lake: LakePaths, settings: Settings) -> dict[str, str]:
     """Paths of all FEATURES tables by model."""
-    root = storage.join(lake.uri, schemas.FEATURES.name)
+    root = storage.join(lake.uri, layout.FEATURES.name)
     if ObjectStore(settings.storage).kind(root) != "folder":
         return {}
     folders, _ = ObjectStore(settings.storage).list_folder(root)
@@ -370,11 +373,8 @@ def _move(spark: SparkSession, path: str, tags: DataFrame, minimum: float, held:
     )
     places = moved.groupBy(*_TERMS).count().collect()
     if places:
-        within = " OR ".join(
-            f"(t.{cols.MODALITY} = '{modality}' AND t.{cols.BODY_PART} = '{body_part}')"
-            for modality, body_part in sorted((row[cols.MODALITY], row[cols.BODY_PART]) for row in places)
-        )
+        within = layout.predicate([(row[cols.MODALITY], row[cols.BODY_PART]) for row in places], delta.TARGET)
         _check(held)
-        delta.update_rows(spark, path, moved, (*_ROW, *_TERMS), _PLACE, within)
+        delta.update_rows(spark, layout.FEATURES, path, moved, (*_ROW, *_TERMS), _PLACE, within)
     moved.unpersist()
     return sum(row["count"] for row in places)

@@ -1,43 +1,33 @@
-"""Pages for people: the gallery of a query list, and the report of an evaluation. One HTML file each, no script.
+"""The gallery of a query list: one HTML file, no script.
 
-Runs on the driver. Everything that comes from a header or a query list is treated as hostile: jinja2 escapes it, what
-is invisible or reorders text is spelled out, and the page's own policy lets no script, request or form run. Pictures
-are embedded; those that may carry burned-in text (burned_in.py) are withheld, and their pixels are not even read.
+Everything that comes from a header or a query list is treated as hostile: jinja2 escapes it, what is invisible or
+reorders text is spelled out, and the page's own policy lets no script, request or form run. Pictures are embedded;
+those that may carry burned-in text (burned_in.py) are withheld.
 """
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql import functions as F
 
-from cbmir_spark import storage
-from cbmir_spark.config import Choice, Settings
+from cbmir_spark.config import Choice
 from cbmir_spark.dicom import burned_in
 from cbmir_spark.dicom.vocabulary_tables import UNKNOWN
 from cbmir_spark.lake import columns as cols
-from cbmir_spark.lake import delta, publication, schemas
-from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.reports.page import data_uri, render_page
-from cbmir_spark.storage import ObjectStore
 
-GALLERY_FILE = "gallery.html"
-
-# Hits shown of each query; the rest are in the results. It also bounds what the driver collects: 64 KB a picture.
-SHOWN_HITS = 12
 _QUERY_SIDE, _HIT_SIDE = 224, 144
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A query as its row shows it on the left.
+class ShownQuery:
+    """A query as the page shows it, on the left of its hits.
 
     `pixels` are 256×256 uint8 as the network saw them, or None: an image of the lake is then looked up by `image_id`
-    and `frame`. Without either the row says that there is no picture.
+    and `frame`. Without either the page says that there is no picture.
     """
 
     query_id: str
@@ -54,8 +44,17 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A frame of the lake: its image's row of TAGS, and its 256×256 uint8 pixels, None if withheld or missing."""
+
+    withheld: bool
+    pixels: bytes | None
+    tags: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Card:
-    """One image on the page. `agrees` says whether a hit has its query's modality and body part, None if unknown."""
+    """One image on the page. `agrees`: a hit has its query's modality and body part; None if either is unknown."""
 
     picture: str | None = None
     withheld: bool = False
@@ -81,49 +80,30 @@ class Row:
     partitions: tuple[str, ...]
     candidates: int
     found: int
-    asked: Card
+    query: Card
     hits: tuple[Card, ...]
 
 
-def gallery(
-    spark: SparkSession,
-    settings: Settings,
-    results: str,
-    asked: Sequence[Asked] = (),
-    facts: Mapping[str, object] | None = None,
-) -> str:
-    """Write `gallery.html` beside the hits and statuses in folder `results`; its URI.
+def rows_of(
+    statuses: Sequence[Mapping[str, Any]],
+    hits: Sequence[Mapping[str, Any]],
+    queries: Sequence[ShownQuery],
+    pictures: Mapping[tuple[str, int], Picture],
+    choice: Choice,
+) -> list[Row]:
+    """Lay out rows of RESULTS_STATUSES and RESULTS_HITS as rows of the page, one per status in their order.
 
-    The first `retrieval.gallery` queries by id are shown, each with at most SHOWN_HITS hits: so many rows and
-    pictures come to the driver, however long the list is. `facts` are lines for the page's head.
+    `pictures` are the lake's, by image_id and frame. `choice` decides on pixels that a query brings itself.
     """
-    folder = storage.canonical(results)
-    limit = settings.retrieval.gallery
-    all_statuses = spark.read.schema(schemas.RESULTS_STATUSES.schema).parquet(
-        storage.join(folder, schemas.RESULTS_STATUSES.name)
-    )
-    statuses = [row.asDict() for row in all_statuses.orderBy(cols.QUERY_ID).limit(limit).collect()]
-    shown = [status[cols.QUERY_ID] for status in statuses]
-    hits = spark.read.schema(schemas.RESULTS_HITS.schema).parquet(storage.join(folder, schemas.RESULTS_HITS.name))
-    of_query: dict[str, list[dict[str, Any]]] = {query: [] for query in shown}
-    if shown:
-        wanted = hits.where(F.col(cols.QUERY_ID).isin(shown) & (F.col(cols.RANK) <= SHOWN_HITS))
-        for row in wanted.collect():
-            of_query[row[cols.QUERY_ID]].append(row.asDict())
-    questions = {query.query_id: query for query in asked if query.query_id in of_query}
-    needed = {(hit[cols.IMAGE_ID], hit[cols.FRAME]) for found in of_query.values() for hit in found}
-    needed |= {(q.image_id, q.frame) for q in questions.values() if q.image_id is not None and q.pixels is None}
-    choice = settings.privacy.burned_in
-    pictures = _pictures(spark, LakePaths.of(settings.lake), needed, choice)
-    rows = [
-        _row(status, questions.get(status[cols.QUERY_ID]), of_query[status[cols.QUERY_ID]], pictures, choice)
-        for status in statuses
-    ]
-    total = all_statuses.count()
-    page = render_gallery(rows, total, facts or {})
-    target = storage.join(folder, GALLERY_FILE)
-    ObjectStore(settings.storage).write_bytes(target, page.encode("utf-8"))
-    return target
+    shown = {query.query_id: query for query in queries}
+    of_query: dict[str, list[Mapping[str, Any]]] = {status[cols.QUERY_ID]: [] for status in statuses}
+    for hit in hits:
+        of_query[hit[cols.QUERY_ID]].append(hit)
+    rows = []
+    for status in statuses:
+        query_id = status[cols.QUERY_ID]
+        rows.append(_row(status, shown.get(query_id, ShownQuery(query_id)), of_query[query_id], pictures, choice))
+    return rows
 
 
 def render_gallery(rows: Sequence[Row], total: int, facts: Mapping[str, object]) -> str:
@@ -134,7 +114,7 @@ def render_gallery(rows: Sequence[Row], total: int, facts: Mapping[str, object])
         rows=rows,
         total=total,
         facts=dict(facts),
-        withheld=sum(card.withheld for row in rows for card in (row.asked, *row.hits)),
+        withheld=sum(card.withheld for row in rows for card in (row.query, *row.hits)),
     )
 
 
@@ -149,67 +129,14 @@ def thumbnail(pixels: bytes, side: int) -> str:
     return data_uri(stream.getvalue())
 
 
-@dataclass(frozen=True)
-class _Picture:
-    """What the lake says of one shown frame; `pixels` is None where it is withheld or gone."""
-
-    withheld: bool
-    pixels: bytes | None
-    tags: Mapping[str, Any]
-
-
-def _pictures(
-    spark: SparkSession, lake: LakePaths, needed: Iterable[tuple[str, int]], choice: Choice
-) -> dict[tuple[str, int], _Picture]:
-    """Tags and pixels of the frames that the page shows. TAGS first: it says which batches of PIXELS to open."""
-    keys = sorted(set(needed))
-    pinned = publication.published(spark, lake)
-    if not keys or pinned is None:
-        return {}
-    images = spark.createDataFrame([(key,) for key in sorted({image for image, _ in keys})], f"{cols.IMAGE_ID} string")
-    columns = (
-        cols.IMAGE_ID,
-        cols.BATCH,
-        cols.TEXT_RISK,
-        cols.MODALITY,
-        cols.BODY_PART,
-        cols.SEX,
-        cols.AGE_YEARS,
-        cols.YEAR,
-    )
-    tags = {
-        row[cols.IMAGE_ID]: row.asDict()
-        for row in delta.widened(delta.read(spark, lake.path(schemas.TAGS), pinned.tags), schemas.TAGS)
-        .join(F.broadcast(images), on=cols.IMAGE_ID, how="inner")
-        .select(*columns)
-        .collect()
-    }
-    shown = [key for key in keys if key[0] in tags and burned_in.allowed(tags[key[0]][cols.TEXT_RISK], choice)]
-    pixels: dict[tuple[str, int], bytes] = {}
-    if shown:
-        batches = sorted({tags[image][cols.BATCH] for image, _ in shown})
-        frames: DataFrame = delta.read(spark, lake.path(schemas.PIXELS), pinned.pixels).where(
-            F.col(cols.BATCH).isin(batches)
-        )
-        chosen = spark.createDataFrame(shown, f"{cols.IMAGE_ID} string, {cols.FRAME} int")
-        for row in (
-            frames.join(F.broadcast(chosen), on=[cols.IMAGE_ID, cols.FRAME], how="inner")
-            .select(cols.IMAGE_ID, cols.FRAME, cols.PIXELS_COLUMN)
-            .collect()
-        ):
-            pixels[row[cols.IMAGE_ID], row[cols.FRAME]] = bytes(row[cols.PIXELS_COLUMN])
-    may = set(shown)
-    return {key: _Picture(key not in may, pixels.get(key), tags[key[0]]) for key in keys if key[0] in tags}
-
-
 def _row(
     status: Mapping[str, Any],
-    asked: Asked | None,
-    hits: list[dict[str, Any]],
-    pictures: Mapping[tuple[str, int], _Picture],
+    query: ShownQuery,
+    hits: Sequence[Mapping[str, Any]],
+    pictures: Mapping[tuple[str, int], Picture],
     choice: Choice,
 ) -> Row:
-    question = _question(asked or Asked(status[cols.QUERY_ID]), pictures, choice)
+    card = _query_card(query, pictures, choice)
     return Row(
         query_id=status[cols.QUERY_ID],
         status=status[cols.STATUS],
@@ -217,35 +144,35 @@ def _row(
         partitions=tuple(status[cols.PARTITIONS]),
         candidates=status[cols.CANDIDATES],
         found=status[cols.HITS],
-        asked=question,
-        hits=tuple(_hit(hit, question, pictures) for hit in sorted(hits, key=lambda hit: int(hit[cols.RANK]))),
+        query=card,
+        hits=tuple(_hit_card(hit, card, pictures) for hit in sorted(hits, key=lambda hit: int(hit[cols.RANK]))),
     )
 
 
-def _question(asked: Asked, pictures: Mapping[tuple[str, int], _Picture], choice: Choice) -> Card:
-    stored = pictures.get((asked.image_id, asked.frame)) if asked.image_id is not None else None
-    said = stored.tags if stored else {}
-    pixels, withheld = asked.pixels, False
+def _query_card(query: ShownQuery, pictures: Mapping[tuple[str, int], Picture], choice: Choice) -> Card:
+    stored = pictures.get((query.image_id, query.frame)) if query.image_id is not None else None
+    tags = stored.tags if stored else {}
+    pixels, withheld = query.pixels, False
     if pixels is not None:
-        withheld = not burned_in.allowed(asked.text_risk, choice)
+        withheld = not burned_in.allowed(query.text_risk, choice)
     elif stored is not None:
         pixels, withheld = stored.pixels, stored.withheld
     return Card(
         picture=thumbnail(pixels, _QUERY_SIDE) if pixels is not None and not withheld else None,
         withheld=withheld,
-        modality=asked.modality or said.get(cols.MODALITY),
-        body_part=asked.body_part or said.get(cols.BODY_PART),
-        predicted=asked.predicted,
-        sex=asked.sex or said.get(cols.SEX),
-        age_years=asked.age_years if asked.age_years is not None else said.get(cols.AGE_YEARS),
-        year=asked.year or said.get(cols.YEAR),
+        modality=query.modality or tags.get(cols.MODALITY),
+        body_part=query.body_part or tags.get(cols.BODY_PART),
+        predicted=query.predicted,
+        sex=query.sex or tags.get(cols.SEX),
+        age_years=query.age_years if query.age_years is not None else tags.get(cols.AGE_YEARS),
+        year=query.year or tags.get(cols.YEAR),
     )
 
 
-def _hit(hit: Mapping[str, Any], asked: Card, pictures: Mapping[tuple[str, int], _Picture]) -> Card:
+def _hit_card(hit: Mapping[str, Any], query: Card, pictures: Mapping[tuple[str, int], Picture]) -> Card:
     stored = pictures.get((hit[cols.IMAGE_ID], hit[cols.FRAME]))
     pixels = stored.pixels if stored else None
-    of_query, of_hit = (asked.modality, asked.body_part), (hit[cols.MODALITY], hit[cols.BODY_PART])
+    of_query, of_hit = (query.modality, query.body_part), (hit[cols.MODALITY], hit[cols.BODY_PART])
     known = None not in of_query and UNKNOWN not in (*of_query, *of_hit)
     return Card(
         picture=thumbnail(pixels, _HIT_SIDE) if pixels is not None else None,

@@ -15,16 +15,15 @@ from numpy.typing import NDArray
 from pyspark.sql import SparkSession
 from pyspark.sql.pandas.types import to_arrow_schema
 
-from cbmir_spark import storage
 from cbmir_spark.config import RetrievalSettings
 from cbmir_spark.errors import InputError, ModelError
+from cbmir_spark.index.layout import Place, place_of
 from cbmir_spark.index.open import Index
-from cbmir_spark.index.vector_files import DataFile, Place
+from cbmir_spark.index.vector_files import DataFile
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import schemas
-from cbmir_spark.lake.publication import place_of
 from cbmir_spark.models.projection import Projection
-from cbmir_spark.reports import gallery
+from cbmir_spark.reports.gallery import ShownQuery
 from cbmir_spark.retrieval.distribute import tasks_of
 from cbmir_spark.retrieval.plan import plan, searched_terms
 from cbmir_spark.retrieval.query import UNRESTRICTED, Query, QueryRow, QueryStatus, Status
@@ -67,8 +66,7 @@ class Base:
 def base_of(index: Index, store: ObjectStore) -> Base:
     """List the files of an index with their sizes."""
     sizes = {found.uri: found.size for found in store.list_objects(index.path)}
-    live = sorted(storage.canonical(uri) for uri in index.rows.inputFiles())
-    files = tuple(DataFile(number, uri, place_of(uri), sizes[uri]) for number, uri in enumerate(live))
+    files = tuple(DataFile(number, uri, place_of(uri), sizes[uri]) for number, uri in enumerate(index.files))
     return Base(files, index.manifest.embedding_dim, index.projection, store)
 
 
@@ -100,7 +98,7 @@ class Resolved:
 
     queries: Mapping[str, Query]
     failed: Mapping[str, Status]
-    cards: Mapping[str, gallery.Asked]
+    cards: Mapping[str, ShownQuery]
 
     @classmethod
     def nothing(cls) -> "Resolved":

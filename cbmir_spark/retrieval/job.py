@@ -17,16 +17,18 @@ from pyspark.sql.pandas.types import to_arrow_schema
 from cbmir_spark import storage
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import InputError, ModelError, TableError
+from cbmir_spark.index.layout import Place
 from cbmir_spark.index.open import Index, open_index
-from cbmir_spark.index.vector_files import Place
 from cbmir_spark.ingest import parse
 from cbmir_spark.lake import identity, schemas
 from cbmir_spark.lake.open import OpenLake, open_lake
 from cbmir_spark.lake.runs import Record
 from cbmir_spark.lake.schemas import Table
-from cbmir_spark.reports import gallery as gallery_page
+from cbmir_spark.models.registry import Registry
+from cbmir_spark.reports.gallery import ShownQuery
 from cbmir_spark.retrieval import csv_export
 from cbmir_spark.retrieval.answer import Base, Resolved, Scanned, Searcher, base_of, batches
+from cbmir_spark.retrieval.gallery import write_gallery
 from cbmir_spark.retrieval.query import QueryRow, QueryStatus, Status
 from cbmir_spark.retrieval.query_files import Reader
 from cbmir_spark.retrieval.query_list import QueryList, read_queries
@@ -74,13 +76,13 @@ def run(spark: SparkSession, settings: Settings, queries: QueryList | None = Non
     with record.stage("read"):
         if queries is None:
             queries = read_queries(options.queries or "", lake.store, options.level)
-        index = open_index(spark, settings)
+        index = open_index(lake, Registry(settings.mlflow, lake.paths.uri, lake.store), options.model)
         base = base_of(index, lake.store)
     # Chosen by id before any row is resolved, since rows may turn out to be bad.
     shown = frozenset(sorted(row.query_id for row in queries.rows)[: options.gallery])
     searcher = _searcher(lake, settings, index, base, record, shown)
     statuses: list[Status] = []
-    cards: list[gallery_page.Asked] = []
+    cards: list[ShownQuery] = []
     searched: set[Place] = set()
     scanned = Scanned()
     most_hits = max([options.k, *(row.overrides.k or 0 for row in queries.rows if isinstance(row, QueryRow))])
@@ -108,7 +110,7 @@ def run(spark: SparkSession, settings: Settings, queries: QueryList | None = Non
                 "metric": options.metric,
                 "partitions searched": f"{len(searched)} of {len(base.places)}",
             }
-            gallery = gallery_page.gallery(spark, settings, out, cards, facts)
+            gallery = write_gallery(lake, out, cards, options.gallery, settings.privacy.burned_in, facts)
     counts = Counter(status.status for status in statuses)
     report = Report(
         model_id=index.manifest.model_id,
@@ -217,12 +219,12 @@ def _rows(rows: Sequence[tuple[object, ...]], table: Table) -> pa.Table:
     return pa.table([pa.array(values, kind.type) for values, kind in zip(columns, schema, strict=True)], schema=schema)
 
 
-def _card(query_id: str, resolved: Resolved) -> gallery_page.Asked:
+def _card(query_id: str, resolved: Resolved) -> ShownQuery:
     """Describe a query for the gallery; pictures of indexed images are read from the lake."""
     if query_id in resolved.cards:
         return resolved.cards[query_id]
     query = resolved.queries[query_id]
-    return gallery_page.Asked(
+    return ShownQuery(
         query_id=query_id,
         image_id=query.image_id,
         frame=query.frame or 0,

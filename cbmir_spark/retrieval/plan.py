@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from cbmir_spark.config import RetrievalSettings
 from cbmir_spark.dicom.vocabulary_tables import UNKNOWN
-from cbmir_spark.index.vector_files import Place
+from cbmir_spark.index.layout import Place
 from cbmir_spark.models import artifact
 from cbmir_spark.retrieval.query import Query
 

@@ -30,7 +30,7 @@ from cbmir_spark.ingest import parse, reconcile
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake.open import OpenLake
 from cbmir_spark.models import embed as embedding
-from cbmir_spark.reports import gallery
+from cbmir_spark.reports.gallery import ShownQuery
 from cbmir_spark.retrieval.answer import Resolved
 from cbmir_spark.retrieval.query import Query, QueryRow, QueryStatus, Status
 
@@ -111,7 +111,7 @@ def read_files(lake: OpenLake, rows: Sequence[QueryRow], index: Index, reader: R
             queries[query_id] = Query(vector=next(vectors), overrides=overrides[query_id], **values)
             if query_id in reader.shown:
                 shown = (cols.QUERY_ID, cols.FRAME, cols.MODALITY, cols.BODY_PART, cols.PREDICTED, *CARD_TAGS)
-                cards[query_id] = gallery.Asked(
+                cards[query_id] = ShownQuery(
                     image_id=None, pixels=row[cols.PIXELS_COLUMN], **{name: row[name] for name in shown}
                 )
     return Resolved(queries, failed, cards)

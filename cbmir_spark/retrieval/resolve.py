@@ -9,10 +9,9 @@ from dataclasses import replace
 from pyspark.sql import functions as F
 
 from cbmir_spark.dicom.vocabulary_tables import UNKNOWN
-from cbmir_spark.index import arrays
-from cbmir_spark.index import open as index_open
+from cbmir_spark.index import arrays, layout
+from cbmir_spark.index.layout import Place
 from cbmir_spark.index.open import Index
-from cbmir_spark.index.vector_files import Place
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake.open import OpenLake
 from cbmir_spark.retrieval.answer import Resolved
@@ -104,7 +103,7 @@ def _fetch(
         cols.BODY_PART,
     )
     ids = (cols.SERIES_ID, cols.STUDY_ID, cols.PATIENT_ID)
-    rows = index_open.scan(index.rows, places).select(*columns, *ids)
+    rows = layout.scan(index.rows, places).select(*columns, *ids)
     table = rows.join(F.broadcast(chosen), on=[cols.IMAGE_ID, cols.FRAME], how="left_semi").toArrow()
     found = {}
     for batch in table.to_batches():

@@ -20,7 +20,8 @@ from pyspark.sql import SparkSession
 from pyspark.sql.pandas.types import to_arrow_schema
 
 from cbmir_spark.config import RetrievalSettings
-from cbmir_spark.index.vector_files import DataFile, Place, Read
+from cbmir_spark.index.layout import Place
+from cbmir_spark.index.vector_files import DataFile, Read
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import schemas
 from cbmir_spark.lake.runs import Stages

@@ -16,7 +16,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from cbmir_spark.index.vector_files import DataFile, OpenFiles, Place, Read, VectorFile
+from cbmir_spark.index.layout import Place
+from cbmir_spark.index.vector_files import DataFile, OpenFiles, Read, VectorFile
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.retrieval import kernel, tasks
 from cbmir_spark.retrieval.tasks import SearchInputs, Share
@@ -177,7 +178,7 @@ def parts(
     read = Read()
     for share in shares:
         with VectorFile(share.file, inputs.store) as file:
-            for row_groups in file.portions(share.part, share.of, height):
+            for row_groups in file.batches(share.part, share.of, height):
                 rows = file.table(row_groups, columns)
                 where = tasks.locations_of(file, share.file.number, row_groups)
                 selected = np.ones(len(rows), dtype=bool) if imputed else tasks.not_imputed(rows)

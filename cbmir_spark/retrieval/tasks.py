@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from cbmir_spark.index.vector_files import DataFile, OpenFiles, Place, Read, VectorFile
+from cbmir_spark.index.layout import Place
+from cbmir_spark.index.vector_files import DataFile, OpenFiles, Read, VectorFile
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import schemas
 from cbmir_spark.retrieval import bounds, kernel
@@ -142,7 +143,7 @@ def bound(shares: Sequence[Share], inputs: SearchInputs) -> Bounded | Found:
     locations: list[Locations] = [np.empty((3, 0), dtype=np.int32)]
     for share in shares:
         with VectorFile(share.file, inputs.store) as file:
-            for row_groups in file.portions(share.part, share.of, _ROWS_AT_ONCE, 0 if taken else _ROWS_AT_FIRST):
+            for row_groups in file.batches(share.part, share.of, _ROWS_AT_ONCE, 0 if taken else _ROWS_AT_FIRST):
                 rows = file.table(row_groups, (cols.RESIDUAL_NORM, *inputs.columns()))
                 coordinates = file.vectors(cols.PROJECTION, row_groups, directions)
                 locations.append(locations_of(file, share.file.number, row_groups))
@@ -295,7 +296,7 @@ def _blocks(share: Share, inputs: SearchInputs) -> Iterator[tuple[NDArray[np.flo
     # The kernel copies rows to put groups side by side, and L2-normalises in float64.
     height = max(1, inputs.block_bytes // 2 // ((24 if inputs.cosine else 8) * dimension))
     with VectorFile(share.file, inputs.store) as file:
-        for row_groups in file.portions(share.part, share.of, height):
+        for row_groups in file.batches(share.part, share.of, height):
             before = file.read
             count = sum(file.rows_of(number) for number in row_groups)
             if len(buffer) < count:

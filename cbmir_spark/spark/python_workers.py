@@ -1,8 +1,8 @@
-"""What Spark starts on each executor to fork Python workers from: its own daemon, with a shorter path.
+"""The daemon that forks Python workers on each executor: Spark's daemon, with a shorter module path.
 
-Spark puts itself on the workers' path as archives, and before each task Python reads the directories of all archives on
-it anew, some of thousands of entries: 60 ms of a task that may take 20. Where pyspark is installed besides, as in our
-images and in a virtual environment, workers import that one and never look into an archive.
+Spark puts itself on the workers' path as archives, and before each task Python reads the directories of all of them
+again, some with thousands of entries: 60 ms of a task that may take 20. If pyspark is also installed as a package, as
+in our images and in a virtual environment, workers import that and never look into an archive.
 """
 
 import gc
@@ -11,9 +11,9 @@ from importlib.machinery import PathFinder
 
 
 def without_archives(path: list[str]) -> list[str]:
-    """The entries of a path that are no archives; all of them where pyspark is found in archives alone."""
-    kept = [entry for entry in path if not entry.endswith((".zip", ".jar"))]
-    return kept if PathFinder.find_spec("pyspark", kept) else path
+    """Drop the archives from a module path, unless pyspark is found in archives alone."""
+    folders = [entry for entry in path if not entry.endswith((".zip", ".jar"))]
+    return folders if PathFinder.find_spec("pyspark", folders) else path
 
 
 if __name__ == "__main__":
@@ -22,6 +22,6 @@ if __name__ == "__main__":
 
     from pyspark.daemon import manager
 
-    # Workers are collected for garbage after each task; what they are born with need not be looked at.
+    # Workers collect garbage after each task; what they are forked with needs no inspection.
     gc.freeze()
     manager()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""The only place that builds a SparkSession; each setting that surprises says why it is there."""
+"""Build the SparkSession, here and nowhere else; a comment gives the reason for each surprising setting."""
 
 import os
 import re
@@ -20,16 +20,13 @@ from cbmir_spark.errors import EnvironmentProblem
 JAVA_VERSIONS = (17, 21)
 LOOPBACK = "127.0.0.1"
 S3A_RETRIES = "3"
-_DELTA_EXTENSION = "io.delta.sql.DeltaSparkSessionExtension"
-_DELTA_CATALOG = "org.apache.spark.sql.delta.catalog.DeltaCatalog"
-_HADOOP = "spark.hadoop."
 
 
 def build(settings: Settings, job: str) -> SparkSession:
-    """A session for `local[*]`, a standalone or Kubernetes master, or the one that spark-submit started.
+    """Build a session for `local[*]`, a standalone or Kubernetes master, or join the one that spark-submit started.
 
-    Under spark-submit nothing that was submitted is overridden: only what is missing is added. Runs on the driver.
-    Raises EnvironmentProblem where Java or Delta's jars are missing.
+    Under spark-submit no submitted property is overridden: missing ones are added. Runs on the driver. Raises
+    EnvironmentProblem if Java or Delta's jars are missing.
     """
     submitted = under_spark_submit()
     if not submitted:
@@ -57,78 +54,51 @@ def build(settings: Settings, job: str) -> SparkSession:
     except (PySparkRuntimeError, Py4JJavaError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise EnvironmentProblem(
-            f"Spark did not start: {lines[0]}; `cbmir doctor` looks for the usual causes"
+            f"Spark did not start: {lines[0]}; run `cbmir doctor` to look for the usual causes"
         ) from error
     spark.sparkContext.setLogLevel(settings.spark.log_level)
     _check_delta(spark)
     return spark
 
 
-def adopt(spark: SparkSession, settings: Settings) -> SparkSession:
-    """Derive a session for our jobs from one that was built elsewhere, whose settings stay as they are.
-
-    The new session shares its context, and with it master, memory and jars. Raises EnvironmentProblem where Delta is
-    missing. Runs on the driver.
-    """
-    _check_delta(spark)
-    derived = spark.newSession()
-    if _DELTA_EXTENSION not in (derived.conf.get("spark.sql.extensions", None) or ""):
-        raise EnvironmentProblem(
-            f"the given Spark session has no Delta extension: build it with spark.sql.extensions={_DELTA_EXTENSION} "
-            f"and spark.sql.catalog.spark_catalog={_DELTA_CATALOG}, or leave spark out"
-        )
-    for key, value in properties(settings).items():
-        if key.startswith(_HADOOP):
-            # Reads and writes of a session take Hadoop's properties from its own settings as well.
-            derived.conf.set(key.removeprefix(_HADOOP), value)
-        elif derived.conf.isModifiable(key):
-            derived.conf.set(key, value)
-    return derived
-
-
 def properties(settings: Settings) -> dict[str, str]:
-    """Every Spark property that our jobs rely on; `spark.conf` of the settings comes last and wins."""
+    """The Spark properties that the jobs rely on; `spark.conf` of the settings comes last and wins."""
     storage = settings.storage
     wanted = {
-        "spark.sql.extensions": _DELTA_EXTENSION,
-        "spark.sql.catalog.spark_catalog": _DELTA_CATALOG,
+        "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
+        "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
         # Timestamps are instants: a driver in another time zone must not shift them.
         "spark.sql.session.timeZone": "UTC",
-        # Rows carry 64 KB of pixels or 16 KB of vector: Arrow's and Parquet's own batches would be 655 and 268 MB.
+        # Rows carry 64 KB of pixels or 16 KB of vector: Arrow's and Parquet's default batches would be 655 and 268 MB.
         "spark.sql.execution.arrow.maxRecordsPerBatch": "256",
         "spark.sql.parquet.columnarReaderBatchSize": "256",
         "spark.sql.execution.arrow.pyspark.enabled": "true",
-        # What other tools decode of a row group should stay in the processor's cache, and each of its columns is read
-        # by itself. Its vectors are in one page, so that retrieval finds each by its place; and they hardly repeat a
-        # number, so that a dictionary of them is tried in vain.
+        # Readers decode whole row groups; one of Parquet's default size would hold 2,000 frames of 64 KB.
         "spark.hadoop.parquet.block.size": str(8 * 2**20),
-        "spark.hadoop.parquet.page.size": str(2**26),
-        "spark.hadoop.parquet.enable.dictionary#vector.list.element": "false",
-        "spark.hadoop.parquet.enable.dictionary#projection.list.element": "false",
-        # A commit whose reply was lost is recognised when it is tried again, instead of landing twice.
+        # A commit that is retried after a lost reply is recognised, instead of landing twice.
         "spark.databricks.delta.commit.idempotencyCheck.enabled": "true",
-        # Delta takes file:///x and file:/x, which Hadoop writes for it, for two places of one new table.
+        # Delta takes file:///x and file:/x, Hadoop's spelling of it, for two locations of one new table.
         "spark.databricks.delta.legacy.allowAmbiguousPathsInCreateTable": "true",
-        # glibc maps and unmaps every piece of memory of 128 KiB or more, which costs a fifth of the time of decoding
-        # pictures in page faults; 32 MiB is the most that it keeps in its heap instead.
+        # glibc maps and unmaps each block of 128 KiB or more, which costs a fifth of the time of decoding pictures in
+        # page faults; 32 MiB is the highest threshold that it accepts.
         "spark.executorEnv.MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
         "spark.executorEnv.MALLOC_TRIM_THRESHOLD_": str(256 * 2**20),
-        # Tasks of tens of milliseconds would mostly wait for their worker to begin.
+        # Tasks of tens of milliseconds would mostly wait for their worker to start.
         "spark.python.daemon.module": "cbmir_spark.spark.python_workers",
         # A speculative copy of a task would decode or embed everything twice.
         "spark.speculation": "false",
-        # The progress bar draws over log files; the jobs report progress themselves.
+        # The progress bar draws over log files.
         "spark.ui.showConsoleProgress": "false",
-        # Identifiers live in settings and paths, so a page that anyone on the network can open stays off.
+        # The UI shows settings and paths, which may hold identifiers, to anyone on the network.
         "spark.ui.enabled": "false",
         "spark.hadoop.fs.s3a.endpoint.region": storage.region,
         "spark.hadoop.fs.s3a.path.style.access": str(storage.path_style).lower(),
-        # Each request is sent as often as our own. S3A tries again around that, and by default so often, with waits
-        # that double, that a server which answers "slow down" for good would hold a job for hours.
+        # As many attempts as for the package's other requests. S3A retries around them, by default so often and with
+        # waits that double, that a server which keeps answering "slow down" would block a job for hours.
         "spark.hadoop.fs.s3a.attempts.maximum": str(storage.attempts),
         "spark.hadoop.fs.s3a.retry.limit": S3A_RETRIES,
         "spark.hadoop.fs.s3a.retry.throttle.limit": S3A_RETRIES,
-        # A connection that went silent would be waited for 200 seconds. Writes of big parts are answered late.
+        # By default a silent connection blocks for 200 seconds. Writes of big parts are answered late.
         "spark.hadoop.fs.s3a.connection.timeout": "60s",
     }
     if storage.endpoint:
@@ -159,17 +129,17 @@ def _local_cores(master: str) -> int:
 
 
 def under_spark_submit() -> bool:
-    """Whether spark-submit started this process, and so decided on master, memory and jars."""
+    """True if spark-submit started this process, and so decided on master, memory and jars."""
     return "PYSPARK_GATEWAY_PORT" in os.environ
 
 
 def check_java() -> str:
-    """The Java that Spark will start, as `17.0.15`. Raises EnvironmentProblem saying what to install."""
+    """The version of the Java that Spark will start, as `17.0.15`. Raises EnvironmentProblem saying what to install."""
     home = os.environ.get("JAVA_HOME")
     java = os.path.join(home, "bin", "java") if home else shutil.which("java")
     advice = "install OpenJDK 17 (Debian: openjdk-17-jre-headless), or set JAVA_HOME to one"
     if not java or not os.path.exists(java):
-        place = f"JAVA_HOME={home} has no bin/java" if home else "there is no java on the PATH"
+        place = f"JAVA_HOME={home} has no bin/java" if home else "no java on the PATH"
         raise EnvironmentProblem(f"Java is missing: {place}; {advice}")
     printed = subprocess.run([java, "-version"], capture_output=True, text=True).stderr
     found = re.search(r'version "(\d+)([^"]*)"', printed)
@@ -180,12 +150,12 @@ def check_java() -> str:
 
 
 def spark_home() -> Path:
-    """The Spark that will run: SPARK_HOME, or the one inside the pyspark package."""
+    """The folder of the Spark that will run: SPARK_HOME, or the one inside the pyspark package."""
     return Path(os.environ.get("SPARK_HOME") or Path(pyspark.__file__).parent)
 
 
 def has_delta_jars() -> bool:
-    """Whether Delta's jars are part of Spark's own folder (deploy/fetch_jars.py puts them there)."""
+    """True if Delta's jars are in Spark's folder, where deploy/fetch_jars.py puts them."""
     return any((spark_home() / "jars").glob("delta-spark_*.jar"))
 
 
@@ -194,7 +164,7 @@ def _log_settings() -> str:
 
 
 def _jars() -> dict[str, str]:
-    """Coordinates for Spark to resolve at start, where its own folder lacks the jars."""
+    """Properties that let Spark resolve the jars when it starts, if its folder lacks them."""
     if has_delta_jars():
         return {}
     lines = (conf_folder() / "spark-defaults.conf").read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""Objects by URI, on the local file system and in S3-compatible storage; what is imported here is public."""
+"""Objects by URI, on the local file system and in S3-compatible storage. Import from here, not from the modules."""
 
 from cbmir_spark.storage.local import mount_of
 from cbmir_spark.storage.objects import ObjectStore

@@ -1,4 +1,4 @@
-"""Objects of the local file system."""
+"""Read, write and list files of the local file system; errors do not contain paths."""
 
 import errno
 import os
@@ -9,12 +9,15 @@ from datetime import UTC, datetime
 
 from cbmir_spark.storage.uri import FILE, Replaced, StoredObject, is_local, local_path, spelled
 
-# A file that is written to all the while is not read forever.
+# Attempts to read a file that is being written.
 _TRIES = 3
 
 
 def mount_of(uri: str) -> tuple[int, int] | None:
-    """What tells a local folder from another that is mounted in its place; None in object storage, or if it is gone."""
+    """Identify a local folder by device and inode, which change if another is mounted over it.
+
+    None in object storage, or if the folder is gone.
+    """
     if not is_local(uri):
         return None
     with suppress(OSError):
@@ -24,7 +27,8 @@ def mount_of(uri: str) -> tuple[int, int] | None:
 
 
 def mode_of(path: str) -> int:
-    with without_path():
+    """The file mode of a path, 0 if nothing is there."""
+    with hide_paths():
         try:
             return os.stat(path).st_mode
         except (FileNotFoundError, NotADirectoryError):
@@ -32,6 +36,7 @@ def mode_of(path: str) -> int:
 
 
 def scan_folder(path: str) -> tuple[list[str], list[StoredObject]]:
+    """List the folders (URIs) and the files directly below a folder, unsorted."""
     folders, objects = [], []
     here = os.stat(path)
     with os.scandir(path) as entries:
@@ -39,7 +44,7 @@ def scan_folder(path: str) -> tuple[list[str], list[StoredObject]]:
             try:
                 found = entry.stat()
             except FileNotFoundError:
-                # A link to nothing, or a file deleted since; but where the whole folder went, the listing is not whole.
+                # A dangling link, or a file deleted since; but if the whole folder is gone, the listing is incomplete.
                 if not entry.is_symlink() and not os.path.samestat(here, os.stat(path)):
                     raise
                 continue
@@ -52,7 +57,7 @@ def scan_folder(path: str) -> tuple[list[str], list[StoredObject]]:
 
 
 def _leads_back(link: str) -> bool:
-    """Whether a link leads to a folder that it lies in itself, by whatever way: following it would never end."""
+    """True if a link leads to one of the folders that contain it, so that following it would never end."""
     target = os.path.realpath(link).rstrip("/") + "/"
     above = os.path.dirname(link)
     while True:
@@ -64,9 +69,10 @@ def _leads_back(link: str) -> bool:
 
 
 def read_file(uri: str) -> tuple[bytes, StoredObject]:
+    """Read a file that does not change meanwhile. Raises Replaced if it changes on every attempt."""
     for _ in range(_TRIES):
         try:
-            # Without O_NONBLOCK a named pipe would be waited for.
+            # Without O_NONBLOCK, opening a named pipe would block.
             descriptor = os.open(local_path(uri), os.O_RDONLY | os.O_NONBLOCK)
         except NotADirectoryError:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
@@ -85,6 +91,7 @@ def read_file(uri: str) -> tuple[bytes, StoredObject]:
 
 
 def write_file(path: str, content: bytes, durable: bool) -> None:
+    """Write a file so that readers see all of it or nothing."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     unfinished = f"{path}.{os.getpid()}.tmp"
     try:
@@ -101,18 +108,20 @@ def write_file(path: str, content: bytes, durable: bool) -> None:
 
 
 def stored_file(uri: str, found: os.stat_result) -> StoredObject:
-    # Spark's timestamps hold microseconds: the same cut here, or an unchanged file would look new every night.
+    """Describe a file by its URI and status."""
+    # Spark's timestamps have microseconds: with more digits an unchanged file would look new every night.
     microseconds = found.st_mtime_ns // 1000
     modified = datetime.fromtimestamp(microseconds // 1_000_000, UTC).replace(microsecond=microseconds % 1_000_000)
     return StoredObject(uri, found.st_size, modified)
 
 
 @contextmanager
-def without_path() -> Iterator[None]:
+def hide_paths() -> Iterator[None]:
+    """Raise an OSError of the block again, of the same class but without the path in its text."""
     try:
         yield
     except Replaced:
         raise
     except OSError as error:
-        # The number alone decides which subclass of OSError it becomes.
+        # OSError picks its subclass by the number.
         raise OSError(error.errno, os.strerror(error.errno or errno.EIO)) from None

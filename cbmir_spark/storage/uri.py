@@ -1,4 +1,4 @@
-"""URIs of objects: canonical form, scheme, containment."""
+"""Spell, join and compare the URIs of objects; all but links is string work."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from cbmir_spark.errors import InputError
 
 FILE = "file://"
 S3A = "s3a://"
-# Schemes that Hadoop's own connectors read; anything else is taken for a slip of the pen.
+# Schemes that Hadoop's connectors read; any other is refused as a typo.
 _HADOOP = {"abfs", "abfss", "alluxio", "cosn", "dbfs", "gs", "hdfs", "jfs", "maprfs", "o3fs", "obs", "ofs", "oss"}
 _HADOOP |= {"swebhdfs", "viewfs", "wasb", "wasbs", "webhdfs"}
 _HADOOP_URI = re.compile(r"([a-z][a-z0-9]*):(?://([^/]*))?(/.*)?", re.DOTALL)
@@ -22,9 +22,9 @@ _NOT_TEXT = re.compile("[\uef80-\uefff\udc80-\udcff]+")
 
 @dataclass(frozen=True)
 class StoredObject:
-    """One object as storage describes it: canonical URI, size in bytes, when it was last written (UTC), and its ETag.
+    """One object as storage describes it: canonical URI, size in bytes, time of its last write (UTC), and ETag.
 
-    The ETag is None where there is none, as below `file:`. Times of `s3a:` have whole seconds.
+    The ETag is None where there is none, as below `file:`. Times below `s3a:` have whole seconds.
     """
 
     uri: str
@@ -34,15 +34,15 @@ class StoredObject:
 
 
 class Replaced(OSError):
-    """An object was replaced each time while it was read."""
+    """An object changed during every attempt to read it."""
 
 
 def canonical(uri: str) -> str:
-    """The one spelling of a location: `file:///absolute/path`, `s3a://bucket/key`, or an archive of another scheme.
+    """Spell a location as `file:///absolute/path`, `s3a://bucket/key`, or a URI of another Hadoop scheme.
 
-    No spelling ends in a slash. Bare paths are local and relative to the working folder. Names are kept as they are:
-    nothing is percent-decoded, so that a file called `a%20b` stays itself. Raises InputError for a scheme that neither
-    this module nor a connector of Hadoop reads.
+    The result has no trailing slash. Bare paths are local and relative to the working folder. Nothing is
+    percent-decoded, so that a file called `a%20b` stays itself. Raises InputError for a scheme that neither this
+    package nor a connector of Hadoop reads.
     """
     for scheme in (S3A, "s3://", "s3n://"):
         if uri.startswith(scheme):
@@ -61,22 +61,22 @@ def canonical(uri: str) -> str:
 
 
 def is_native(uri: str) -> bool:
-    """Whether this module itself lists, reads and writes there; other archives are read by Hadoop's connectors."""
+    """True if this package lists, reads and writes there; Hadoop's connectors read archives of other schemes."""
     return uri.startswith((FILE, S3A))
 
 
 def join(uri: str, *parts: str) -> str:
-    """`uri` with path components below it."""
+    """Append path components to a URI."""
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
 def is_local(uri: str) -> bool:
-    """Whether a canonical URI lies on the machine's own file system."""
+    """True if a canonical URI is on the local file system."""
     return uri.startswith(FILE)
 
 
 def local_path(uri: str) -> str:
-    """The plain path of a canonical `file:` URI."""
+    """Convert a canonical `file:` URI to a path."""
     path = uri.removeprefix(FILE)
     if not _RAW_CHARACTERS.search(path):
         return path
@@ -84,7 +84,7 @@ def local_path(uri: str) -> str:
 
 
 def is_below(uri: str, root: str) -> bool:
-    """Whether canonical `uri` lies below canonical `root`, with symbolic links of local paths resolved."""
+    """True if canonical `uri` is below canonical `root`; symbolic links in local paths are resolved."""
     if is_local(uri) and is_local(root):
         real, real_root = os.path.realpath(local_path(uri)), os.path.realpath(local_path(root))
         return real.startswith(real_root.rstrip("/") + "/")
@@ -94,21 +94,21 @@ def is_below(uri: str, root: str) -> bool:
 
 
 def is_link(uri: str) -> bool:
-    """Whether a canonical URI is a symbolic link, which may lead out of the folder that it lies in."""
+    """True if a canonical URI is a symbolic link, which may lead out of its folder."""
     return is_local(uri) and os.path.islink(local_path(uri))
 
 
 def is_file_uri(uri: str) -> bool:
-    """Whether a location is local rather than in S3; every operation asks it, and so refuses all other schemes."""
+    """True if a location is local, False if in S3. Raises InputError for any other scheme."""
     if not is_native(uri):
         raise InputError(f"{uri.split(':', 1)[0]}: only archives may lie there; use a path, file: or s3a:")
     return is_local(uri)
 
 
 def spelled(path: str) -> str:
-    """A path as text that can be stored: bytes that are not UTF-8 become private-use characters.
+    """Convert a path to text that can be stored: bytes that are not UTF-8 become private-use characters.
 
-    Those characters, in a name that really has them, are spelled byte by byte too, so that the way back is one.
+    A name that contains those very characters has them replaced byte by byte too, so that the conversion can be undone.
     """
     return path if path.isascii() else _NOT_TEXT.sub(lambda found: _raw(os.fsencode(found[0])), path)
 

@@ -26,7 +26,6 @@ from cbmir_spark.evaluation import job as evaluation_job
 from cbmir_spark.evaluation import measures
 from cbmir_spark.evaluation import queries as test_queries
 from cbmir_spark.index import job as index_job
-from cbmir_spark.index import open as index_open
 from cbmir_spark.ingest import job as ingest_job
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, pseudonyms, publication, schemas
@@ -39,6 +38,7 @@ from cbmir_spark.synthetic import wrap
 from cbmir_spark.training import job as training_job
 from cbmir_spark.training import manifest, metrics
 from tests.benchmarks.common import SHARED, keep, tell
+from tests.support.models import open_index
 
 SOURCE = "Medical-MNIST"
 K, DEPTH = 10, 1000
@@ -49,7 +49,7 @@ def gather(spark: SparkSession, settings: config.Settings) -> tuple[pd.DataFrame
     """Every picture of the index with its cell, source and side of the split, and their (N, D) float32 vectors."""
     lake = LakePaths.of(settings.lake)
     pinned = publication.require_published(spark, lake)
-    index = index_open.open_index(spark, settings)
+    index = open_index(spark, settings)
     rows = index.rows.select(cols.IMAGE_ID, cols.PATIENT_ID, cols.VECTOR, cols.PREDICTED).toPandas()
     uris = delta.read(spark, lake.path(schemas.SOURCES), pinned.sources).select(cols.IMAGE_ID, cols.URI).toPandas()
     labels = pd.read_csv(SHARED / "labels.csv")

@@ -36,12 +36,13 @@ from pyspark.sql.pandas.types import to_arrow_schema
 from cbmir_spark import config, storage
 from cbmir_spark.config import RetrievalSettings
 from cbmir_spark.index import embed as index_embed
-from cbmir_spark.index import open as index_open
+from cbmir_spark.index.layout import FEATURES, place_of
 from cbmir_spark.index.vector_files import DataFile
 from cbmir_spark.lake import columns as cols
-from cbmir_spark.lake import delta, publication, schemas
+from cbmir_spark.lake import delta, schemas
 from cbmir_spark.lake.runs import Stages
 from cbmir_spark.models import artifact
+from cbmir_spark.models.artifact import MANIFEST_FILE, WEIGHTS_FILE
 from cbmir_spark.models.layers import Draw
 from cbmir_spark.models.projection import Projection
 from cbmir_spark.retrieval import answer as answers
@@ -69,7 +70,7 @@ def pictures(lake: Path) -> NDArray[np.uint8]:
 
 def classes(lake: Path) -> tuple[list[tuple[str, str]], list[str]]:
     """Of each of the same pictures, the partition that it is in, and the class that the network takes it for."""
-    folder = next(f for f in sorted((lake / "lake" / schemas.FEATURES.name).glob("alexnet-*")) if "small" not in f.name)
+    folder = next(f for f in sorted((lake / "lake" / FEATURES.name).glob("alexnet-*")) if "small" not in f.name)
     columns = [cols.IMAGE_ID, cols.PREDICTED, cols.MODALITY, cols.BODY_PART]
     rows = pyarrow.dataset.dataset(sorted(map(str, folder.rglob("*.parquet"))), partitioning="hive").to_table(columns)
     found = {row[cols.IMAGE_ID]: row for row in rows.to_pylist()}
@@ -88,7 +89,7 @@ def embed(lake: Path, count: int) -> tuple[Floats, Floats]:
     asked, made = lake / "asked.npy", lake / f"base-{count}.npy"
     if not made.exists():
         folder = next(f for f in sorted((lake / "lake" / "models").glob("alexnet-*")) if "small" not in f.name)
-        loaded = artifact.load((folder / index_open.WEIGHTS).read_bytes(), (folder / index_open.MANIFEST).read_bytes())
+        loaded = artifact.load((folder / WEIGHTS_FILE).read_bytes(), (folder / MANIFEST_FILE).read_bytes())
         network = loaded.model.to(memory_format=torch.channels_last)
         pixels = torch.from_numpy(pictures(lake))
         unfinished = lake / "unfinished.npy"
@@ -144,7 +145,7 @@ def store(spark: SparkSession, lake: Path, source: Path, count: int, projection:
 
     def rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         base = np.load(source, mmap_mode="r")
-        schema = to_arrow_schema(schemas.FEATURES.schema)
+        schema = to_arrow_schema(FEATURES.schema)
         for batch in batches:
             for numbers in np.array_split(batch.column(0).to_numpy(), max(1, batch.num_rows // 256)):
                 vectors = np.asarray(base[numbers])
@@ -174,20 +175,16 @@ def store(spark: SparkSession, lake: Path, source: Path, count: int, projection:
                 made[cols.RESIDUAL_NORM] = pa.array(residuals)
                 yield pa.RecordBatch.from_arrays([made[name] for name in schema.names], schema.names)
 
-    delta.ensure(spark, schemas.FEATURES, path)
+    delta.ensure(spark, FEATURES, path)
     for start in range(0, count, 100_000):
-        made = spark.range(start, min(start + 100_000, count), numPartitions=8).mapInArrow(
-            rows, schemas.FEATURES.schema
-        )
+        made = spark.range(start, min(start + 100_000, count), numPartitions=8).mapInArrow(rows, FEATURES.schema)
         counts = Counter(places[number % len(places)] for number in range(start, min(start + 100_000, count)))
-        delta.append(index_embed.spread(made, counts, 100_000), schemas.FEATURES, path, rows_per_file=100_000)
+        delta.append(index_embed.spread(made, counts, 100_000), FEATURES, path, rows_per_file=100_000)
 
 
 def base_at(spark: SparkSession, path: str, projection: Projection, files: config.StorageSettings) -> answers.Base:
     sizes = {found.uri: found.size for found in ObjectStore(files).list_objects(path)}
-    named = [
-        DataFile(n, uri, publication.place_of(uri), sizes[uri]) for n, uri in enumerate(delta.live_files(spark, path))
-    ]
+    named = [DataFile(n, uri, place_of(uri), sizes[uri]) for n, uri in enumerate(delta.live_files(spark, path))]
     return answers.Base(tuple(named), 4096, projection, ObjectStore(files))
 
 

@@ -17,12 +17,10 @@ from sklearn.metrics import average_precision_score, precision_recall_fscore_sup
 
 from cbmir_spark import config, storage
 from cbmir_spark.errors import ModelError
-from cbmir_spark.evaluation import document as evaluation_document
 from cbmir_spark.evaluation import job as evaluation_job
 from cbmir_spark.evaluation import measures
 from cbmir_spark.evaluation import queries as test_queries
 from cbmir_spark.index import job as index_job
-from cbmir_spark.index import open as index_open
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import schemas
 from cbmir_spark.lake.open import open_lake
@@ -33,6 +31,7 @@ from cbmir_spark.training import metrics
 from cbmir_spark.training.manifest import Snapshot
 from cbmir_spark.training.snapshot import write_snapshot
 from tests.support import tiny_lake
+from tests.support.models import open_index
 from tests.support.tiny_lake import Drawn, draw, pseudonym, publish
 
 
@@ -228,7 +227,7 @@ def evaluated(
     (folder / "model" / "weights.safetensors").write_bytes(saved.weights)
     index_job.run(spark, settings)
     report = evaluation_job.run(spark, settings)
-    rows = index_open.open_index(spark, settings).rows.toPandas()
+    rows = open_index(spark, settings).rows.toPandas()
     return settings, report, rows, snapshot
 
 
@@ -322,7 +321,7 @@ def test_the_files_say_what_the_report_says(evaluated: Evaluated) -> None:
     page = ObjectStore(settings.storage).read_bytes(report.page).decode()
     assert report.model_id in page and f"{report.accuracy:.3f}" in page and page.count("data:image/png") == 2
     folder = report.page.rpartition("/")[0]
-    for name in (evaluation_document.CONFUSION, evaluation_document.BY_CLASS):
+    for name in (document.CONFUSION, document.BY_CLASS):
         assert ObjectStore(settings.storage).read_bytes(f"{folder}/{name}").startswith(b"\x89PNG")
 
 
@@ -332,7 +331,7 @@ def test_a_model_of_another_lake_is_refused(spark: SparkSession, evaluated: Eval
     place = Path(storage.local_path(snapshot.uri))
     place.rename(gone)
     try:
-        with pytest.raises(ModelError, match="test patients are unknown"):
+        with pytest.raises(ModelError, match="test patients are not known"):
             evaluation_job.run(spark, settings)
     finally:
         gone.rename(place)

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
-import torch
 from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
@@ -20,45 +19,19 @@ from cbmir_spark.errors import ModelError, TableError
 from cbmir_spark.index import arrays
 from cbmir_spark.index import embed as index_embed
 from cbmir_spark.index import job as index_job
-from cbmir_spark.index import open as index_open
 from cbmir_spark.index import verify as index_verify
+from cbmir_spark.index.layout import FEATURES
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, publication, schemas
 from cbmir_spark.lake.paths import LakePaths
-from cbmir_spark.models import artifact, networks
+from cbmir_spark.models import artifact
 from cbmir_spark.models import embed as embedding
 from cbmir_spark.models.artifact import Loaded, Saved
-from cbmir_spark.models.projection import Projection
 from cbmir_spark.models.registry import Registry
 from cbmir_spark.storage import ObjectStore
 from tests.conftest import MakeSettings
-from tests.support.models import registry_of
+from tests.support.models import open_index, registry_of, save_model
 from tests.support.tiny_lake import PREPROCESSING, Drawn, draw, pseudonym, publish
-
-
-def save_model(folder: Path, seed: int = 1, preprocessing: str = PREPROCESSING, spoil: float | None = None) -> Saved:
-    """The small network, untrained; `spoil` is put into the weights of its feature layer."""
-    torch.manual_seed(seed)
-    network = networks.build("alexnet-small", 3).eval()
-    if spoil is not None:
-        with torch.no_grad():
-            for parameter in network.fc2.parameters():
-                parameter.fill_(spoil)
-    random = np.random.default_rng(seed)
-    saved = artifact.save(
-        network,
-        Projection.fit([random.random((64, 512), dtype=np.float32)]),
-        label="modality/body_part",
-        classes=("CT/CHEST", "CT/HEAD", "MR/BRAIN"),
-        possible={"CT": ("CT/CHEST", "CT/HEAD"), "MR": ("MR/BRAIN",)},
-        preprocessing=preprocessing,
-        snapshot="s",
-    )
-    folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text(saved.manifest.to_json())
-    (folder / "weights.safetensors").write_bytes(saved.weights)
-    return saved
-
 
 IMAGES = [
     Drawn("a", "p1", "CT", "CHEST"),
@@ -110,7 +83,7 @@ def test_each_live_frame_has_the_vector_that_a_query_of_it_gets(spark: SparkSess
     assert report.sources == {cols.FROM_TAG: 5, cols.FROM_PREDICTION: 1, cols.FROM_NOTHING: 1}
     assert report.champion is None
     assert report.table == indexed.lake.features(report.model_id)
-    rows = rows_of(index_open.open_index(spark, indexed.settings).rows)
+    rows = rows_of(open_index(spark, indexed.settings).rows)
     assert {row[cols.IMAGE_ID] for row in rows} == {pseudonym(name) for name in "abcde"}
     by_name = {pseudonym(image.name): image for image in IMAGES}
     for row in rows:
@@ -158,7 +131,7 @@ def test_run_again_it_embeds_and_commits_nothing_and_asks_for_the_champion(
     assert again.champion == "4"
 
 
-@pytest.mark.parametrize(("spoil", "words"), [(float("nan"), "7 with NaN"), (0.0, "7 of zeros alone")])
+@pytest.mark.parametrize(("spoil", "words"), [(float("nan"), "7 with NaN"), (0.0, "7 all zero")])
 def test_vectors_that_cannot_be_searched_stop_the_job_before_they_are_seen(
     spark: SparkSession, indexed: Indexed, tmp_path: Path, spoil: float, words: str
 ) -> None:
@@ -178,47 +151,43 @@ def test_a_model_of_other_pixels_is_refused(spark: SparkSession, indexed: Indexe
 def test_a_table_of_another_model_is_refused_naming_both(spark: SparkSession, indexed: Indexed, tmp_path: Path) -> None:
     mine, other = indexed.report.model_id, save_model(tmp_path / "second", seed=2).manifest.model_id
     with pytest.raises(TableError, match=f"{other} has no index.*cbmir index"):
-        index_open.open_index(spark, indexed.with_model(tmp_path / "second"))
+        open_index(spark, indexed.with_model(tmp_path / "second"))
     shutil.copytree(storage.local_path(indexed.report.table), storage.local_path(indexed.lake.features(other)))
     with pytest.raises(ModelError, match=f"{mine}.*{other}"):
-        index_open.open_index(spark, indexed.with_model(tmp_path / "second"))
+        open_index(spark, indexed.with_model(tmp_path / "second"))
 
 
 def test_a_row_twice_is_found(spark: SparkSession, indexed: Indexed) -> None:
     pinned = publication.require_published(spark, indexed.lake)
     tags = delta.read(spark, indexed.lake.path(schemas.TAGS), pinned.tags)
     pixels = delta.read(spark, indexed.lake.path(schemas.PIXELS), pinned.pixels)
-    rows = index_open.open_index(spark, indexed.settings).rows
+    rows = open_index(spark, indexed.settings).rows
     doubled = rows.unionByName(rows.where(F.col(cols.IMAGE_ID) == pseudonym("b")))
-    with pytest.raises(TableError, match="lacks 0 frames, holds 0 rows without a frame and 3 rows twice"):
+    with pytest.raises(TableError, match="lacks 0 frames, has 0 rows without a frame and 3 duplicate rows"):
         index_verify.verify(index_verify.live_frames(tags, pixels), doubled, indexed.model.manifest, [])
 
 
 def test_what_changes_is_followed_and_any_parquet_reader_reads_it(spark: SparkSession, indexed: Indexed) -> None:
     """Last of those that use the lake, since it changes it."""
-    before = {
-        (row[cols.IMAGE_ID], row[cols.FRAME]): row
-        for row in index_open.open_index(spark, indexed.settings).rows.collect()
-    }
+    before = {(row[cols.IMAGE_ID], row[cols.FRAME]): row for row in open_index(spark, indexed.settings).rows.collect()}
     # The batch is replaced: e is gone, a has other pixels (another drawing), g is new, the rest is the same.
     changed = [image for image in IMAGES if image.name not in "ae"]
     publish(spark, indexed.settings, [*changed, Drawn("a", "p1", "MR", "BRAIN"), Drawn("g", "p9", "MR", "BRAIN")])
     report = index_job.run(spark, indexed.settings)
     assert (report.embedded, report.deleted, report.rows) == (2, 2, FRAMES)
-    index = index_open.open_index(spark, indexed.settings)
+    index = open_index(spark, indexed.settings)
     for row in rows_of(index.rows):
         same = before.get((row[cols.IMAGE_ID], row[cols.FRAME])) == row
         assert same == (row[cols.IMAGE_ID] not in {pseudonym("a"), pseudonym("g")})
 
-    path, uris = index_open.live_files(spark, indexed.settings)
-    folder = storage.local_path(path)
-    names = [storage.local_path(uri) for uri in uris]
+    folder = storage.local_path(index.path)
+    names = [storage.local_path(uri) for uri in index.files]
     assert all("/modality=" in name and "/body_part=" in name for name in names)
     # Files of deleted rows still lie in the folder, and must not be among the live ones.
     assert set(names) < {str(file) for file in Path(folder).rglob("*.parquet")}
     plain = ds.dataset(names, partitioning="hive", partition_base_dir=folder).to_table()
     order = [(cols.IMAGE_ID, "ascending"), (cols.FRAME, "ascending")]
-    columns = schemas.FEATURES.schema.names
+    columns = FEATURES.schema.names
     through_delta = index.rows.toArrow()
     assert plain.num_rows == FRAMES
     assert plain.sort_by(order).select(columns).to_pylist() == through_delta.sort_by(order).select(columns).to_pylist()
@@ -226,7 +195,7 @@ def test_what_changes_is_followed_and_any_parquet_reader_reads_it(spark: SparkSe
 
 def test_without_a_champion_the_error_says_what_to_run(spark: SparkSession, make_settings: MakeSettings) -> None:
     with pytest.raises(ModelError, match="run `cbmir train`, then `cbmir index`"):
-        index_open.open_index(spark, make_settings())
+        open_index(spark, make_settings())
 
 
 def test_inspection_counts_each_fault(spark: SparkSession) -> None:
@@ -235,7 +204,7 @@ def test_inspection_counts_each_fault(spark: SparkSession) -> None:
     df = spark.createDataFrame(rows, "vector array<float>, residual_norm double").repartition(3)
     found = index_verify.inspect(df, 2)
     assert dataclasses.astuple(found) == (6, 2, 2, 1)
-    assert found.faults == "2 of another dimension, 2 with NaN or infinite values, 1 of zeros alone"
+    assert found.faults == "2 of another dimension, 2 with NaN or infinite values, 1 all zero"
     assert index_verify.inspect(df.where("false"), 2) == index_verify.Inspection(0, 0, 0, 0)
 
 

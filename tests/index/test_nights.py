@@ -20,15 +20,16 @@ from cbmir_spark import config, storage
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import TableError
 from cbmir_spark.index import job as index_job
-from cbmir_spark.index import open as index_open
 from cbmir_spark.index import verify as index_verify
+from cbmir_spark.index.layout import FEATURES, place_of
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, publication, schemas
 from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.retrieval import search
+from cbmir_spark.retrieval.answer import base_of
 from cbmir_spark.retrieval.query import Query
 from cbmir_spark.storage import ObjectStore
-from tests.index.test_index import save_model
+from tests.support.models import open_index, save_model
 from tests.support.tiny_lake import Drawn, publish
 from tests.system.test_cluster import environment
 from tests.system.test_kills import DRIVER_OPTIONS
@@ -47,7 +48,7 @@ def overrides_for(folder: Path) -> list[str]:
 
 
 def files_of(spark: SparkSession, report: index_job.Report) -> Counter[tuple[str, str]]:
-    return Counter(publication.place_of(uri) for uri in delta.live_files(spark, report.table, report.version))
+    return Counter(place_of(uri) for uri in delta.live_files(spark, report.table, report.version))
 
 
 def test_nights_are_followed_by_what_changed_and_small_files_become_few(
@@ -55,13 +56,13 @@ def test_nights_are_followed_by_what_changed_and_small_files_become_few(
 ) -> None:
     settings = config.load(overrides=overrides_for(tmp_path), environ={})
     looked_at: list[frozenset[int] | None] = []
-    plain = index_job._touched
+    plain = index_job._changed_batches
 
     def spy(*given: object) -> frozenset[int] | None:
         looked_at.append(plain(*given))  # type: ignore[arg-type]
         return looked_at[-1]
 
-    monkeypatch.setattr(index_job, "_touched", spy)
+    monkeypatch.setattr(index_job, "_changed_batches", spy)
     most = []
     for batch in (1, 2, 3, 4):
         publish(spark, settings, night(batch), batch)
@@ -71,7 +72,7 @@ def test_nights_are_followed_by_what_changed_and_small_files_become_few(
     assert looked_at == [None, frozenset({2}), frozenset({3}), frozenset({4})]
     # A file a night and partition, until there are more than two beyond the one that is needed.
     assert most == [1, 2, 3, 1]
-    before = index_open.open_index(spark, settings)
+    before = open_index(spark, settings)
     # Batch 2 is replaced by one that has an image less.
     publish(spark, settings, night(2)[1:], 2)
     report = index_job.run(spark, settings)
@@ -79,19 +80,19 @@ def test_nights_are_followed_by_what_changed_and_small_files_become_few(
     assert (report.embedded, report.deleted, report.rows) == (0, 1, 15)
     again = index_job.run(spark, settings)
     assert (looked_at[-1], again.version) == (frozenset(), report.version)
-    assert index_verify.check(spark, settings).rows == 15
+    assert index_verify.run(spark, settings).rows == 15
     # The rows of the four nights went through the rewriting as they were.
-    after = index_open.open_index(spark, settings).rows.toPandas().set_index([cols.IMAGE_ID, cols.FRAME])
+    after = open_index(spark, settings).rows.toPandas().set_index([cols.IMAGE_ID, cols.FRAME])
     old = before.rows.toPandas().set_index([cols.IMAGE_ID, cols.FRAME]).loc[after.index]
     assert [v.tobytes() for v in map(np.array, after[cols.VECTOR])] == [
         v.tobytes() for v in map(np.array, old[cols.VECTOR])
     ]
 
-    rows = index_open.open_index(spark, settings).rows
+    rows = open_index(spark, settings).rows
     lost = rows.limit(1).select(cols.MODALITY, cols.BODY_PART, cols.IMAGE_ID, cols.FRAME)
-    delta.delete_rows(spark, report.table, spark.createDataFrame(lost.collect(), lost.schema), "true")
-    with pytest.raises(TableError, match="lacks 1 frames, holds 0 rows without a frame and 0 rows twice"):
-        index_verify.check(spark, settings)
+    delta.delete_rows(spark, FEATURES, report.table, spark.createDataFrame(lost.collect(), lost.schema), "true")
+    with pytest.raises(TableError, match="lacks 1 frames, has 0 rows without a frame and 0 duplicate rows"):
+        index_verify.run(spark, settings)
     # Nothing was published since, so a night does not look there; a full comparison does.
     assert index_job.run(spark, settings).embedded == 0
 
@@ -100,8 +101,8 @@ def test_a_search_keeps_to_the_version_that_it_opened(spark: SparkSession, tmp_p
     settings = config.load(overrides=overrides_for(tmp_path), environ={})
     publish(spark, settings, night(1, images=8), 1)
     index_job.run(spark, settings)
-    index = index_open.open_index(spark, settings)
-    base = search.base_of(spark, index, ObjectStore(settings.storage))
+    index = open_index(spark, settings)
+    base = base_of(index, ObjectStore(settings.storage))
     vectors = [np.array(row[cols.VECTOR], dtype=np.float32) for row in index.rows.limit(3).collect()]
     queries = [Query(f"q{n}", vector) for n, vector in enumerate(vectors)]
     whole = settings.retrieval.model_copy(update={"prefilter": "none", "unique": "none", "k": 50})
@@ -112,7 +113,7 @@ def test_a_search_keeps_to_the_version_that_it_opened(spark: SparkSession, tmp_p
     publish(spark, settings, night(1, images=8)[:3], 1)
     index_job.run(spark, settings)
     assert search.search(spark, base, queries, whole).hits.equals(first.hits)
-    now = search.base_of(spark, index_open.open_index(spark, settings), ObjectStore(settings.storage))
+    now = base_of(open_index(spark, settings), ObjectStore(settings.storage))
     assert len(search.search(spark, now, queries, whole).hits) == 3 * 15
 
 
@@ -143,14 +144,14 @@ def assert_whole(spark: SparkSession, settings: Settings) -> None:
     frames = delta.read(spark, lake.path(schemas.PIXELS), publication.require_published(spark, lake).pixels).select(
         cols.IMAGE_ID, cols.FRAME
     )
-    rows = index_open.open_index(spark, settings).rows.select(cols.IMAGE_ID, cols.FRAME)
+    rows = open_index(spark, settings).rows.select(cols.IMAGE_ID, cols.FRAME)
     assert sorted(map(tuple, rows.collect())) == sorted(map(tuple, frames.collect()))
-    index_verify.check(spark, settings)
+    index_verify.run(spark, settings)
 
 
 def log_length(settings: Settings) -> int:
     """Commits of all FEATURES tables so far."""
-    folder = Path(storage.local_path(LakePaths.of(settings.lake).uri)) / schemas.FEATURES.name
+    folder = Path(storage.local_path(LakePaths.of(settings.lake).uri)) / FEATURES.name
     return len(list(folder.rglob("_delta_log/*.json")))
 
 
@@ -221,15 +222,15 @@ def test_searches_beside_index_jobs_answer_from_one_version_each(spark: SparkSes
         publish(spark, settings, night(1, images=20)[batch:], 1)
         job = start(overrides)
         while job.poll() is None:
-            index = index_open.open_index(spark, settings)
-            base = search.base_of(spark, index, ObjectStore(settings.storage))
+            index = open_index(spark, settings)
+            base = base_of(index, ObjectStore(settings.storage))
             vector = np.zeros(base.dimension, dtype=np.float32)
             hits = search.search(spark, base, [Query("q", vector)], whole).hits
             found = set(zip(hits.column(cols.IMAGE_ID).to_pylist(), hits.column(cols.FRAME).to_pylist(), strict=True))
             answers.append((index.version, found))
         job.communicate()
         assert job.returncode == 0
-    path = index_open.open_index(spark, settings).path
+    path = open_index(spark, settings).path
     assert len({version for version, _ in answers}) > 2
     for version, found in answers:
         rows = delta.read(spark, path, version).select(cols.IMAGE_ID, F.col(cols.FRAME)).collect()

@@ -1,5 +1,6 @@
 """Vectors by their place in Parquet files, against Arrow's own reading of the same files."""
 
+import dataclasses
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -17,9 +18,11 @@ from cbmir_spark import storage
 from cbmir_spark.config import StorageSettings
 from cbmir_spark.errors import TableError
 from cbmir_spark.index import arrays, vector_files
-from cbmir_spark.index.byte_sources import merged
+from cbmir_spark.index.byte_sources import merge
+from cbmir_spark.index.layout import FEATURES
 from cbmir_spark.index.parquet_pages import page_values
 from cbmir_spark.index.vector_files import DataFile, Floats, OpenFiles, VectorFile
+from cbmir_spark.lake import delta
 from cbmir_spark.spark import session
 from cbmir_spark.spark.python_workers import without_archives
 from cbmir_spark.storage import ObjectStore
@@ -83,10 +86,11 @@ def test_a_vector_that_is_null_or_of_another_length_is_not_read_by_its_place(tmp
 
 
 def test_what_spark_writes_for_the_index_is_read_by_place(spark: SparkSession, tmp_path: Path) -> None:
-    """The writer's settings and the reader agree: in sessions that `session.build` made."""
+    """The table's write settings and the reader agree, for appended rows and for those that a MERGE rewrites."""
     schema = StructType(
         [StructField("number", LongType(), False), StructField("vector", ArrayType(FloatType(), False), False)]
     )
+    table = dataclasses.replace(FEATURES, schema=schema, partitioned_by=(), constraints={})
 
     def made() -> Floats:
         return np.random.default_rng(2).standard_normal((1500, 4096), np.float32)
@@ -97,45 +101,56 @@ def test_what_spark_writes_for_the_index_is_read_by_place(spark: SparkSession, t
             vectors = arrays.vector_column(every[batch.column(0).to_numpy()])
             yield pa.RecordBatch.from_arrays([batch.column(0), vectors], names=schema.names)
 
-    written = spark.range(0, 1500, 1, 1).mapInArrow(rows, schema)
-    written.write.option("compression", "none").parquet(str(tmp_path / "written"))
-    (path,) = (tmp_path / "written").glob("*.parquet")
+    def file_at(version: int) -> Path:
+        (uri,) = delta.live_files(spark, path, version)
+        return Path(storage.local_path(uri))
+
+    path = storage.canonical(str(tmp_path / "written"))
+    delta.ensure(spark, table, path)
+    appended = delta.append(spark.range(0, 1500, 1, 1).mapInArrow(rows, schema), table, path)
     vectors = made()
-    with opened(path) as file:
+    with opened(file_at(appended)) as file:
         found = np.empty((2, 4096), np.float32)
         file.some_vectors("vector", np.array([0, 1]), np.array([5, 0]), found)
         assert file.read.bytes == 2 * 4 * 4096
-        # A row group is as big as `properties` says, where the writer looks at all.
+        # A row group is as big as the write settings say, where the writer looks at all.
         assert 400 < file.rows_of(0) < 700
         assert (found == vectors[[5, file.rows_of(0)]]).all()
-        everything = [number for portion in file.portions(0, 1, 100) for number in portion]
+        everything = [number for batch in file.batches(0, 1, 100) for number in batch]
         assert (file.vectors("vector", everything, 4096) == vectors).all()
+    gone = spark.createDataFrame([(number,) for number in (0, 3, 1499)], "number long")
+    with opened(file_at(delta.delete_rows(spark, table, path, gone, "true"))) as file:
+        number = file.table([0], ["number"]).column("number").to_numpy()
+        before, found = file.read.bytes, np.empty((1, 4096), np.float32)
+        file.some_vectors("vector", np.array([0]), np.array([7]), found)
+        assert file.read.bytes - before == 4 * 4096
+        assert not set(number) & {0, 3, 1499} and (found == vectors[number[7]]).all()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can be told")
-def test_what_is_read_of_a_local_file_is_announced_and_little_else(
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can be advised")
+def test_what_is_read_of_a_local_file_is_prefetched_and_little_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vectors = np.random.default_rng(5).standard_normal((4000, 64)).astype(np.float32)
     written(tmp_path / "a.parquet", vectors, PLAIN, 1000)
-    told: list[tuple[int, int]] = []
+    advised: list[tuple[int, int]] = []
 
     def advise(_: int, offset: int, size: int, what: int) -> None:
         assert what == os.POSIX_FADV_WILLNEED
-        told.append((offset, size))
+        advised.append((offset, size))
 
     monkeypatch.setattr(os, "posix_fadvise", advise)
     with opened(tmp_path / "a.parquet") as file:
         file.table([1, 2], ["number"])
-        assert sum(size for _, size in told) == file.read.bytes
-        told.clear()
+        assert sum(size for _, size in advised) == file.read.bytes
+        advised.clear()
         found = np.empty((3, 64), np.float32)
         file.some_vectors("vector", np.array([3, 0, 0]), np.array([7, 900, 5]), found)
     # Its own page's header first, of the biggest row group; each vector, 256 bytes, by itself.
-    assert [size for _, size in told[1:]] == [256, 256, 256]
+    assert [size for _, size in advised[1:]] == [256, 256, 256]
     content = (tmp_path / "a.parquet").read_bytes()
-    announced = [np.frombuffer(content[offset : offset + size], np.float32) for offset, size in told[1:]]
-    assert np.array_equal(announced, vectors[[5, 900, 3007]])
+    prefetched = [np.frombuffer(content[offset : offset + size], np.float32) for offset, size in advised[1:]]
+    assert np.array_equal(prefetched, vectors[[5, 900, 3007]])
 
 
 def test_a_page_that_ends_within_a_vector_is_not_taken_for_the_only_one(tmp_path: Path) -> None:
@@ -188,9 +203,9 @@ def test_how_many_values_a_page_header_tells(header: bytes, values: int | None) 
 
 def test_near_ranges_are_one_request() -> None:
     near, far = 2**16, 2**20
-    assert merged([(0, 10), (10 + near, 10), (far, 5)]) == [(0, 20 + near), (far, 5)]
-    assert merged([(0, 2**22), (2**22, 1)]) == [(0, 2**22), (2**22, 1)]
-    assert merged([]) == []
+    assert merge([(0, 10), (10 + near, 10), (far, 5)]) == [(0, 20 + near), (far, 5)]
+    assert merge([(0, 2**22), (2**22, 1)]) == [(0, 2**22), (2**22, 1)]
+    assert merge([]) == []
 
 
 def test_workers_do_not_look_for_modules_in_archives(spark: SparkSession) -> None:

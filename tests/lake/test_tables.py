@@ -5,10 +5,10 @@ from datetime import UTC, datetime
 
 import pytest
 from py4j.protocol import Py4JJavaError
-from pyspark.errors import PySparkException
+from pyspark.errors import AnalysisException, PySparkException
 from pyspark.sql import DataFrame, SparkSession
 
-from cbmir_spark.errors import InputError, TableError
+from cbmir_spark.errors import TableError
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, publication, schemas
 from cbmir_spark.lake.paths import LakePaths
@@ -67,6 +67,35 @@ def test_ensure_twice_changes_nothing(spark: SparkSession, make_settings: MakeSe
     assert delta.version(spark, path) == version
 
 
+def test_version_and_properties_are_found_with_deltas_private_classes_or_without(
+    spark: SparkSession, make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = LakePaths.of(make_settings().lake).path(schemas.PIXELS)
+    absent = LakePaths.of(make_settings().lake).path(schemas.TAGS)
+    delta.ensure(spark, schemas.PIXELS, path, {"cbmir.model": "m-1"})
+    version = delta.append(_pixels(spark, 1, "a"), schemas.PIXELS, path)
+    found = delta.latest(spark, path)
+    assert found is not None and (found.version, found.properties["cbmir.model"]) == (version, "m-1") == (1, "m-1")
+    assert delta.latest(spark, absent) is None
+    monkeypatch.setattr(delta, "DELTA_LOG", "org.apache.spark.sql.delta.elsewhere.DeltaLog")
+    assert delta.latest(spark, path) == found
+    assert delta.latest(spark, absent) is None
+    with pytest.raises(TableError, match="there is no table at"):
+        delta.version(spark, absent)
+
+
+def test_a_table_that_is_missing_is_named_and_a_version_that_is_missing_is_not_mistaken_for_it(
+    spark: SparkSession, make_settings: MakeSettings
+) -> None:
+    path = LakePaths.of(make_settings().lake).path(schemas.PIXELS)
+    with pytest.raises(TableError, match="there is no table at"):
+        delta.read(spark, path)
+    delta.ensure(spark, schemas.PIXELS, path)
+    assert delta.read(spark, path, 0).count() == 0
+    with pytest.raises(AnalysisException):
+        delta.read(spark, path, 7)
+
+
 def test_images_are_deleted_only_in_the_batches_that_are_named(
     spark: SparkSession, make_settings: MakeSettings
 ) -> None:
@@ -96,14 +125,6 @@ def test_readers_open_what_was_published_and_the_rest_can_be_taken_back(
     assert _images(spark, lake.path(schemas.PIXELS), first.pixels) == ["a"]
     assert publication.roll_back(spark, lake, first) == ["pixels"]
     assert _images(spark, lake.path(schemas.PIXELS)) == ["a"]
-
-
-def test_a_lake_that_is_a_file_is_refused(make_settings: MakeSettings, tmp_path: object) -> None:
-    file = f"{tmp_path}/file"
-    with open(file, "w"):
-        pass
-    with pytest.raises(InputError, match="is a file"):
-        LakePaths.of(make_settings(f"lake.uri={file}").lake)
 
 
 def test_the_vault_is_inside_the_lake_unless_it_is_named(make_settings: MakeSettings, tmp_path: object) -> None:

@@ -20,6 +20,7 @@ from cbmir_spark import config, storage
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import InputError, TableError
 from cbmir_spark.index import job as index_job
+from cbmir_spark.index.layout import FEATURES
 from cbmir_spark.ingest import job as ingest_job
 from cbmir_spark.ingest import parse
 from cbmir_spark.lake import columns as cols
@@ -37,8 +38,8 @@ from cbmir_spark.training import snapshot_files
 from cbmir_spark.training.manifest import MANIFEST, SPLITS, TEST, TRAIN, Snapshot
 from cbmir_spark.training.snapshot import write_snapshot
 from tests.conftest import MakeSettings
-from tests.index.test_index import save_model
 from tests.support.leaks import contents
+from tests.support.models import save_model
 from tests.support.tiny_lake import PREPROCESSING, Drawn, draw, identifiers, owners, publish
 
 GONE = "PATIENT-7531"
@@ -88,8 +89,8 @@ def prepared(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
     save_model(folder / "model", preprocessing=PREPROCESSING)
     indexed = index_job.run(spark, settings)
     other = lake.features("other-model")
-    delta.ensure(spark, schemas.FEATURES, other)
-    delta.append(delta.read(spark, indexed.table), schemas.FEATURES, other)
+    delta.ensure(spark, FEATURES, other)
+    delta.append(delta.read(spark, indexed.table), FEATURES, other)
     snapshot = write_snapshot(open_lake(spark, settings), settings.dataset)
     unfinished = Path(storage.local_path(lake.snapshots)) / "unfinished"
     shutil.copytree(storage.local_path(snapshot.uri), unfinished)

@@ -27,8 +27,8 @@ from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.maintenance import remap
 from tests.conftest import MakeSettings
 from tests.dicom.test_read import made
-from tests.index.test_index import save_model
-from tests.support.tiny_lake import KEY_ID, Drawn, pseudonym, publish
+from tests.support.models import save_model
+from tests.support.tiny_lake import Drawn, key_of, pseudonym, publish
 
 # Raw values, the window that was used, and the batch: what a lake keeps of its archive.
 BY_RAW = [
@@ -54,7 +54,9 @@ def make_lake(spark: SparkSession, folder: Path, *overrides: str) -> Settings:
     settings = config.load(overrides=[*given, *overrides], environ={})
     vocabulary = Vocabulary(settings.vocabulary.body_parts)
     lake = LakePaths.of(settings.lake)
-    publication.publish_empty(spark, lake, KEY_ID, parse.preprocessing_of(settings).version, vocabulary.version)
+    publication.publish_empty(
+        spark, lake, key_of(settings), parse.preprocessing_of(settings).version, vocabulary.version
+    )
     for batch in (1, 2):
         drawn = [
             dataclasses.replace(

@@ -22,8 +22,7 @@ from cbmir_spark.index import job as index_job
 from cbmir_spark.models import registry
 from cbmir_spark.models.artifact import Saved
 from tests.conftest import Cbmir
-from tests.index.test_index import save_model
-from tests.support.models import registry_of
+from tests.support.models import registry_of, save_model
 from tests.support.tiny_lake import Drawn, publish
 
 IMAGES = [Drawn("a", "p", "CT", "CHEST"), Drawn("b", "q", "MR", "BRAIN")]

@@ -16,7 +16,6 @@ from cbmir_spark import storage
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import Busy
 from cbmir_spark.index import job as index_job
-from cbmir_spark.index import open as index_open
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, lease, publication, schemas
 from cbmir_spark.lake.paths import LakePaths
@@ -24,7 +23,7 @@ from cbmir_spark.models import registry
 from cbmir_spark.training import job as training_job
 from cbmir_spark.training.job import TrainingReport
 from tests.support import mlflow_server
-from tests.support.models import registry_of
+from tests.support.models import open_index, registry_of
 from tests.support.tiny_lake import Drawn, publish
 from tests.support.training import images, settings_for
 from tests.system.test_cluster import environment
@@ -137,7 +136,7 @@ def assert_one_index(spark: SparkSession, server: str, settings: Settings) -> No
     }
     lake = LakePaths.of(settings.lake)
     frames = delta.read(spark, lake.path(schemas.PIXELS), publication.require_published(spark, lake).pixels)
-    rows = index_open.open_index(spark, settings).rows
+    rows = open_index(spark, settings).rows
     keys = [cols.IMAGE_ID, cols.FRAME]
     assert sorted(map(tuple, rows.select(keys).collect())) == sorted(map(tuple, frames.select(keys).collect()))
 

@@ -25,7 +25,6 @@ from cbmir_spark.cli import console
 from cbmir_spark.config import RetrievalSettings, Settings
 from cbmir_spark.errors import InputError, ModelError
 from cbmir_spark.index import job as index_job
-from cbmir_spark.index import open as index_open
 from cbmir_spark.index.vector_files import VectorFile
 from cbmir_spark.ingest import job as ingest_job
 from cbmir_spark.ingest import parse
@@ -39,8 +38,8 @@ from cbmir_spark.retrieval.query import Query, QueryRow, QueryStatus, Status
 from cbmir_spark.retrieval.query_list import QueryList, read_queries
 from cbmir_spark.storage import ObjectStore
 from tests.conftest import MakeSettings
-from tests.index.test_index import save_model
-from tests.reports.test_gallery import RUN, dom_in_browser
+from tests.support.browser import RUN, dom_in_browser
+from tests.support.models import open_index, save_model
 
 PLACES = [("CT", "CHEST"), ("CT", "HEAD"), ("CT", "UNKNOWN"), ("MR", "BRAIN"), ("MR", "UNKNOWN"), ("US", "LIVER")]
 
@@ -312,7 +311,7 @@ def test_a_list_without_rows_has_an_answer_without_rows(spark: SparkSession, arc
 
 
 def test_the_index_lies_so_that_vectors_are_read_by_their_place(spark: SparkSession, archive: Settings) -> None:
-    index = index_open.open_index(spark, archive)
+    index = open_index(spark, archive)
     dimensions = {cols.VECTOR: index.manifest.embedding_dim, cols.PROJECTION: index.manifest.projection_dim}
     base = answers.base_of(index, ObjectStore(archive.storage))
     assert len(base.files) > 1
@@ -654,7 +653,7 @@ def test_sixty_texts_are_shown_and_run_nowhere(
 ) -> None:
     names = [*FORMULAS, *(payload.format(RUN) for payload in MARKUP), *OTHERS]
     assert len(set(names)) == len(names) >= 60
-    image = index_open.open_index(spark, archive).rows.first()
+    image = open_index(spark, archive).rows.first()
     assert image is not None
     # Each text names a query that is answered, is the reason of a bad row, and stands where an identifier should.
     rows = {

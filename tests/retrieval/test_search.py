@@ -20,6 +20,7 @@ from pyspark.sql.pandas.types import to_arrow_schema
 from cbmir_spark import config, storage
 from cbmir_spark.config import RetrievalSettings, StorageSettings
 from cbmir_spark.errors import InputError, ModelError
+from cbmir_spark.index.layout import FEATURES
 from cbmir_spark.index.vector_files import DataFile
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import schemas
@@ -73,7 +74,7 @@ class Made:
         random = np.random.default_rng(seed)
         projection = self.projection
         coordinates, residuals = projection.apply(self.vectors)
-        schema = to_arrow_schema(schemas.FEATURES.schema)
+        schema = to_arrow_schema(FEATURES.schema)
         columns = self.columns | {
             cols.VECTOR: list(self.vectors),
             cols.PROJECTION: list(coordinates),
@@ -98,7 +99,7 @@ class Made:
 def make(vectors: Floats, seed: int) -> Made:
     """Two frames to an image, ten to a series, twenty to a study, forty to a patient; some facts are missing."""
     random = np.random.default_rng(seed)
-    columns: dict[str, list[Any]] = {name: [] for name in schemas.FEATURES.schema.names}
+    columns: dict[str, list[Any]] = {name: [] for name in FEATURES.schema.names}
     for number in range(len(vectors)):
         modality, body_part = PLACES[random.integers(len(PLACES))]
         image = number // 2

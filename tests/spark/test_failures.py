@@ -19,10 +19,10 @@ from pyspark.sql import functions as F
 
 from cbmir_spark import config, storage
 from cbmir_spark.errors import TrainingError
-from cbmir_spark.index import open as index_open
+from cbmir_spark.models.artifact import WEIGHTS_FILE
 from cbmir_spark.spark import failures, session
 from tests.conftest import Cbmir
-from tests.index.test_index import save_model
+from tests.support.models import save_model
 from tests.support.processes import below
 from tests.support.tiny_lake import Drawn, publish
 from tests.system.test_cluster import environment
@@ -117,7 +117,7 @@ def test_the_cause_is_found_in_what_spark_says(
 
 
 def test_a_cause_without_words_or_without_end_is_a_line_all_the_same() -> None:
-    assert failures.cause("") == "nothing was said of why"
+    assert failures.cause("") == "no reason given"
     assert failures.cause("x" * 2000) == "x" * 499 + "…"
     lost = (
         "An error occurred while calling o1.save.\n: org.apache.spark.SparkException: Job aborted due to stage failure:"
@@ -143,7 +143,7 @@ def damaged(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> li
     lake = publish(spark, settings, [Drawn("a", "p", "CT", "CHEST"), Drawn("b", "q", "MR", "BRAIN")])
     there = Path(storage.local_path(lake.models(model_id)))
     shutil.copytree(folder / "model", there)
-    with (there / index_open.WEIGHTS).open("ab") as weights:
+    with (there / WEIGHTS_FILE).open("ab") as weights:
         weights.write(b"more")
     return [f"--set={override}" for override in overrides]
 
@@ -161,7 +161,7 @@ def test_traces_are_shown_to_who_asks_for_them(
     monkeypatch.setenv("CBMIR_DEBUG", "1")
     status, out, err = cbmir("index", *damaged)
     assert (status, out) == (1, "")
-    assert err.splitlines()[-1].startswith("cbmir: Spark gave the index job up: the weights have SHA-256 ")
+    assert err.splitlines()[-1].startswith("cbmir: Spark aborted the index job: the weights have SHA-256 ")
     assert "PythonException" in err and "model.load(" in err, "driver and worker"
 
 
@@ -193,8 +193,8 @@ def test_a_job_that_spark_gives_up_on_ends_in_one_line(damaged: list[str]) -> No
     assert job.returncode == 1 and out == ""
     told = lines(err)
     assert len(told) == 1, told
-    assert told[0].startswith("cbmir: Spark gave the index job up: the weights have SHA-256 ")
-    assert told[0].endswith("fetch the model again (CBMIR_DEBUG=1 shows all of it)")
+    assert told[0].startswith("cbmir: Spark aborted the index job: the weights have SHA-256 ")
+    assert told[0].endswith("fetch the model again (CBMIR_DEBUG=1 shows the whole trace)")
 
 
 @pytest.mark.soak

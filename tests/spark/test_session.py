@@ -24,7 +24,7 @@ def _java(folder: Path, printed: str) -> str:
 def test_a_missing_java_is_named_with_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JAVA_HOME", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(EnvironmentProblem, match="Java is missing: there is no java on the PATH; install OpenJDK 17"):
+    with pytest.raises(EnvironmentProblem, match="Java is missing: no java on the PATH; install OpenJDK 17"):
         session.check_java()
     monkeypatch.setenv("JAVA_HOME", str(tmp_path / "absent"))
     with pytest.raises(EnvironmentProblem, match="has no bin/java"):
