@@ -19,7 +19,7 @@ from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 
 from cbmir_spark import storage
-from cbmir_spark.config import Settings
+from cbmir_spark.config import IngestSettings, Settings
 from cbmir_spark.dicom.vocabulary import Vocabulary
 from cbmir_spark.errors import EnvironmentProblem, InputError, TableError
 from cbmir_spark.ingest.listing import LISTING, check_listing, few_rows_at_a_time, list_archive, with_content
@@ -58,6 +58,7 @@ from cbmir_spark.ingest.reconcile import (
 )
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, identity, lease, pseudonyms, publication, schemas
+from cbmir_spark.lake.open import OpenLake, locate, open_for_writing
 from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.lake.publication import Published
 from cbmir_spark.lake.runs import Record
@@ -112,48 +113,36 @@ def run(spark: SparkSession, settings: Settings, progress: Progress | None = Non
     made with another key, other pixel settings or another vocabulary, Busy while another job writes to the lake.
     """
     record = Record("ingest")
-    archive = _archive(settings)
-    lake = LakePaths.of(settings.lake)
-    if storage.is_below(lake.uri, archive) or lake.uri == archive:
-        raise InputError(f"lake {lake.uri} lies inside archive {archive}: give a lake elsewhere, with --lake")
+    paths, store = locate(settings)
+    archive = _archive(settings.ingest, paths, store)
     preprocessing = preprocessing_of(settings)
-    names = (pseudonyms.create if publication.published(spark, lake) is None else pseudonyms.load)(
-        settings.privacy, lake.vault_folder
-    )
-    with lease.hold(lake.vault, lease.TABLES, ObjectStore(settings.storage)) as held:
+    with open_for_writing(spark, settings, lease.TABLES, may_be_new=True) as lake:
+        if lake.published is None:
+            lake = replace(lake, pseudonyms=pseudonyms.create(settings.privacy, paths.vault_folder))
         parser = Parser(
-            ObjectStore(settings.storage),
+            lake.store,
             settings.ingest,
             preprocessing,
             settings.vocabulary.body_parts,
-            names,
-            identity.tombstones(spark, lake),
+            lake.names,
+            identity.tombstones(spark, lake.paths),
             settings.privacy.identity,
         )
-        return _ingest(spark, settings, lake, archive, parser, record, held, progress)
+        return _ingest(lake, archive, parser, record, progress)
 
 
-def _ingest(
-    spark: SparkSession,
-    settings: Settings,
-    lake: LakePaths,
-    archive: str,
-    parser: Parser,
-    record: Record,
-    held: lease.Held,
-    progress: Progress | None,
-) -> Report:
+def _ingest(lake: OpenLake, archive: str, parser: Parser, record: Record, progress: Progress | None) -> Report:
     with record.stage("open"):
-        pinned, mended = _open_tables(spark, lake, parser)
-    staging = storage.join(lake.vault, "staging")
-    ObjectStore(settings.storage).delete_folder(staging)
+        pinned, mended = _open_tables(lake, parser)
+    staging = lake.paths.staging
+    lake.store.delete_folder(staging)
     try:
-        report = _Run(spark, settings, lake, archive, parser, staging, record, held, progress).all(pinned, mended)
+        report = _Run(lake, archive, parser, staging, record, progress).all(pinned, mended)
     finally:
-        ObjectStore(settings.storage).delete_folder(staging)
+        lake.store.delete_folder(staging)
     record.write(
-        spark,
-        lake,
+        lake.spark,
+        lake.paths,
         counts={"listed": report.listed, UNCHANGED: report.unchanged, DEFERRED: report.deferred}
         | {"frames": report.frames, cols.DELETED: report.deleted, **report.outcomes},
         versions_read={"sources": pinned.sources, "tags": pinned.tags, "pixels": pinned.pixels},
@@ -179,21 +168,22 @@ class _Done:
 class _Run:
     """What all steps of one run share."""
 
-    spark: SparkSession
-    settings: Settings
-    lake: LakePaths
+    lake: OpenLake
     archive: str
     parser: Parser
     staging: str
     record: Record
-    held: lease.Held
     progress: Progress | None
 
+    @property
+    def spark(self) -> SparkSession:
+        return self.lake.spark
+
     def all(self, pinned: Published, mended: list[str]) -> Report:
-        limits = self.settings.ingest
+        limits = self.parser.limits
         began = time.monotonic()
         listed = self._list()
-        sources = delta.read(self.spark, self.lake.path(schemas.SOURCES), pinned.sources)
+        sources = self.lake.table(schemas.SOURCES, pinned.sources).rows
         actions, counted = self._compare(sources, listed)
         to_read, unchanged, missing = (counted.get(action, 0) for action in (READ, UNCHANGED, MISSING))
         _obey_law(listed, unchanged + to_read, "compared with SOURCES")
@@ -240,9 +230,7 @@ class _Run:
     def _list(self) -> int:
         with self.record.stage("list"):
             mount = storage.mount_of(self.archive)
-            list_archive(self.spark, self.archive, ObjectStore(self.settings.storage)).write.parquet(
-                self._at("listing")
-            )
+            list_archive(self.spark, self.archive, self.lake.store).write.parquet(self._at("listing"))
             if storage.mount_of(self.archive) != mount:
                 raise EnvironmentProblem(
                     f"archive {self.archive} was mounted or unmounted while it was listed: nothing was read and "
@@ -296,7 +284,7 @@ class _Run:
         of_slice = work.where(F.col(SLICE) == number)
         staged, read = self._parse(of_slice, number, tally)
         with self.record.stage("resolve"):
-            sources = delta.read(self.spark, self.lake.path(schemas.SOURCES), pinned.sources)
+            sources = self.lake.table(schemas.SOURCES, pinned.sources).rows
             resolve(staged, sources, work, number).write.parquet(self._at(f"resolved-{number}"))
             resolved = self.spark.read.parquet(self._at(f"resolved-{number}"))
             rows = source_rows(staged, resolved, of_slice, self.parser.pseudonyms.key_id, batch)
@@ -311,9 +299,9 @@ class _Run:
             _obey_law(read, found.total(), "given an outcome")
         belongs, frames = self._write(staged, resolved, number, replace(pinned, batch=batch))
         with self.record.stage("publish"):
-            self.held.check()
+            self.lake.check_leases()
             only_new = not any(row[KNOWN] for row in counted)
-            published = publication.publish(self.spark, self.lake, rows.drop(TALLY, KNOWN), belongs, only_new)
+            published = publication.publish(self.spark, self.lake.paths, rows.drop(TALLY, KNOWN), belongs, only_new)
         with self.record.stage("identity"):
             self._part_with(resolved, pinned, published)
         unchanged = found.pop(UNCHANGED, 0)
@@ -347,11 +335,11 @@ class _Run:
     def _tasks(self, objects: int) -> int:
         """As few as allowed, since a task costs a third of a second, yet enough that no core waits for the last one."""
         busy = min(TASKS_FOR_A_CORE * self.spark.sparkContext.defaultParallelism, objects // WORTH_A_TASK)
-        return max(1, busy, math.ceil(objects / self.settings.ingest.files_per_task))
+        return max(1, busy, math.ceil(objects / self.parser.limits.files_per_task))
 
     def _parse_by_hadoop(self, objects: DataFrame, frames_folder: str, staged_folder: str, tally: Tally) -> None:
         """As `parse`, of objects whose bytes come through the JVM: few at a time, since each may have a gigabyte."""
-        too_large = F.col(cols.SIZE) > self.settings.ingest.max_object_mb * 2**20
+        too_large = F.col(cols.SIZE) > self.parser.limits.max_object_mb * 2**20
         wanted = objects.where(~too_large)
         with few_rows_at_a_time(self.spark):
             if not wanted.isEmpty():
@@ -381,8 +369,8 @@ class _Run:
             counts = arrived.select(F.count("*").alias("images"), F.sum(KEPT_FRAMES).alias("frames")).first()
             images, frames = (counts["images"], counts["frames"] or 0) if counts else (0, 0)
             _obey_law(expected, images, "found among the parsed")
-        self.held.check()
-        tags_path, pixels_path = self.lake.path(schemas.TAGS), self.lake.path(schemas.PIXELS)
+        self.lake.check_leases()
+        tags_path, pixels_path = self.lake.paths.path(schemas.TAGS), self.lake.paths.path(schemas.PIXELS)
         if frames:
             with self.record.stage("pixels"):
                 staged_frames = self.spark.read.schema(STAGED_FRAMES).parquet(self._at(f"frames-{number}"))
@@ -395,7 +383,7 @@ class _Run:
             if self.parser.identity:
                 with self.record.stage("identity"):
                     known = identity_rows(arrived, self.parser.pseudonyms.key_id)
-                    identity.merge_identities(self.spark, self.lake, known)
+                    identity.merge_identities(self.spark, self.lake.paths, known)
         if leaving_batches:
             gone = leaving.select(cols.IMAGE_ID)
             with self.record.stage("remove pixels"):
@@ -407,57 +395,52 @@ class _Run:
     def _part_with(self, resolved: DataFrame, before: Published, after: Published) -> None:
         """What IDENTITY says of images that have left, and of what they alone belonged to, goes when they are gone."""
         if (
-            not delta.exists(self.spark, self.lake.path(schemas.IDENTITY))
+            not delta.exists(self.spark, self.lake.paths.path(schemas.IDENTITY))
             or (leaving := superseded(resolved)).isEmpty()
         ):
             return
-        path = self.lake.path(schemas.TAGS)
-        left = delta.read(self.spark, path, before.tags).join(F.broadcast(leaving), on=cols.IMAGE_ID, how="left_semi")
-        identity.prune_identities(self.spark, self.lake, delta.read(self.spark, path, after.tags), left)
+        left = self.lake.table(schemas.TAGS, before.tags).rows
+        left = left.join(F.broadcast(leaving), on=cols.IMAGE_ID, how="left_semi")
+        staying = self.lake.table(schemas.TAGS, after.tags).rows
+        identity.prune_identities(self.spark, self.lake.paths, staying, left)
 
     def _at(self, name: str) -> str:
         return storage.join(self.staging, name)
 
 
-def _archive(settings: Settings) -> str:
-    if settings.ingest.archive is None:
+def _archive(settings: IngestSettings, paths: LakePaths, store: ObjectStore) -> str:
+    if settings.archive is None:
         raise InputError("no archive named: give --archive URI, the folder or prefix that holds the .dcm objects")
-    archive = storage.canonical(settings.ingest.archive)
-    if not storage.is_native(archive):
-        return archive
-    found = ObjectStore(settings.storage).kind(archive)
-    if found != "folder":
+    archive = storage.canonical(settings.archive)
+    if storage.is_native(archive) and (found := store.kind(archive)) != "folder":
         problem = "is a file, not a folder" if found == "file" else "does not exist"
         raise InputError(f"archive {archive} {problem}: give the folder or prefix that holds the .dcm objects")
+    if storage.is_below(paths.uri, archive) or paths.uri == archive:
+        raise InputError(f"lake {paths.uri} lies inside archive {archive}: give a lake elsewhere, with --lake")
     return archive
 
 
-def _open_tables(spark: SparkSession, lake: LakePaths, parser: Parser) -> tuple[Published, list[str]]:
+def _open_tables(lake: OpenLake, parser: Parser) -> tuple[Published, list[str]]:
     """Tables created where missing, brought back to what is published, and checked to belong to these settings."""
-    pinned = publication.published(spark, lake)
-    key_id, preprocessing = parser.pseudonyms.key_id, parser.preprocessing.version
-    vocabulary = Vocabulary(parser.body_parts).version
+    spark, paths, pinned = lake.spark, lake.paths, lake.published
+    preprocessing, vocabulary = parser.preprocessing.version, Vocabulary(parser.body_parts).version
     if pinned is None:
-        return publication.publish_empty(spark, lake, key_id, preprocessing, vocabulary), []
-    if pinned.key_id != key_id:
-        raise TableError(
-            f"lake {lake.uri} was made with pseudonym key {pinned.key_id}, the settings give {key_id}: "
-            "use its own key, or the same image would get a second identity"
-        )
+        return publication.publish_empty(spark, paths, lake.names.key_id, preprocessing, vocabulary), []
     if pinned.preprocessing != preprocessing:
         raise TableError(
-            f"lake {lake.uri} holds pixels of preprocessing {pinned.preprocessing}, the `pixels` settings give "
+            f"lake {paths.uri} holds pixels of preprocessing {pinned.preprocessing}, the `pixels` settings give "
             f"{preprocessing}: put the settings back, or ingest into another lake"
         )
     if pinned.vocabulary != vocabulary and pinned.batch:
         raise TableError(
-            f"lake {lake.uri} was read with vocabulary {pinned.vocabulary or 'of an older version'}, now in force is "
+            f"lake {paths.uri} was read with vocabulary {pinned.vocabulary or 'of an older version'}, now in force is "
             f"{vocabulary}: run `cbmir remap` first, which applies it to the tables"
         )
-    mended = publication.roll_back(spark, lake, pinned)
+    mended = publication.roll_back(spark, paths, pinned)
     pinned = replace(pinned, vocabulary=vocabulary)
     for table in (schemas.TAGS, schemas.PIXELS, schemas.SOURCES):
-        evolved = delta.evolve(spark, table, lake.path(table), pinned.message() if table is schemas.SOURCES else "")
+        opened = lake.table(table, getattr(pinned, table.name))
+        evolved = delta.evolve(opened, table, pinned.message() if table is schemas.SOURCES else "")
         if evolved is not None:
             versions: dict[str, Any] = {table.name: evolved}
             pinned = replace(pinned, **versions)

@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 
 from pyspark.sql import DataFrame, SparkSession
 
@@ -15,7 +14,7 @@ from cbmir_spark.lake.delta import TableVersion
 from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.lake.pseudonyms import Pseudonyms
 from cbmir_spark.lake.publication import Published
-from cbmir_spark.lake.schemas import PIXELS, SOURCES, TAGS
+from cbmir_spark.lake.schemas import PIXELS, SOURCES, TAGS, Table
 from cbmir_spark.storage import ObjectStore
 
 
@@ -34,6 +33,7 @@ class OpenLake:
     published: Published | None = None
     pseudonyms: Pseudonyms | None = None
     leases: tuple[lease.Held, ...] = ()
+    _opened: dict[tuple[str, int], TableVersion] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def versions(self) -> Published:
@@ -49,23 +49,28 @@ class OpenLake:
             raise ConfigError(pseudonyms.NO_KEY)
         return self.pseudonyms
 
-    @cached_property
+    @property
     def tags(self) -> DataFrame:
-        """TAGS at the published version."""
-        return TableVersion(self.spark, self.paths.path(TAGS), self.versions.tags).rows
+        """TAGS at the published version. Raises TableError where no image has been ingested."""
+        return self.table(TAGS, self.versions.tags).rows
 
-    @cached_property
+    @property
     def pixels(self) -> DataFrame:
-        """PIXELS at the published version."""
-        return TableVersion(self.spark, self.paths.path(PIXELS), self.versions.pixels).rows
+        """PIXELS at the published version. Raises TableError where no image has been ingested."""
+        return self.table(PIXELS, self.versions.pixels).rows
 
-    @cached_property
+    @property
     def sources(self) -> DataFrame:
-        """SOURCES at the published version."""
-        return TableVersion(self.spark, self.paths.path(SOURCES), self.versions.sources).rows
+        """SOURCES at the published version. Raises TableError where no image has been ingested."""
+        return self.table(SOURCES, self.versions.sources).rows
+
+    def table(self, table: Table, version: int) -> TableVersion:
+        """Open a table at a version; each version is opened once, however often it is asked for."""
+        path = self.paths.path(table)
+        return self._opened.setdefault((path, version), TableVersion(self.spark, path, version))
 
     def at(self, published: Published) -> "OpenLake":
-        """The same lake at other published versions."""
+        """The same lake at other published versions; tables that it has opened stay open."""
         return replace(self, published=published)
 
     def check_leases(self) -> None:
@@ -74,13 +79,18 @@ class OpenLake:
             each.check()
 
 
+def locate(settings: Settings) -> tuple[LakePaths, ObjectStore]:
+    """Name the roots of the lake and the storage that holds them; looks at neither."""
+    return LakePaths.of(settings.lake), ObjectStore(settings.storage)
+
+
 def open_lake(spark: SparkSession, settings: Settings) -> OpenLake:
     """Open the lake that the settings name, at its published versions.
 
     Raises InputError where a file stands in its place, ConfigError where its key is missing, and TableError where the
     configured key is not the one that its pseudonyms were made with. Creates nothing.
     """
-    paths, store = LakePaths.of(settings.lake), ObjectStore(settings.storage)
+    paths, store = locate(settings)
     _check_roots(paths, store)
     published = publication.published(spark, paths)
     return OpenLake(spark, paths, store, published, _pseudonyms(paths, settings.privacy, published))
@@ -95,7 +105,7 @@ def open_for_writing(
     Raises Busy where another job holds one, TableError where the lake has no tables and `may_be_new` is false;
     otherwise as `open_lake`.
     """
-    paths, store = LakePaths.of(settings.lake), ObjectStore(settings.storage)
+    paths, store = locate(settings)
     _check_roots(paths, store)
     # Before the leases, since taking one creates the vault's folder.
     if not may_be_new and store.kind(storage.join(paths.path(SOURCES), "_delta_log")) != "folder":
@@ -120,8 +130,7 @@ def _check_roots(paths: LakePaths, store: ObjectStore) -> None:
 
 def _pseudonyms(paths: LakePaths, privacy: PrivacySettings, published: Published | None) -> Pseudonyms | None:
     """The key that the lake was made with, where there is one to check or to find."""
-    configured = privacy.key is not None or privacy.key_file is not None
-    if not configured and (published is None or paths.vault_folder is None):
+    if not pseudonyms.is_configured(privacy) and (published is None or paths.vault_folder is None):
         return None
     names = pseudonyms.load(privacy, paths.vault_folder)
     if published is not None and names.key_id != published.key_id:

@@ -25,9 +25,10 @@ from pyspark.sql.types import StructType
 
 from cbmir_spark import storage
 from cbmir_spark.config import Settings
-from cbmir_spark.errors import InputError, TableError
+from cbmir_spark.errors import InputError
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, identity, lease, pseudonyms, publication, schemas
+from cbmir_spark.lake.open import OpenLake, open_for_writing
 from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.lake.pseudonyms import KINDS, Pseudonyms
 from cbmir_spark.lake.publication import Published
@@ -136,33 +137,16 @@ def run(
     """
     if not requests and not (now or purge):
         raise InputError("nothing to forget: give --patient, --study, --series, --image, --pseudonym or --list")
-    lake = LakePaths.of(settings.lake)
-    with (
-        lease.hold(lake.vault, lease.TABLES, ObjectStore(settings.storage)) as tables,
-        lease.hold(lake.vault, lease.INDEX, ObjectStore(settings.storage)) as index,
-    ):
-        return _run(spark, settings, lake, requests, (tables, index), now=now, purge=purge)
+    # Without images a configured key says what to erase; generating one is left to ingest.
+    may_be_new = pseudonyms.is_configured(settings.privacy)
+    with open_for_writing(spark, settings, lease.TABLES, lease.INDEX, may_be_new=may_be_new) as lake:
+        return _run(lake, requests, now=now, purge=purge)
 
 
-def _run(
-    spark: SparkSession,
-    settings: Settings,
-    lake: LakePaths,
-    requests: Sequence[Request],
-    held: Sequence[lease.Held],
-    *,
-    now: bool,
-    purge: bool,
-) -> Report:
+def _run(lake: OpenLake, requests: Sequence[Request], *, now: bool, purge: bool) -> Report:
     record = Record("forget")
-    names = pseudonyms.load(settings.privacy, lake.vault_folder)
+    spark, paths, store, names = lake.spark, lake.paths, lake.store, lake.names
     asked = owners_of(requests, names)
-    pinned = publication.published(spark, lake)
-    if pinned is not None and pinned.key_id != names.key_id:
-        raise TableError(
-            f"lake {lake.uri} was made with pseudonym key {pinned.key_id}, the settings give {names.key_id}: "
-            "with another key nothing would be found"
-        )
     with record.stage("tombstones"):
         moment = datetime.now(UTC)
         rows = [(kind, pseudonym, names.key_id, moment) for kind, pseudonym in sorted(set(asked))]
@@ -170,52 +154,49 @@ def _run(
             spark,
             spark.createDataFrame(rows, schemas.FORGOTTEN.schema),
             schemas.FORGOTTEN,
-            lake.path(schemas.FORGOTTEN),
+            paths.path(schemas.FORGOTTEN),
         )
     places: dict[str, Gone] = {}
     found: list[Row] = []
-    ObjectStore(settings.storage).delete_folder(storage.join(lake.vault, "staging"))
+    pinned = lake.published
+    store.delete_folder(paths.staging)
     if pinned is not None:
-        publication.roll_back(spark, lake, pinned)
-        evolved = delta.evolve(spark, schemas.SOURCES, lake.path(schemas.SOURCES), pinned.message())
+        publication.roll_back(spark, paths, pinned)
+        evolved = delta.evolve(lake.table(schemas.SOURCES, pinned.sources), schemas.SOURCES, pinned.message())
         pinned = pinned if evolved is None else replace(pinned, sources=evolved)
-        forgotten = delta.read(spark, lake.path(schemas.FORGOTTEN)).collect()
+        forgotten = delta.read(spark, paths.path(schemas.FORGOTTEN)).collect()
         owners = {(row[cols.KIND], row[cols.PSEUDONYM]) for row in forgotten}
-        tags = delta.read(spark, lake.path(schemas.TAGS), pinned.tags).select(cols.BATCH, *schemas.OWNERS.values())
+        tags = lake.table(schemas.TAGS, pinned.tags).rows.select(cols.BATCH, *schemas.OWNERS.values())
         found = masked(tags, belonging(owners)).collect()
         owners |= {("image", row[cols.IMAGE_ID]) for row in found}
         mask = belonging(owners)
         with record.stage("snapshots"):
-            places["snapshots"] = _snapshots(spark, lake, mask, ObjectStore(settings.storage), now, purge)
+            places["snapshots"] = _snapshots(spark, paths, mask, store, now, purge)
             # A training that was stopped would not go on from them: its snapshot is another one now.
-            places["checkpoints"] = _checkpoints(
-                lake, ObjectStore(settings.storage), now=now or bool(found), purge=purge
-            )
+            places["checkpoints"] = _checkpoints(paths, store, now=now or bool(found), purge=purge)
         with record.stage("results"):
             newest = max((row[cols.FORGOTTEN_AT].timestamp() for row in forgotten), default=0.0)
-            places["results"], places["pages"] = _results(lake, mask, newest, ObjectStore(settings.storage))
-        for each in held:
-            each.check()
+            places["results"], places["pages"] = _results(paths, mask, newest, store)
+        lake.check_leases()
         with record.stage("features"):
-            places["features"] = _features(spark, lake, mask, ObjectStore(settings.storage))
-        for each in held:
-            each.check()
+            places["features"] = _features(spark, paths, mask, store)
+        lake.check_leases()
         with record.stage("images"):
-            pinned = _images(spark, lake, pinned, found, mask, places)
+            pinned = _images(lake, pinned, found, mask, places)
         with record.stage("identity"):
-            left = delta.read(spark, lake.path(schemas.TAGS), pinned.tags)
-            places["identity"] = Gone(rows=identity.prune_identities(spark, lake, left))
+            left = lake.table(schemas.TAGS, pinned.tags).rows
+            places["identity"] = Gone(rows=identity.prune_identities(spark, paths, left))
     known = {(kind, row[column]) for row in found for kind, column in schemas.OWNERS.items()}
     unknown, images = sum(owner not in known for owner in asked), len(found)
     hours = 0 if now else RETENTION_HOURS if purge else None
     if hours is not None:
         with record.stage("vacuum"):
-            for path in _delta_tables(spark, lake, ObjectStore(settings.storage)):
+            for path in _delta_tables(spark, paths, store):
                 delta.vacuum(spark, path, hours)
     rows_of = {f"{name}_rows": gone.rows for name, gone in places.items() if gone.rows}
     record.write(
         spark,
-        lake,
+        paths,
         counts={"asked": len(asked), "unknown": unknown, "tombstones": new, "images": images, **rows_of},
         versions_written={"sources": pinned.sources, "tags": pinned.tags, "pixels": pinned.pixels} if pinned else {},
     )
@@ -285,7 +266,7 @@ def _results(lake: LakePaths, of_owners: Mask, newest: float, store: ObjectStore
     goes that is not newer than the `newest` tombstone (seconds since 1970).
     """
     rows, pages = Gone(), Gone()
-    for folder in [f for root in ("results", "evaluation") for f in _folders(storage.join(lake.uri, root), store)]:
+    for folder in [folder for root in lake.answers for folder in _folders(root, store)]:
         hits, statuses, queries = (
             storage.join(folder, table.name)
             for table in (schemas.RESULTS_HITS, schemas.RESULTS_STATUSES, schemas.RESULTS_QUERIES)
@@ -360,7 +341,7 @@ def _features(spark: SparkSession, lake: LakePaths, mask: Mask, store: ObjectSto
     """FEATURES of every model, at once for every reader; a table without such rows gets no commit."""
     gone = Gone()
     keys = (cols.MODALITY, cols.BODY_PART, cols.IMAGE_ID, cols.FRAME)
-    for path in _folders(storage.join(lake.uri, schemas.FEATURES.name), store):
+    for path in _folders(lake.features_root, store):
         if not delta.exists(spark, path):
             continue
         ids = delta.read(spark, path).select(*keys, cols.SERIES_ID, cols.STUDY_ID, cols.PATIENT_ID)
@@ -374,26 +355,25 @@ def _features(spark: SparkSession, lake: LakePaths, mask: Mask, store: ObjectSto
     return gone
 
 
-def _images(
-    spark: SparkSession, lake: LakePaths, pinned: Published, found: Sequence[Row], mask: Mask, places: dict[str, Gone]
-) -> Published:
+def _images(lake: OpenLake, pinned: Published, found: Sequence[Row], mask: Mask, places: dict[str, Gone]) -> Published:
     """TAGS and PIXELS without the images, published with SOURCES that say why; what is published then."""
-    sources = delta.read(spark, lake.path(schemas.SOURCES), pinned.sources).select(*schemas.SOURCES.schema.names)
+    spark, paths = lake.spark, lake.paths
+    sources = lake.table(schemas.SOURCES, pinned.sources).rows.select(*schemas.SOURCES.schema.names)
     changed = {cols.OUTCOME: cols.REJECTED, cols.REASON: cols.ERASED, cols.IMAGE_ID: None, cols.DIGEST: None}
     objects = [tuple({**row.asDict(), **changed}.values()) for row in masked(sources, mask).collect()]
     if found:
         batches = sorted({row[cols.BATCH] for row in found})
         images = spark.createDataFrame([(row[cols.IMAGE_ID],) for row in found], f"{cols.IMAGE_ID} string")
-        pixels = delta.read(spark, lake.path(schemas.PIXELS), pinned.pixels).where(F.col(cols.BATCH).isin(batches))
+        pixels = lake.table(schemas.PIXELS, pinned.pixels).rows.where(F.col(cols.BATCH).isin(batches))
         frames = masked(pixels.select(cols.IMAGE_ID), mask).count()
         pinned = replace(
             pinned,
-            tags=delta.delete_images(spark, lake.path(schemas.TAGS), images, batches),
-            pixels=delta.delete_images(spark, lake.path(schemas.PIXELS), images, batches),
+            tags=delta.delete_images(spark, paths.path(schemas.TAGS), images, batches),
+            pixels=delta.delete_images(spark, paths.path(schemas.PIXELS), images, batches),
         )
         places["tags"], places["pixels"] = Gone(rows=len(found)), Gone(rows=frames)
     if found or objects:
-        pinned = publication.publish(spark, lake, spark.createDataFrame(objects, schemas.SOURCES.schema), pinned)
+        pinned = publication.publish(spark, paths, spark.createDataFrame(objects, schemas.SOURCES.schema), pinned)
         places["sources"] = Gone(rows=len(objects))
     return pinned
 
@@ -406,5 +386,5 @@ def _folders(uri: str, store: ObjectStore) -> list[str]:
 def _delta_tables(spark: SparkSession, lake: LakePaths, store: ObjectStore) -> list[str]:
     """Paths of all Delta tables that hold rows about images."""
     paths = [lake.path(table) for table in (schemas.TAGS, schemas.PIXELS, schemas.SOURCES, schemas.IDENTITY)]
-    paths += _folders(storage.join(lake.uri, schemas.FEATURES.name), store)
+    paths += _folders(lake.features_root, store)
     return [path for path in paths if delta.exists(spark, path)]

@@ -13,8 +13,7 @@ from pyspark import StorageLevel
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from cbmir_spark import storage
-from cbmir_spark.config import Settings
+from cbmir_spark.config import IndexSettings, Settings
 from cbmir_spark.dicom.preprocessing import Preprocessing
 from cbmir_spark.dicom.vocabulary import Vocabulary
 from cbmir_spark.dicom.vocabulary_tables import UNKNOWN
@@ -22,10 +21,10 @@ from cbmir_spark.errors import TableError
 from cbmir_spark.ingest import parse
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, lease, publication, schemas
-from cbmir_spark.lake.paths import LakePaths
+from cbmir_spark.lake.delta import TableVersion
+from cbmir_spark.lake.open import OpenLake, open_for_writing, open_lake
 from cbmir_spark.lake.publication import Published
 from cbmir_spark.lake.runs import Record
-from cbmir_spark.storage import ObjectStore
 
 _RAW = (cols.MODALITY_RAW, cols.BODY_PART_RAW)
 _TERMS = (cols.MODALITY, cols.BODY_PART)
@@ -226,37 +225,32 @@ def run(spark: SparkSession, settings: Settings) -> Report:
     its own. Killed in between, the next run finishes it. Raises TableError where there is nothing to apply it to, or
     where the `pixels` settings are not those that the lake was made with, Busy while another job writes to the lake.
     """
-    lake = LakePaths.of(settings.lake)
-    with (
-        lease.hold(lake.vault, lease.TABLES, ObjectStore(settings.storage)) as tables,
-        lease.hold(lake.vault, lease.INDEX, ObjectStore(settings.storage)) as index,
-    ):
-        return _run(spark, settings, lake, (tables, index))
+    with open_for_writing(spark, settings, lease.TABLES, lease.INDEX) as lake:
+        vocabulary = Vocabulary(settings.vocabulary.body_parts)
+        return _run(lake, vocabulary, parse.preprocessing_of(settings), settings.index)
 
 
-def _run(spark: SparkSession, settings: Settings, lake: LakePaths, held: Sequence[lease.Held]) -> Report:
+def _run(lake: OpenLake, vocabulary: Vocabulary, preprocessing: Preprocessing, settings: IndexSettings) -> Report:
     record = Record("remap")
-    vocabulary = Vocabulary(settings.vocabulary.body_parts)
-    preprocessing = parse.preprocessing_of(settings)
-    pinned = publication.require_published(spark, lake)
+    spark, paths, pinned = lake.spark, lake.paths, lake.versions
     if pinned.preprocessing != preprocessing.version:
         raise TableError(
-            f"lake {lake.uri} holds pixels of preprocessing {pinned.preprocessing}, the `pixels` settings give "
+            f"lake {paths.uri} holds pixels of preprocessing {pinned.preprocessing}, the `pixels` settings give "
             f"{preprocessing.version}: put the settings back, so that it can be said which windows change"
         )
-    _check(held)
-    publication.roll_back(spark, lake, pinned)
+    lake.check_leases()
+    publication.roll_back(spark, paths, pinned)
     # Rows of SOURCES are written whole: a table of an older version has to have all columns first.
-    if (evolved := delta.evolve(spark, schemas.SOURCES, lake.path(schemas.SOURCES), pinned.message())) is not None:
+    if (
+        evolved := delta.evolve(lake.table(schemas.SOURCES, pinned.sources), schemas.SOURCES, pinned.message())
+    ) is not None:
         pinned = replace(pinned, sources=evolved)
     done = _Done(pinned, 0, 0, 0)
     if pinned.vocabulary != vocabulary.version:
-        done = _remap_tags(spark, lake, pinned, vocabulary, preprocessing, record, held)
+        done = _remap_tags(lake.at(pinned), vocabulary, preprocessing, record)
     with record.stage("features"):
-        tags = delta.read(spark, lake.path(schemas.TAGS), done.published.tags)
-        tables = _features(spark, lake, settings)
-        minimum = settings.index.min_probability
-        moved = {name: _move(spark, path, tags, minimum, held) for name, path in tables.items()}
+        lake = lake.at(done.published)
+        moved = {name: _move(lake, path, settings.min_probability) for name, path in _features(lake).items()}
     report = Report(
         before=pinned.vocabulary,
         vocabulary=vocabulary.version,
@@ -270,7 +264,7 @@ def _run(spark: SparkSession, settings: Settings, lake: LakePaths, held: Sequenc
     counts = {"codes": done.codes, "images": done.images, "reread": done.reread, "moved": sum(moved.values())}
     record.write(
         spark,
-        lake,
+        paths,
         counts=counts,
         versions_read={"sources": pinned.sources, "tags": pinned.tags, "pixels": pinned.pixels},
         versions_written={"sources": done.published.sources, "tags": done.published.tags},
@@ -280,9 +274,7 @@ def _run(spark: SparkSession, settings: Settings, lake: LakePaths, held: Sequenc
 
 def unmapped(spark: SparkSession, settings: Settings) -> Gaps:
     """The codes of a lake's images that the vocabulary of the settings has no term for; nothing is written."""
-    lake = LakePaths.of(settings.lake)
-    pinned = publication.require_published(spark, lake)
-    found = codes(delta.read(spark, lake.path(schemas.TAGS), pinned.tags)).collect()
+    found = codes(open_lake(spark, settings).tags).collect()
     return gaps(
         ((*(row[name] for name in _RAW), row["count"]) for row in found), Vocabulary(settings.vocabulary.body_parts)
     )
@@ -296,51 +288,38 @@ class _Done:
     reread: int
 
 
-def _remap_tags(
-    spark: SparkSession,
-    lake: LakePaths,
-    pinned: Published,
-    vocabulary: Vocabulary,
-    preprocessing: Preprocessing,
-    record: Record,
-    held: Sequence[lease.Held],
-) -> _Done:
+def _remap_tags(lake: OpenLake, vocabulary: Vocabulary, preprocessing: Preprocessing, record: Record) -> _Done:
+    spark, pinned = lake.spark, lake.versions
     with record.stage("compare"):
-        tags = delta.read(spark, lake.path(schemas.TAGS), pinned.tags)
-        found = [tuple(row[name] for name in (*_RAW, *_TERMS)) for row in codes(tags).collect()]
+        found = [tuple(row[name] for name in (*_RAW, *_TERMS)) for row in codes(lake.tags).collect()]
         changed = changes(found, vocabulary, preprocessing)
         table = _as_table(spark, changed)
-        images = changed_images(tags, table).persist(StorageLevel.MEMORY_AND_DISK)
+        images = changed_images(lake.tags, table).persist(StorageLevel.MEMORY_AND_DISK)
         batches = Counter({row[cols.BATCH]: row["count"] for row in images.groupBy(cols.BATCH).count().collect()})
-    _check(held)
+    lake.check_leases()
     with record.stage("write"):
         tags_version = pinned.tags
         if batches:
             inside = f"t.{cols.BATCH} IN ({', '.join(str(batch) for batch in sorted(batches))})"
-            tags_version = delta.update_rows(spark, lake.path(schemas.TAGS), table, (*_RAW, *_TERMS), _TERMS, inside)
+            tags_version = delta.update_rows(
+                spark, lake.paths.path(schemas.TAGS), table, (*_RAW, *_TERMS), _TERMS, inside
+            )
     with record.stage("publish"):
-        pixels = delta.read(spark, lake.path(schemas.PIXELS), pinned.pixels).where(F.col(cols.BATCH).isin(*batches))
-        sources = delta.read(spark, lake.path(schemas.SOURCES), pinned.sources).where(
-            F.col(cols.OUTCOME) == cols.INGESTED
-        )
+        pixels = lake.pixels.where(F.col(cols.BATCH).isin(*batches))
+        sources = lake.sources.where(F.col(cols.OUTCOME) == cols.INGESTED)
         marked = sources.join(to_reread(images, pixels), on=cols.IMAGE_ID, how="left_semi")
         marked = marked.withColumn(cols.REASON, F.lit(cols.REREAD)).persist(StorageLevel.MEMORY_AND_DISK)
         reread = marked.count()
-        _check(held)
+        lake.check_leases()
         belongs = replace(pinned, tags=tags_version, vocabulary=vocabulary.version)
         published = (
-            publication.publish(spark, lake, marked, belongs)
+            publication.publish(spark, lake.paths, marked, belongs)
             if reread
-            else publication.publish_without_rows(spark, lake, belongs)
+            else publication.publish_without_rows(spark, lake.paths, belongs)
         )
         marked.unpersist()
         images.unpersist()
     return _Done(published, len({c[:2] for c in _codes_of(changed)}), batches.total(), reread)
-
-
-def _check(held: Sequence[lease.Held]) -> None:
-    for each in held:
-        each.check()
 
 
 def _codes_of(changed: Sequence[Change]) -> list[tuple[str | None, str | None]]:
@@ -353,28 +332,26 @@ def _as_table(spark: SparkSession, changed: Sequence[Change]) -> DataFrame:
     return spark.createDataFrame(rows, f"{text}, {cols.WINDOW_LOW} double, {cols.WINDOW_HIGH} double")
 
 
-def _features(spark: SparkSession, lake: LakePaths, settings: Settings) -> dict[str, str]:
+def _features(lake: OpenLake) -> dict[str, str]:
     """Paths of all FEATURES tables by model."""
-    root = storage.join(lake.uri, schemas.FEATURES.name)
-    if ObjectStore(settings.storage).kind(root) != "folder":
+    root, store = lake.paths.features_root, lake.store
+    if store.kind(root) != "folder":
         return {}
-    folders, _ = ObjectStore(settings.storage).list_folder(root)
-    named = {folder.rstrip("/").rsplit("/", 1)[1]: folder.rstrip("/") for folder in sorted(folders)}
-    return {name: path for name, path in named.items() if delta.exists(spark, path)}
+    named = {folder.rstrip("/").rsplit("/", 1)[1]: folder.rstrip("/") for folder in store.list_folder(root)[0]}
+    return {name: path for name, path in named.items() if delta.exists(lake.spark, path)}
 
 
-def _move(spark: SparkSession, path: str, tags: DataFrame, minimum: float, held: Sequence[lease.Held]) -> int:
+def _move(lake: OpenLake, path: str, minimum: float) -> int:
     """Bring the rows of one FEATURES table to their places; how many were elsewhere. Only their partitions are read."""
-    moved = moves(delta.read(spark, path, delta.version(spark, path)), tags, minimum).persist(
-        StorageLevel.MEMORY_AND_DISK
-    )
+    features = TableVersion(lake.spark, path, delta.version(lake.spark, path)).rows
+    moved = moves(features, lake.tags, minimum).persist(StorageLevel.MEMORY_AND_DISK)
     places = moved.groupBy(*_TERMS).count().collect()
     if places:
         within = " OR ".join(
             f"(t.{cols.MODALITY} = '{modality}' AND t.{cols.BODY_PART} = '{body_part}')"
             for modality, body_part in sorted((row[cols.MODALITY], row[cols.BODY_PART]) for row in places)
         )
-        _check(held)
-        delta.update_rows(spark, path, moved, (*_ROW, *_TERMS), _PLACE, within)
+        lake.check_leases()
+        delta.update_rows(lake.spark, path, moved, (*_ROW, *_TERMS), _PLACE, within)
     moved.unpersist()
     return sum(row["count"] for row in places)

@@ -18,7 +18,6 @@ from cbmir_spark import config, storage
 from cbmir_spark.dicom.read import Reason
 from cbmir_spark.errors import EnvironmentProblem, InputError, TableError
 from cbmir_spark.ingest import job as ingest_job
-from cbmir_spark.ingest import parse
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, publication, schemas
 from cbmir_spark.lake.paths import LakePaths
@@ -382,19 +381,20 @@ def test_a_folder_that_cannot_be_listed_deletes_nothing(
 
 
 def test_a_storage_that_refuses_everything_is_no_rejection(
-    spark: SparkSession, make_settings: MakeSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spark: SparkSession, make_settings: MakeSettings, tmp_path: Path
 ) -> None:
     """One object that cannot be read is rejected and tried again every night; all of them are the storage's fault."""
     archive = tmp_path / "archive"
+    archive.mkdir()
     for number in range(11):
-        _sample(archive, f"{number}.dcm", hour=1, SOPInstanceUID=f"1.2.3.{number}")
+        # Listed like any file; reading it fails for everybody, root included.
+        (archive / f"{number}.dcm").symlink_to("/proc/self/mem")
     settings = make_settings(f"ingest.archive={archive}")
-    refused = {cols.SIZE: 1, cols.MODIFIED: at(1), cols.OUTCOME: cols.REJECTED, cols.REASON: cols.UNREADABLE}
-    staged = [refused | {cols.URI: f"file://{archive}/{n}.dcm"} for n in range(11)]
-    rows = spark.createDataFrame([tuple(row.get(f.name) for f in parse.STAGED) for row in staged], parse.STAGED)
-    monkeypatch.setattr(ingest_job, "parse", lambda *_: rows)
     with pytest.raises(EnvironmentProblem, match="refused all 11 objects"):
         ingest_job.run(spark, settings)
+    _sample(archive, "readable.dcm")
+    report = ingest_job.run(spark, settings)
+    assert report.reasons == {cols.UNREADABLE: 11} and report.outcomes[cols.INGESTED] == 1
 
 
 def test_a_lake_of_an_older_version_gets_the_columns_it_lacks(
@@ -407,13 +407,14 @@ def test_a_lake_of_an_older_version_gets_the_columns_it_lacks(
     lake = LakePaths.of(settings.lake)
     path = tmp_path / "older"
     delta.read(spark, lake.path(schemas.SOURCES)).drop(cols.ETAG).write.format("delta").save(str(path))
-    assert delta.evolve(spark, schemas.SOURCES, str(path)) is not None
+    evolved = delta.evolve(delta.TableVersion(spark, str(path), 0), schemas.SOURCES)
+    assert evolved is not None
     assert cols.ETAG in delta.read(spark, str(path)).columns
-    assert delta.evolve(spark, schemas.SOURCES, str(path)) is None
+    assert delta.evolve(delta.TableVersion(spark, str(path), evolved), schemas.SOURCES) is None
     assert delta.read(spark, str(path)).count() == 1
     other = tmp_path / "other"
     delta.read(spark, lake.path(schemas.SOURCES)).withColumn(cols.SIZE, F.lit("many")).write.format("delta").save(
         str(other)
     )
     with pytest.raises(TableError, match="size is string instead of bigint"):
-        delta.evolve(spark, schemas.SOURCES, str(other))
+        delta.evolve(delta.TableVersion(spark, str(other), 0), schemas.SOURCES)

@@ -30,7 +30,7 @@ def test_objects_are_read_ahead_in_order_within_bounds(parser: parse.Parser, mon
     begun: list[int] = []
     lock = threading.Lock()
 
-    def read(uri: str, _: object) -> tuple[bytes, storage.StoredObject]:
+    def read(_: ObjectStore, uri: str) -> tuple[bytes, storage.StoredObject]:
         number = int(uri.rsplit("/", 1)[1])
         with lock:
             begun.append(number)
@@ -40,7 +40,7 @@ def test_objects_are_read_ahead_in_order_within_bounds(parser: parse.Parser, mon
             raise OSError
         return b"x", storage.StoredObject(uri, 1, datetime(2026, 1, 1, tzinfo=UTC))
 
-    monkeypatch.setattr(storage, "read", read)
+    monkeypatch.setattr(ObjectStore, "read", read)
     sizes = [1.0, 1, 1, 1, 1, 1, 1, 1, 30, 30, 30, 41, 1]
     objects = [listed(number, size) for number, size in enumerate(sizes)]
     taken: list[int] = []

@@ -49,7 +49,7 @@ IMAGES = [
 FORGOTTEN = [image for image in IMAGES if image.patient == GONE]
 
 
-def _settings(lake: Path) -> Settings:
+def _settings(lake: Path, *overrides: str) -> Settings:
     return config.load(
         overrides=[
             f"lake.uri={lake}",
@@ -62,6 +62,7 @@ def _settings(lake: Path) -> Settings:
             # Of so few patients a smaller share may be nobody.
             "dataset.test_fraction=0.3",
             "dataset.validation_fraction=0",
+            *overrides,
         ],
         environ={},
     )
@@ -76,7 +77,7 @@ def prepared(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
     """A lake with two models' indexes, a training snapshot, an unfinished one, answers with a gallery, identities."""
     folder = tmp_path_factory.mktemp("erasure")
     settings = _settings(folder / "lake")
-    names = _names(settings)
+    names = pseudonyms.create(settings.privacy, LakePaths.of(settings.lake).vault_folder)
     lake = publish(spark, settings, IMAGES, names=names)
     texts = [item for image in IMAGES for item in identifiers(image).items()]
     known = [(kind, names.of_kind(kind, text), text, names.key_id) for kind, text in texts]
@@ -213,12 +214,8 @@ def test_a_forgotten_patient_leaves_no_byte_and_nobody_else_loses_a_row(
     assert page == forget.NOTE
 
     (tmp_path / "again.csv").write_text(f"query_id,image_id\na,{owners(FORGOTTEN[0], names)[cols.IMAGE_ID]}\n")
-    asked = settings.model_copy(
-        update={
-            "retrieval": settings.retrieval.model_copy(
-                update={"queries": str(tmp_path / "again.csv"), "out": str(tmp_path / "again")}
-            )
-        }
+    asked = _settings(
+        tmp_path / "lake", f"retrieval.queries={tmp_path / 'again.csv'}", f"retrieval.out={tmp_path / 'again'}"
     )
     assert retrieval_job.run(spark, asked).statuses["not_found"] == 1
     # Forgotten once more, nothing is left to do, and no table gets a version.
@@ -259,7 +256,7 @@ def test_a_run_that_is_killed_anywhere_is_finished_by_the_next(
     expected = _without(_rows(spark, lake), names)
     image = owners(FORGOTTEN[0], names)[cols.IMAGE_ID]
     steps: list[tuple[Any, str, int]] = [
-        (storage, "write_bytes", 1),  # the snapshot's manifest
+        (ObjectStore, "write_bytes", 1),  # the snapshot's manifest
         (snapshot_files, "erase", 1),
         (forget, "_drop", 1),
         (delta, "delete_rows", 1),
@@ -324,16 +321,18 @@ def test_what_cannot_be_understood_is_refused_without_being_repeated(
     with pytest.raises(InputError, match="nothing to forget"):
         forget.run(spark, settings, [])
     (tmp_path / "key").write_text("another key, just as long")
-    other = settings.model_copy(
-        update={"privacy": settings.privacy.model_copy(update={"key_file": str(tmp_path / "key")})}
-    )
+    other = _settings(tmp_path / "lake", f"privacy.key_file={tmp_path / 'key'}")
     with pytest.raises(TableError, match="pseudonym key"):
         forget.run(spark, other, [Request("patient", GONE)])
     assert identity.tombstones(spark, lake) == frozenset()
 
 
 def test_a_tombstone_may_come_before_the_first_image(spark: SparkSession, tmp_path: Path) -> None:
-    settings = _settings(tmp_path / "lake")
+    with pytest.raises(TableError, match="holds no images yet"):
+        forget.run(spark, _settings(tmp_path / "lake"), [Request("patient", GONE)])
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "key").write_text("a key from before the first image")
+    settings = _settings(tmp_path / "lake", f"privacy.key_file={tmp_path / 'key'}")
     report = forget.run(spark, settings, [Request("patient", GONE)], purge=True)
     assert (report.unknown, report.tombstones, report.images, report.vacuumed_hours) == (1, 1, 0, 168)
     names = _names(settings)

@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +29,7 @@ from cbmir_spark.maintenance import remap
 from tests.conftest import MakeSettings
 from tests.dicom.test_read import made
 from tests.index.test_index import save_model
-from tests.support.tiny_lake import KEY_ID, Drawn, pseudonym, publish
+from tests.support.tiny_lake import Drawn, key_of, pseudonym, publish
 
 # Raw values, the window that was used, and the batch: what a lake keeps of its archive.
 BY_RAW = [
@@ -50,11 +51,16 @@ PARTS = [f"vocabulary.body_parts.{raw}={term}" for raw, term in SITE.items()]
 
 def make_lake(spark: SparkSession, folder: Path, *overrides: str) -> Settings:
     """A lake as ingest and index leave it with the vocabulary of the settings."""
+    key = folder.parent / "key"
+    key.write_text("one key for all lakes of these tests")
     given = [f"lake.uri={folder / 'lake'}", "index.min_probability=0.0", f"index.model={folder.parent / 'model'}"]
+    given += [f"privacy.key_file={key}"]
     settings = config.load(overrides=[*given, *overrides], environ={})
     vocabulary = Vocabulary(settings.vocabulary.body_parts)
     lake = LakePaths.of(settings.lake)
-    publication.publish_empty(spark, lake, KEY_ID, parse.preprocessing_of(settings).version, vocabulary.version)
+    publication.publish_empty(
+        spark, lake, key_of(settings), parse.preprocessing_of(settings).version, vocabulary.version
+    )
     for batch in (1, 2):
         drawn = [
             dataclasses.replace(
@@ -103,17 +109,22 @@ def rows(spark: SparkSession, settings: Settings) -> dict[str, list[str]]:
         "pixels": delta.read(spark, lake.path(schemas.PIXELS), pinned.pixels),
         "sources": delta.read(spark, lake.path(schemas.SOURCES), pinned.sources).drop(cols.REASON),
     }
-    (table,) = remap._features(spark, lake, settings).values()
+    (table,) = features(settings)
     found["features"] = delta.read(spark, table)
     return {name: sorted(repr(row) for row in df.collect()) for name, df in found.items()} | {
         "vocabulary": [pinned.vocabulary]
     }
 
 
+def features(settings: Settings) -> list[str]:
+    """Paths of the FEATURES tables."""
+    return [str(path) for path in Path(storage.local_path(LakePaths.of(settings.lake).features_root)).iterdir()]
+
+
 def versions(spark: SparkSession, settings: Settings) -> list[int]:
     lake = LakePaths.of(settings.lake)
     paths = [lake.path(table) for table in (schemas.TAGS, schemas.PIXELS, schemas.SOURCES)]
-    return [delta.version(spark, path) for path in (*paths, *remap._features(spark, lake, settings).values())]
+    return [delta.version(spark, path) for path in (*paths, *features(settings))]
 
 
 def test_it_equals_a_lake_that_was_made_with_the_new_vocabulary(
@@ -154,8 +165,8 @@ def test_killed_anywhere_the_next_run_goes_on_to_the_same_tables(
     """The first run dies with TAGS written and not published, the second with both published and FEATURES to move."""
     settings = copy(lakes, tmp_path)
 
-    def die_at(name: str, call: int) -> None:
-        real, calls = getattr(publication, name), [0]
+    def die_at(module: ModuleType, name: str, call: int) -> None:
+        real, calls = getattr(module, name), [0]
 
         def die(*args: object, **named: object) -> object:
             calls[0] += 1
@@ -164,15 +175,15 @@ def test_killed_anywhere_the_next_run_goes_on_to_the_same_tables(
             return real(*args, **named)
 
         with monkeypatch.context() as patched:
-            patched.setattr(publication, name, die)
+            patched.setattr(module, name, die)
             with pytest.raises(KeyboardInterrupt):
                 remap.run(spark, settings)
 
-    die_at("publish", 1)
+    die_at(publication, "publish", 1)
     assert rows(spark, settings) == lakes.rows_before
     lake = LakePaths.of(settings.lake)
     assert delta.version(spark, lake.path(schemas.TAGS)) > publication.require_published(spark, lake).tags
-    die_at("update_rows", 2)
+    die_at(delta, "update_rows", 2)
     seen = rows(spark, settings)
     assert (seen["tags"], seen["features"]) == (lakes.rows_wanted["tags"], lakes.rows_before["features"])
     remap.run(spark, settings)
