@@ -198,7 +198,7 @@ def test_what_left_leaves_and_a_run_that_died_is_never_seen(
     assert delta.version(spark, lake.path(schemas.TAGS)) > publication.require_published(spark, lake).tags
 
     report = ingest_job.run(spark, settings)
-    assert set(report.mended) == {"tags", "pixels"}
+    assert set(report.rolled_back) == {"tags", "pixels"}
     assert (report.read, report.deleted) == (2, 2)
     outcomes = _outcomes(spark, settings)
     assert outcomes["ct/two corrected.dcm"] == outcomes["mr/three.dcm"] == cols.DELETED

@@ -26,8 +26,9 @@ from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, identity, pseudonyms, publication, schemas
 from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.lake.pseudonyms import Pseudonyms
-from cbmir_spark.maintenance import forget
+from cbmir_spark.maintenance import erase_files, forget, removal
 from cbmir_spark.maintenance.forget import Request
+from cbmir_spark.maintenance.removal import Removed
 from cbmir_spark.retrieval import csv_export, query_files
 from cbmir_spark.retrieval import job as retrieval_job
 from cbmir_spark.storage import ObjectStore
@@ -211,7 +212,7 @@ def test_a_forgotten_patient_leaves_no_byte_and_nobody_else_loses_a_row(
         loader = training_loader.Loader(snapshot, split, ObjectStore(settings.storage), batch_size=4, seed=1)
         assert sum(len(targets) for _, targets in loader.epoch(1)) == snapshot.rows(split)
     page = next(Path(storage.local_path(lake.uri)).glob("results/*/gallery.html")).read_text()
-    assert page == forget.NOTE
+    assert page == erase_files.NOTE
 
     (tmp_path / "again.csv").write_text(f"query_id,image_id\na,{owners(FORGOTTEN[0], names)[cols.IMAGE_ID]}\n")
     asked = _settings(
@@ -258,7 +259,7 @@ def test_a_run_that_is_killed_anywhere_is_finished_by_the_next(
     steps: list[tuple[Any, str, int]] = [
         (ObjectStore, "write_bytes", 1),  # the snapshot's manifest
         (snapshot_files, "erase", 1),
-        (forget, "_drop", 1),
+        (erase_files, "drop_rows", 1),
         (delta, "delete_rows", 1),
         (delta, "delete_images", 1),
         (delta, "delete_images", 2),
@@ -419,12 +420,6 @@ def test_ingest_keeps_identities_while_there_are_images_and_nothing_of_the_forgo
 # --- answers that older versions wrote ---
 
 
-def _killed(uri: str, *given: object) -> forget.Gone:
-    if "of the forgotten" in uri:
-        raise KeyboardInterrupt
-    return forget.Gone()
-
-
 def test_a_page_of_answers_that_do_not_say_what_was_asked_goes_if_it_is_older(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -457,31 +452,32 @@ def test_a_page_of_answers_that_do_not_say_what_was_asked_goes_if_it_is_older(
     def pages() -> dict[str, str]:
         return {path.parent.name: path.read_text() for path in tmp_path.glob("*/*/*.html")}
 
-    mask = forget.belonging([("image", "a" * 32), ("patient", "e" * 32)])
+    mask = removal.belonging([("image", "a" * 32), ("patient", "e" * 32)])
     kept = {"old": "pictures", "new": "pictures", "of the forgotten": "pictures", "run": "figures"}
-    rows, gone = forget._results(lake, forget.belonging([]), 0.0, ObjectStore(files))
+    rows, gone = erase_files.erase_answers(lake, removal.belonging([]), 0.0, ObjectStore(files))
     assert (rows.rows, gone.files, pages()) == (0, 0, kept)
     # Killed before a single row is dropped, it has made the CSV files anew: by the rows it would be found again.
-    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
-        killed.setattr(forget, "_drop", _killed)
-        forget._results(lake, mask, 0.0, ObjectStore(files))
+    # What goes first, before new content is written, is Hadoop's checksum.
+    with monkeypatch.context() as patched, pytest.raises(_Killed):
+        patched.setattr(ObjectStore, "delete", _dying(ObjectStore.delete, 1))
+        erase_files.erase_answers(lake, mask, 0.0, ObjectStore(files))
     sheet = (tmp_path / "results" / "of the forgotten" / "csv" / "hits-00000.csv").read_text()
     assert '"r"' in sheet and '"q"' not in sheet
     (tmp_path / "results" / "of the forgotten" / "gallery.html").write_text("pictures")
-    rows, gone = forget._results(lake, mask, 0.0, ObjectStore(files))
+    rows, gone = erase_files.erase_answers(lake, mask, 0.0, ObjectStore(files))
     assert (rows.rows, rows.files, gone.files) == (3, 3, 3)
     for name, left in (("new", ['"q"', '"r"']), ("of the forgotten", ['"r"'])):
         for sheet in (tmp_path / "results" / name / "csv").iterdir():
             lines = sheet.read_text().splitlines()
             place = lines[0].split(",").index('"query_id"')
             assert [line.split(",")[place] for line in lines[1:]] == left
-    assert pages() == kept | {"of the forgotten": forget.NOTE}
+    assert pages() == kept | {"of the forgotten": erase_files.NOTE}
     for table in (schemas.RESULTS_HITS, schemas.RESULTS_STATUSES, schemas.RESULTS_QUERIES):
         folder = tmp_path / "results" / "of the forgotten" / table.name
         assert pq.read_table(folder / "part-00000.parquet")[cols.QUERY_ID].to_pylist() == ["r"]
         assert not (folder / ".part-00000.parquet.crc").exists()
     # The tombstone is newer than a page that may have shown anything.
-    rows, gone = forget._results(lake, mask, time.time() + 60, ObjectStore(files))
+    rows, gone = erase_files.erase_answers(lake, mask, time.time() + 60, ObjectStore(files))
     assert (rows.rows, gone.files) == (0, 1)
-    assert pages() == kept | {"of the forgotten": forget.NOTE, "old": forget.NOTE}
-    assert forget._results(lake, mask, time.time() + 60, ObjectStore(files)) == (forget.Gone(), forget.Gone())
+    assert pages() == kept | {"of the forgotten": erase_files.NOTE, "old": erase_files.NOTE}
+    assert erase_files.erase_answers(lake, mask, time.time() + 60, ObjectStore(files)) == (Removed(), Removed())

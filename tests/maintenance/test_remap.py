@@ -25,7 +25,7 @@ from cbmir_spark.ingest import parse
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, publication, schemas
 from cbmir_spark.lake.paths import LakePaths
-from cbmir_spark.maintenance import remap
+from cbmir_spark.maintenance import remap, term_changes
 from tests.conftest import MakeSettings
 from tests.dicom.test_read import made
 from tests.index.test_index import save_model
@@ -211,25 +211,27 @@ PREPROCESSING = Preprocessing(
 @pytest.mark.parametrize(
     ("found", "new", "reread"),
     [
-        (("CT", "KOPF", "CT", UNKNOWN), ("CT", "HEAD"), remap.WHERE_USED),
-        (("CT", "KNIE X", "CT", UNKNOWN), ("CT", "KNEE"), remap.NEVER),
-        (("MR", "KOPF", "MR", UNKNOWN), ("MR", "HEAD"), remap.NEVER),
-        (("PT", "HIRN X", "PT", UNKNOWN), ("PT", "BRAIN"), remap.ALWAYS),
-        (("XR", "KOPF", UNKNOWN, "HEAD"), ("DX", "HEAD"), remap.ALWAYS),
-        (("MRI", "KOPF", "CT", "HEAD"), ("MR", "HEAD"), remap.ALWAYS),
+        (("CT", "KOPF", "CT", UNKNOWN), ("CT", "HEAD"), term_changes.WHERE_USED),
+        (("CT", "KNIE X", "CT", UNKNOWN), ("CT", "KNEE"), term_changes.NEVER),
+        (("MR", "KOPF", "MR", UNKNOWN), ("MR", "HEAD"), term_changes.NEVER),
+        (("PT", "HIRN X", "PT", UNKNOWN), ("PT", "BRAIN"), term_changes.ALWAYS),
+        (("XR", "KOPF", UNKNOWN, "HEAD"), ("DX", "HEAD"), term_changes.ALWAYS),
+        (("MRI", "KOPF", "CT", "HEAD"), ("MR", "HEAD"), term_changes.ALWAYS),
     ],
 )
 def test_which_codes_change_and_which_images_are_read_again(
     found: tuple[str, str, str, str], new: tuple[str, str], reread: str
 ) -> None:
-    (change,) = remap.changes([found], Vocabulary({"KNIE X": "KNEE", "HIRN X": "BRAIN"}), PREPROCESSING)
+    (change,) = term_changes.changes([found], Vocabulary({"KNIE X": "KNEE", "HIRN X": "BRAIN"}), PREPROCESSING)
     assert (change.new_modality, change.new_body_part, change.reread) == (*new, reread)
     used = (change.window_low, change.window_high)
-    assert used == ((-160.0, 240.0) if reread == remap.WHERE_USED else (None, None))
+    assert used == ((-160.0, 240.0) if reread == term_changes.WHERE_USED else (None, None))
 
 
 def test_what_was_no_code_stays_what_it_is() -> None:
-    assert remap.changes([(None, None, "CT", "HEAD"), (None, "", "MR", UNKNOWN)], Vocabulary(), PREPROCESSING) == []
+    assert (
+        term_changes.changes([(None, None, "CT", "HEAD"), (None, "", "MR", UNKNOWN)], Vocabulary(), PREPROCESSING) == []
+    )
 
 
 def test_gaps_are_ranked_and_leave_out_what_the_site_settled() -> None:
@@ -326,5 +328,5 @@ def test_a_row_without_its_tag_gets_what_the_index_would_give_it(spark: SparkSes
     # As Arrow hands them over: 32-bit numbers, read as Python's.
     narrow = [row[0] for row in spark.createDataFrame([(p,) for p in probabilities], "p float").collect()]
     wanted = index_embed.body_parts([UNKNOWN] * len(rows), labels, narrow, minimum)
-    moved = remap.moves(spark.createDataFrame(rows, schema), tags, minimum).orderBy(cols.IMAGE_ID).collect()
+    moved = term_changes.moves(spark.createDataFrame(rows, schema), tags, minimum).orderBy(cols.IMAGE_ID).collect()
     assert [(row[f"new_{cols.BODY_PART}"], row[f"new_{cols.BODY_PART_SOURCE}"]) for row in moved] == wanted
