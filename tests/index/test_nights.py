@@ -29,9 +29,8 @@ from cbmir_spark.retrieval import search
 from cbmir_spark.retrieval.query import Query
 from cbmir_spark.storage import ObjectStore
 from tests.index.test_index import save_model
+from tests.support.cluster import DRIVER_OPTIONS, environment
 from tests.support.tiny_lake import Drawn, publish
-from tests.system.test_cluster import environment
-from tests.system.test_kills import DRIVER_OPTIONS
 
 PLACES = (("CT", "CHEST"), ("MR", "BRAIN"))
 

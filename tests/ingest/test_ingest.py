@@ -3,13 +3,10 @@
 import csv
 import os
 import shutil
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-import pydicom
 import pytest
-from pydicom.config import disable_value_validation
 from pydicom.data import get_testdata_file
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
@@ -23,36 +20,17 @@ from cbmir_spark.lake import delta, publication, schemas
 from cbmir_spark.lake.paths import LakePaths
 from tests.conftest import MakeSettings
 from tests.dicom.test_read import predicted
-
-NIGHT = datetime(2026, 1, 1, tzinfo=UTC)
-
-
-def at(hours: int) -> datetime:
-    return NIGHT + timedelta(hours=hours)
-
-
-def _sample(folder: Path, name: str, source: str = "CT_small.dcm", hour: int = 0, **changes: str) -> Path:
-    """A real test file of pydicom, with tags changed, written at `hour` of one night."""
-    ds = pydicom.dcmread(str(get_testdata_file(source)))
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with disable_value_validation():
-        for keyword, value in changes.items():
-            setattr(ds, keyword, value)
-            if keyword == "SOPInstanceUID":
-                ds.file_meta.MediaStorageSOPInstanceUID = value
-        ds.save_as(path)
-    os.utime(path, (at(hour).timestamp(),) * 2)
-    return path
+from tests.support import boundary
+from tests.support.archives import at, sample
 
 
 def _fill(folder: Path) -> Path:
     """Twelve objects: three images in five objects, a non-image, and six that cannot be used."""
-    _sample(folder, "ct/one.dcm", hour=1)
+    sample(folder, "ct/one.dcm", hour=1)
     shutil.copy2(folder / "ct/one.dcm", folder / "ct/one again.dcm")
-    _sample(folder, "ct/two.dcm", hour=1, SOPInstanceUID="1.2.3.2", PatientSex="F")
-    _sample(folder, "ct/two corrected.dcm", hour=2, SOPInstanceUID="1.2.3.2", PatientSex="M")
-    _sample(folder, "mr/three.dcm", source="MR_small.dcm", hour=1)
+    sample(folder, "ct/two.dcm", hour=1, SOPInstanceUID="1.2.3.2", PatientSex="F")
+    sample(folder, "ct/two corrected.dcm", hour=2, SOPInstanceUID="1.2.3.2", PatientSex="M")
+    sample(folder, "mr/three.dcm", source="MR_small.dcm", hour=1)
     shutil.copy(str(get_testdata_file("reportsi.dcm")), folder / "report.dcm")
     whole = (folder / "ct/one.dcm").read_bytes()
     (folder / "cut.dcm").write_bytes(whole[:-700])
@@ -60,7 +38,7 @@ def _fill(folder: Path) -> Path:
     (folder / ".hidden").write_text("not DICOM at all")
     (folder / "_notes.txt").write_text("nor this")
     (folder / "zeros.dcm").write_bytes(bytes(5000))
-    _sample(folder, "nameless.dcm", SOPInstanceUID="not.a.uid")
+    sample(folder, "nameless.dcm", SOPInstanceUID="not.a.uid")
     return folder
 
 
@@ -143,6 +121,29 @@ def test_a_second_run_writes_nothing_but_that_it_ran(spark: SparkSession, night:
     assert not (Path(storage.local_path(lake.vault)) / "staging").exists()
 
 
+def test_a_run_looks_nothing_up_twice(spark: SparkSession, night: Night) -> None:
+    """At the boundary, where Delta and storage would be asked again: the cost of a night without news."""
+    lake = LakePaths.of(night.settings.lake)
+    with boundary.counted() as counts:
+        report = ingest_job.run(spark, night.settings)
+    assert report.batches == 0
+    published = report.published
+    assert counts.histories == {lake.path(schemas.SOURCES): 1}
+    assert counts.opened == {
+        (lake.path(schemas.TAGS), published.tags): 1,
+        (lake.path(schemas.PIXELS), published.pixels): 1,
+        (lake.path(schemas.SOURCES), published.sources): 1,
+    }
+    # SOURCES for what is published, FORGOTTEN for tombstones, RUNS for its row.
+    assert counts.checks == {lake.path(table): 1 for table in (schemas.SOURCES, schemas.FORGOTTEN, schemas.RUNS)}
+    # TAGS and PIXELS against what is published, RUNS for the version written.
+    assert counts.log_lookups == {lake.path(table): 1 for table in (schemas.TAGS, schemas.PIXELS, schemas.RUNS)}
+    # The archive, and both roots of the lake.
+    assert counts.storage("kind") == 3
+    assert counts.storage("delete_folder") == 2
+    assert counts.storage("read", "write_bytes", "find") == 0
+
+
 def test_the_size_of_batches_does_not_matter(spark: SparkSession, night: Night, tmp_path: Path) -> None:
     lake = LakePaths.of(night.settings.lake)
     whole = [night.overrides[0], f"lake.uri={tmp_path / 'lake'}", _key_of(lake)]
@@ -183,8 +184,8 @@ def test_what_left_leaves_and_a_run_that_died_is_never_seen(
     before = _live(spark, settings)
     (archive / "ct/two corrected.dcm").unlink()
     (archive / "mr/three.dcm").unlink()
-    _sample(archive, "ct/one.dcm", hour=3, PatientSex="M")
-    _sample(archive, "ct/four.dcm", hour=4, SOPInstanceUID="1.2.3.4")
+    sample(archive, "ct/one.dcm", hour=3, PatientSex="M")
+    sample(archive, "ct/four.dcm", hour=4, SOPInstanceUID="1.2.3.4")
 
     def die(*_: object) -> None:
         raise KeyboardInterrupt
@@ -235,7 +236,7 @@ def test_nothing_of_a_person_is_in_the_lake(spark: SparkSession, make_settings: 
     """A token in each identifying attribute, and in the object's name, is found in no table outside the vault."""
     token = "ZQXJVTOKEN"
     folder = tmp_path / "archive"
-    _sample(
+    sample(
         folder,
         f"{token}/one.dcm",
         PatientName=token,
@@ -327,7 +328,7 @@ def test_the_same_bytes_written_anew_are_unchanged(
     spark: SparkSession, make_settings: MakeSettings, tmp_path: Path
 ) -> None:
     archive = tmp_path / "archive"
-    _sample(archive, "one.dcm", hour=1)
+    sample(archive, "one.dcm", hour=1)
     (archive / "none.dcm").write_bytes(bytes(5000))
     settings = make_settings(f"ingest.archive={archive}")
     first = ingest_job.run(spark, settings)
@@ -344,8 +345,8 @@ def test_an_image_marked_for_reading_is_read_and_its_rows_made_anew(
 ) -> None:
     """What remap asks for where a body part changes the window: the next run replaces rows of the same content."""
     archive = tmp_path / "archive"
-    _sample(archive, "one.dcm", hour=1)
-    _sample(archive, "two.dcm", hour=1, SOPInstanceUID="1.2.3.2")
+    sample(archive, "one.dcm", hour=1)
+    sample(archive, "two.dcm", hour=1, SOPInstanceUID="1.2.3.2")
     settings = make_settings(f"ingest.archive={archive}")
     first = ingest_job.run(spark, settings)
     lake = LakePaths.of(settings.lake)
@@ -367,7 +368,7 @@ def test_a_folder_that_cannot_be_listed_deletes_nothing(
     """Nor does it name the folder: names of folders may be patients'."""
     archive = tmp_path / "archive"
     for number in range(40):
-        _sample(archive, f"MILLER{number}/one.dcm", hour=1, SOPInstanceUID=f"1.2.3.{number}")
+        sample(archive, f"MILLER{number}/one.dcm", hour=1, SOPInstanceUID=f"1.2.3.{number}")
     settings = make_settings(f"ingest.archive={archive}")
     ingest_job.run(spark, settings)
     before = _live(spark, settings)
@@ -392,7 +393,7 @@ def test_a_storage_that_refuses_everything_is_no_rejection(
     settings = make_settings(f"ingest.archive={archive}")
     with pytest.raises(EnvironmentProblem, match="refused all 11 objects"):
         ingest_job.run(spark, settings)
-    _sample(archive, "readable.dcm")
+    sample(archive, "readable.dcm")
     report = ingest_job.run(spark, settings)
     assert report.reasons == {cols.UNREADABLE: 11} and report.outcomes[cols.INGESTED] == 1
 
@@ -401,7 +402,7 @@ def test_a_lake_of_an_older_version_gets_the_columns_it_lacks(
     spark: SparkSession, make_settings: MakeSettings, tmp_path: Path
 ) -> None:
     archive = tmp_path / "archive"
-    _sample(archive, "one.dcm", hour=1)
+    sample(archive, "one.dcm", hour=1)
     settings = make_settings(f"ingest.archive={archive}")
     ingest_job.run(spark, settings)
     lake = LakePaths.of(settings.lake)

@@ -24,10 +24,9 @@ from cbmir_spark.models import registry
 from cbmir_spark.training import job as training_job
 from cbmir_spark.training.job import TrainingReport
 from tests.support import mlflow_server
+from tests.support.cluster import DRIVER_OPTIONS, environment
 from tests.support.models import registry_of
 from tests.support.tiny_lake import Drawn, publish
-from tests.system.test_cluster import environment
-from tests.system.test_kills import DRIVER_OPTIONS
 from tests.training.test_training import images, settings_for
 
 

@@ -23,10 +23,9 @@ from cbmir_spark.index import open as index_open
 from cbmir_spark.spark import failures, session
 from tests.conftest import Cbmir
 from tests.index.test_index import save_model
+from tests.support.cluster import DRIVER_OPTIONS, environment
 from tests.support.processes import below
 from tests.support.tiny_lake import Drawn, publish
-from tests.system.test_cluster import environment
-from tests.system.test_kills import DRIVER_OPTIONS
 
 Batches = Iterable[pa.RecordBatch]
 # The JVM says so of itself at its start, before Spark is there.

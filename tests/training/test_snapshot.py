@@ -39,7 +39,7 @@ from cbmir_spark.training import snapshot as snapshots
 from cbmir_spark.training.loader import Loader
 from cbmir_spark.training.manifest import FORMAT, TEST, TRAIN, VALIDATION, DataFile, Snapshot
 from cbmir_spark.training.split import split_patients
-from tests.ingest.test_ingest import NIGHT
+from tests.support.archives import at
 from tests.support.tiny_lake import Drawn, draw, pseudonym, publish
 
 LOCAL = StorageSettings(endpoint=None, region="us-east-1", path_style=True, attempts=8)
@@ -449,7 +449,7 @@ def write_slice(archive: Path, number: int, part: str, turned: int = 0, hour: in
     path = archive / part / f"{number}.dcm"
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save_as(path)
-    os.utime(path, (NIGHT.timestamp() + 3600 * hour,) * 2)
+    os.utime(path, (at(hour).timestamp(),) * 2)
     return path
 
 
