@@ -14,7 +14,7 @@ from cbmir_spark import storage
 from cbmir_spark.errors import EnvironmentProblem
 from cbmir_spark.ingest.fetch import GONE, TOO_LARGE
 from cbmir_spark.ingest.listing import few_rows_at_a_time, with_content
-from cbmir_spark.ingest.parse import KEPT_FRAMES, STAGED, Parser, Tally, parse
+from cbmir_spark.ingest.parse import FRAME_COUNT, STAGED, Parser, Tally, parse
 from cbmir_spark.ingest.plan import Staging, check_counts
 from cbmir_spark.ingest.reconcile import ACTION, PROMOTED, READ
 from cbmir_spark.lake import columns as cols
@@ -81,13 +81,13 @@ def _parse_by_hadoop(
             parse(with_content(spark, fitting), parser, frames_folder, tally).write.parquet(staged_folder)
     _unread(objects.where(too_large), cols.REJECTED, TOO_LARGE).write.mode("append").parquet(staged_folder)
     staged = spark.read.schema(STAGED).parquet(staged_folder)
-    gone = objects.join(staged.select(cols.URI), on=cols.URI, how="left_anti")
-    _unread(gone, cols.VANISHED, GONE).write.mode("append").parquet(staged_folder)
+    vanished = objects.join(staged.select(cols.URI), on=cols.URI, how="left_anti")
+    _unread(vanished, cols.VANISHED, GONE).write.mode("append").parquet(staged_folder)
 
 
 def _unread(objects: DataFrame, outcome: str, reason: str) -> DataFrame:
     """STAGED rows of objects that were not read."""
-    known = {cols.OUTCOME: F.lit(outcome), cols.REASON: F.lit(reason), KEPT_FRAMES: F.lit(0)}
+    known = {cols.OUTCOME: F.lit(outcome), cols.REASON: F.lit(reason), FRAME_COUNT: F.lit(0)}
     known |= {name: F.col(name) for name in (cols.URI, cols.SIZE, cols.MODIFIED, cols.ETAG)}
     empty = {f.name: F.lit(None) for f in STAGED}
     return objects.select(*[(empty | known)[f.name].cast(f.dataType).alias(f.name) for f in STAGED])

@@ -149,7 +149,7 @@ def _check_archive(settings: IngestSettings, paths: LakePaths, store: ObjectStor
         problem = "is a file, not a folder" if found == "file" else "does not exist"
         raise InputError(f"archive {archive} {problem}: give the folder or prefix that holds the .dcm objects")
     if storage.is_below(paths.uri, archive) or paths.uri == archive:
-        raise InputError(f"lake {paths.uri} lies inside archive {archive}: give a lake elsewhere, with --lake")
+        raise InputError(f"lake {paths.uri} is inside archive {archive}: give a lake elsewhere, with --lake")
     return archive
 
 
@@ -169,8 +169,8 @@ def _prepare_tables(lake: OpenLake, parser: Parser) -> tuple[Published, tuple[st
         )
     if pinned.vocabulary != vocabulary and pinned.batch:
         raise TableError(
-            f"lake {paths.uri} was read with vocabulary {pinned.vocabulary or 'of an older version'}, now in force is "
-            f"{vocabulary}: run `cbmir remap` first, which applies it to the tables"
+            f"lake {paths.uri} was made with vocabulary {pinned.vocabulary or 'of an older version'}, the settings "
+            f"give {vocabulary}: run `cbmir remap` first to apply it"
         )
     rolled_back = publication.roll_back(spark, paths, pinned)
     pinned = replace(pinned, vocabulary=vocabulary)

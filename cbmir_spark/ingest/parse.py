@@ -34,13 +34,13 @@ from cbmir_spark.lake import schemas
 from cbmir_spark.lake.pseudonyms import Identity, Pseudonyms, identities, is_forgotten
 from cbmir_spark.storage import ObjectStore, StoredObject
 
-# Frames in one staged file: 32 MB, held in memory until it is written.
+# Frames in one staged file: 32 MB in memory until it is written.
 FRAMES_PER_FILE = 512
 
-KEPT_FRAMES = "kept_frames"
+FRAME_COUNT = "frame_count"
 _LISTED = [f for f in schemas.SOURCES.schema if f.name in (cols.URI, cols.SIZE, cols.MODIFIED, cols.ETAG)]
 _TAGS_OF_INSTANCE = StructType([f for f in schemas.TAGS.schema if f.name != cols.BATCH])
-# `staged_by` names the attempt of a task: what an attempt wrote that Spark then gave up is found by no row.
+# `staged_by` names the attempt of a task: no row refers to the frames of an attempt that Spark aborted.
 STAGED = StructType(
     [
         *[StructField(f.name, f.dataType) for f in _LISTED],
@@ -50,7 +50,7 @@ STAGED = StructType(
         StructField(cols.IMAGE_ID, StringType()),
         StructField("tags", _TAGS_OF_INSTANCE),
         StructField(IDENTIFIERS, MapType(StringType(), StringType())),
-        StructField(KEPT_FRAMES, IntegerType()),
+        StructField(FRAME_COUNT, IntegerType()),
         StructField(STAGED_BY, StringType()),
     ]
 )
@@ -63,15 +63,15 @@ STAGED_FRAMES = StructType(
 )
 
 Tally = Callable[[Counter[str]], None]
-"""Where a task reports what it has done: objects, bytes, and objects by reason."""
+"""Called by a task with what it has done: objects, bytes, and objects by reason."""
 
 
 @dataclass(frozen=True)
 class Parser:
     """Everything a task needs to turn an object into a staged row; carries the key's path, never the key.
 
-    `forgotten` are tombstones (see tables.tombstones): nothing is kept of what they name. With `identity` staged rows
-    carry the identifiers, which belong in the vault alone.
+    `forgotten` are tombstones (see `identity.tombstones`): nothing is stored of what they name. With `identity` staged
+    rows carry the identifiers, which belong in the vault alone.
     """
 
     store: ObjectStore
@@ -122,7 +122,7 @@ class ParsedObject:
 
 @dataclass(frozen=True)
 class _Decoding:
-    """What a decoding process is started with: another process is needed where any of it differs."""
+    """Parameters of a decoding process: it is replaced where any of them differs."""
 
     preprocessing: Preprocessing
     body_parts: Mapping[str, str]
@@ -134,7 +134,7 @@ class _Decoding:
 
 
 def preprocessing_of(settings: Settings) -> Preprocessing:
-    """The one reading of the `pixels` settings: archive, queries and training all see pictures made by it."""
+    """Build the preprocessing that the `pixels` settings ask for: the same for archive, queries and training."""
     return Preprocessing(
         aspect=settings.pixels.aspect,
         windows=settings.pixels.windows,
@@ -214,7 +214,7 @@ def _staged(listed: dict[str, Any], parsed: ParsedObject, attempt: str) -> dict[
         cols.IMAGE_ID: parsed.image_id,
         "tags": parsed.tags,
         IDENTIFIERS: parsed.identifiers,
-        KEPT_FRAMES: len(parsed.frames),
+        FRAME_COUNT: len(parsed.frames),
         STAGED_BY: attempt,
     }
     if parsed.found is not None:
@@ -223,14 +223,14 @@ def _staged(listed: dict[str, Any], parsed: ParsedObject, attempt: str) -> dict[
 
 
 def owners_of(instance: Instance, names: Pseudonyms) -> tuple[Identity, ...]:
-    """What an instance is and belongs to."""
+    """The pseudonyms of an instance and of what it belongs to."""
     tags = instance.tags
     uids = (tags.sop_instance_uid, tags.series_instance_uid, tags.study_instance_uid)
     return identities(*uids, tags.patient_id_raw, names)
 
 
 def tags_of(instance: Instance, owners: Iterable[Identity]) -> dict[str, object]:
-    """The TAGS row of an instance without its batch: pseudonyms for identifiers, and nothing else is kept."""
+    """Make the TAGS row of an instance without its batch: pseudonyms for identifiers, and nothing beyond the schema."""
     values = vars(instance.tags)
     ids: dict[str, object] = {schemas.OWNERS[owner.kind]: owner.pseudonym for owner in owners}
     return ids | {f.name: values[f.name] for f in _TAGS_OF_INSTANCE if f.name in values and f.name not in ids}
@@ -286,7 +286,7 @@ def _decoding(parser: Parser) -> _Decoding:
 
 @lru_cache(maxsize=1)
 def _decoder(decoding: _Decoding) -> Decoder:
-    """The decoding process of this Python worker, started once and kept for its later tasks."""
+    """The decoding process of this Python worker, started once for all of its tasks."""
     # Spark's workers collect garbage after every task; the modules imported by now are none, and most of the work.
     gc.freeze()
     return Decoder(

@@ -1,7 +1,7 @@
 """Plan the work of an ingest: list the archive, compare it with SOURCES, divide what is to be done into batches.
 
-The plan lies in Parquet files below the staging folder, so that no step is computed twice and an archive of millions
-never passes through the driver. Runs on the driver; listing and comparing are Spark jobs.
+The plan is stored in Parquet files below the staging folder, so that no step is computed twice and the objects of an
+archive never pass through the driver. Runs on the driver; listing and comparing are Spark jobs.
 """
 
 import math
@@ -44,7 +44,7 @@ class Staging:
 
     @property
     def actions(self) -> str:
-        """What to do with each object that is not unchanged."""
+        """The action for each object that is not unchanged."""
         return storage.join(self.folder, "actions")
 
     @property

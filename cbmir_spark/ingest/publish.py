@@ -1,6 +1,6 @@
 """Publish one parsed batch of an ingest: PIXELS and TAGS first, then SOURCES, whose commit makes all three visible.
 
-Which rows arrive and which leave is worked out by reconcile. Runs on the driver; each step is a Spark job.
+`reconcile` works out which rows arrive and which leave. Runs on the driver; each step is a Spark job.
 """
 
 import math
@@ -12,7 +12,7 @@ from pyspark.sql import DataFrame, Row
 from pyspark.sql import functions as F
 
 from cbmir_spark.ingest.batch import Parsed
-from cbmir_spark.ingest.parse import KEPT_FRAMES, STAGED_FRAMES, Parser
+from cbmir_spark.ingest.parse import FRAME_COUNT, STAGED_FRAMES, Parser
 from cbmir_spark.ingest.plan import Plan, Staging, check_counts
 from cbmir_spark.ingest.reconcile import (
     KNOWN,
@@ -111,7 +111,7 @@ def _write(
         by_batch = {row[cols.BATCH]: row["count"] for row in moves.groupBy(cols.BATCH).count().collect()}
         expected, leaving_batches = by_batch.pop(None, 0), list(by_batch)
         arrived = arrivals(parsed.staged, resolved)
-        counts = arrived.select(F.count("*").alias("images"), F.sum(KEPT_FRAMES).alias("frames")).first()
+        counts = arrived.select(F.count("*").alias("images"), F.sum(FRAME_COUNT).alias("frames")).first()
         images, frames = (counts["images"], counts["frames"] or 0) if counts else (0, 0)
         check_counts(expected, images, "found among the parsed")
     lake.check_leases()
@@ -129,11 +129,11 @@ def _write(
             with record.stage("identity"):
                 identity.merge_identities(spark, paths, identity_rows(arrived, parser.pseudonyms.key_id))
     if leaving_batches:
-        gone = leaving.select(cols.IMAGE_ID)
+        images_leaving = leaving.select(cols.IMAGE_ID)
         with record.stage("remove pixels"):
-            pinned = replace(pinned, pixels=delta.delete_images(spark, pixels_path, gone, leaving_batches))
+            pinned = replace(pinned, pixels=delta.delete_images(spark, pixels_path, images_leaving, leaving_batches))
         with record.stage("remove tags"):
-            pinned = replace(pinned, tags=delta.delete_images(spark, tags_path, gone, leaving_batches))
+            pinned = replace(pinned, tags=delta.delete_images(spark, tags_path, images_leaving, leaving_batches))
     return pinned, frames
 
 

@@ -40,7 +40,7 @@ from cbmir_spark.maintenance.term_changes import (
 
 @dataclass(frozen=True)
 class Report:
-    """What a remap did. `codes` are distinct pairs of raw codes, `moved` rows of FEATURES by model."""
+    """Counts of one remap: `codes` are distinct pairs of raw codes, `moved` rows of FEATURES by model."""
 
     before: str
     vocabulary: str
@@ -54,7 +54,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Unmapped:
-    """A raw code without a term, and how many images have it, by modality: the most frequent modality first."""
+    """A raw code without a term, and the images that have it, by modality, the most frequent first."""
 
     raw: str
     images: int
@@ -63,7 +63,7 @@ class Unmapped:
 
 @dataclass(frozen=True)
 class Gaps:
-    """What the vocabulary of the settings has no term for, the most frequent first; `images` are all of the lake."""
+    """Raw codes without a term in the vocabulary of the settings, the most frequent first; `images` of the lake."""
 
     vocabulary: str
     images: int
@@ -72,11 +72,11 @@ class Gaps:
 
 
 def run(spark: SparkSession, settings: Settings) -> Report:
-    """Apply `vocabulary` of the settings to a lake; run again it changes nothing.
+    """Apply the `vocabulary` settings to a lake; a second run changes nothing.
 
-    TAGS first, then SOURCES, whose commit publishes both and the vocabulary, then each FEATURES table in one commit of
-    its own. Killed in between, the next run finishes it. Raises TableError where there is nothing to apply it to, or
-    where the `pixels` settings are not those that the lake was made with, Busy while another job writes to the lake.
+    TAGS is written first, then SOURCES, whose commit publishes both and the vocabulary, then each FEATURES table in one
+    commit. After a kill in between, the next run finishes the rest. Raises TableError for a lake without images, or
+    made with other `pixels` settings, Busy while another job writes to the lake.
     """
     with open_for_writing(spark, settings, lease.TABLES, lease.INDEX) as lake:
         vocabulary = Vocabulary(settings.vocabulary.body_parts)
@@ -89,14 +89,13 @@ def _run(lake: OpenLake, vocabulary: Vocabulary, preprocessing: Preprocessing, s
     if pinned.preprocessing != preprocessing.version:
         raise TableError(
             f"lake {paths.uri} holds pixels of preprocessing {pinned.preprocessing}, the `pixels` settings give "
-            f"{preprocessing.version}: put the settings back, so that it can be said which windows change"
+            f"{preprocessing.version}: put the settings back, as they decide which windows change"
         )
     lake.check_leases()
     publication.roll_back(spark, paths, pinned)
-    # Rows of SOURCES are written whole: a table of an older version has to have all columns first.
-    if (
-        evolved := delta.evolve(lake.table(schemas.SOURCES, pinned.sources), schemas.SOURCES, pinned.message())
-    ) is not None:
+    # Whole rows of SOURCES are written, so a table of an older version needs all columns first.
+    evolved = delta.evolve(lake.table(schemas.SOURCES, pinned.sources), schemas.SOURCES, pinned.message())
+    if evolved is not None:
         pinned = replace(pinned, sources=evolved)
     done = _Done(pinned, 0, 0, 0)
     if pinned.vocabulary != vocabulary.version:
@@ -126,7 +125,7 @@ def _run(lake: OpenLake, vocabulary: Vocabulary, preprocessing: Preprocessing, s
 
 
 def unmapped(spark: SparkSession, settings: Settings) -> Gaps:
-    """The codes of a lake's images that the vocabulary of the settings has no term for; nothing is written."""
+    """List the codes of a lake's images that have no term in the vocabulary of the settings; writes nothing."""
     found = codes(open_lake(spark, settings).tags).collect()
     return gaps(
         ((*(row[name] for name in RAW), row["count"]) for row in found), Vocabulary(settings.vocabulary.body_parts)
@@ -193,7 +192,7 @@ def _features(lake: OpenLake) -> dict[str, str]:
 
 
 def _move(lake: OpenLake, path: str, minimum: float) -> int:
-    """Bring the rows of one FEATURES table to their places; how many were elsewhere. Only their partitions are read."""
+    """Move the rows of one FEATURES table to their partitions; their number. Only their partitions are read."""
     features = TableVersion(lake.spark, path, delta.version(lake.spark, path)).rows
     moved = moves(features, lake.tags, minimum).persist(StorageLevel.MEMORY_AND_DISK)
     places = moved.groupBy(*TERMS).count().collect()
@@ -209,7 +208,7 @@ def _move(lake: OpenLake, path: str, minimum: float) -> int:
 
 
 def gaps(found: Iterable[tuple[str | None, str | None, int]], vocabulary: Vocabulary) -> Gaps:
-    """Of (modality_raw, body_part_raw, images) what has no term, but for what the site itself maps to UNKNOWN."""
+    """Rank the codes of (modality_raw, body_part_raw, images) without a term, except what the site maps to UNKNOWN."""
     parts: dict[str, Counter[str]] = {}
     modalities: dict[str, Counter[str]] = {}
     total = 0

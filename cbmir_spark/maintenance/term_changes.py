@@ -27,9 +27,10 @@ NEVER, WHERE_USED, ALWAYS = "never", "where_used", "always"
 
 @dataclass(frozen=True)
 class Change:
-    """Images that have the same codes and terms, and the terms that they get.
+    """The new terms of all images with the same codes and terms.
 
-    `reread` says which of them need other pixels: NEVER, ALWAYS, or those in which the window `low` to `high` was used.
+    `reread` selects those that need other pixels: NEVER, ALWAYS, or WHERE_USED, those made with `window_low` to
+    `window_high`.
     """
 
     modality_raw: str | None
@@ -44,16 +45,16 @@ class Change:
 
 
 def codes(tags: DataFrame) -> DataFrame:
-    """Distinct raw codes with the terms that they have now, and counts of images: as many as scanners can write."""
+    """Count images by raw codes and current terms; as many rows as scanners write different codes."""
     return tags.groupBy(*RAW, *TERMS).count()
 
 
 def changes(
     found: Iterable[tuple[str | None, str | None, str, str]], vocabulary: Vocabulary, preprocessing: Preprocessing
 ) -> list[Change]:
-    """Of (modality_raw, body_part_raw, modality, body_part) those that get other terms. Runs on the driver.
+    """Find the changes among (modality_raw, body_part_raw, modality, body_part). Runs on the driver.
 
-    A term without a raw code stays: what the object said was no code, so it was not kept.
+    A term without a raw code does not change: the object's value was no code, so it was not stored.
     """
     changed = []
     for modality_raw, body_part_raw, modality, body_part in found:
@@ -72,10 +73,10 @@ def changes(
 
 
 def _reread(modality: str, new_modality: str, old: tuple[float, float] | None, new: tuple[float, float] | None) -> str:
-    """Which images need other pixels.
+    """Select the images that need other pixels.
 
-    With the modality the kind of picture and the units change too. Of PET, windows are kept in the image's own units.
-    A fixed window is not used where those are unknown, so only images that used the old one would use the new one.
+    Another modality changes the kind of picture and the units. PET windows are stored in the units of the image. A
+    fixed window is not used where the units are unknown, so only images that used the old one would use the new one.
     """
     if modality != new_modality:
         return ALWAYS
@@ -85,7 +86,7 @@ def _reread(modality: str, new_modality: str, old: tuple[float, float] | None, n
 
 
 def changed_images(tags: DataFrame, changed: DataFrame) -> DataFrame:
-    """Images that get other terms, with their batch: the columns of Change beside image_id, batch and photometric.
+    """Select the images that get other terms: image_id, batch, photometric and the columns of Change.
 
     `changed` has the columns of Change; it is small and goes to every task.
     """
@@ -101,7 +102,7 @@ def changed_images(tags: DataFrame, changed: DataFrame) -> DataFrame:
 
 
 def to_reread(images: DataFrame, pixels: DataFrame) -> DataFrame:
-    """Of changed images those whose pixels would be others: (image_id). Color has no fixed window."""
+    """Select the changed images that need other pixels: (image_id). Color has no fixed window."""
     always = images.where((F.col("reread") == ALWAYS) & _may_be_other()).select(cols.IMAGE_ID)
     used = images.where((F.col("reread") == WHERE_USED) & _may_be_other()).select(cols.IMAGE_ID, cols.BATCH, *WINDOW)
     frames = pixels.select(cols.IMAGE_ID, cols.BATCH, *WINDOW)
@@ -115,10 +116,10 @@ def _may_be_other() -> Column:
 
 
 def moves(features: DataFrame, tags: DataFrame, minimum: float) -> DataFrame:
-    """Rows of FEATURES whose place is not the one that TAGS gives them: their key, place and new place.
+    """Select the rows of FEATURES whose place differs from the one that TAGS gives them: key, place and new place.
 
     The body part is the tag's where there is one, else the prediction from probability `minimum` on, else UNKNOWN: as
-    in features.body_parts. Rows that were without a tag and still are stay where they are.
+    in `index.embed.body_parts`. Rows that had no tag and still have none do not move.
     """
     terms = tags.select(
         cols.IMAGE_ID,

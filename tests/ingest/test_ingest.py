@@ -225,7 +225,7 @@ def test_bad_archives_and_lakes_are_refused_before_anything_is_made(
         ((f"ingest.archive={tmp_path / 'absent'}",), "does not exist"),
         ((f"ingest.archive={tmp_path / 'file'}",), "is a file"),
         ((f"ingest.archive={archive}", f"lake.uri={tmp_path / 'file'}"), "is a file"),
-        ((f"ingest.archive={archive}", f"lake.uri={archive / 'lake'}"), "lies inside archive"),
+        ((f"ingest.archive={archive}", f"lake.uri={archive / 'lake'}"), "is inside archive"),
     ]:
         with pytest.raises(InputError, match=said):
             ingest_job.run(spark, make_settings(*overrides))
