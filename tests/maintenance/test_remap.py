@@ -264,7 +264,8 @@ def test_gaps_are_printed_as_settings_that_close_them(
     assert [line.split("#")[1].strip() for line in printed.splitlines() if ": UNKNOWN" in line] == ["CT 2", "MR 1"]
     pasted = tmp_path / "site.yaml"
     pasted.write_text(printed.replace('"SCHAEDEL NATIV": UNKNOWN', '"SCHAEDEL NATIV": HEAD'))
-    settings = config.load(pasted, [f"lake.uri={LakePaths.of(lakes.before.lake).uri}"], environ={})
+    given = [f"lake.uri={LakePaths.of(lakes.before.lake).uri}", f"privacy.key_file={lakes.before.privacy.key_file}"]
+    settings = config.load(pasted, given, environ={})
     assert Vocabulary(settings.vocabulary.body_parts).body_part("Schaedel nativ") == "HEAD"
     closed = remap.unmapped(spark, settings)
     assert (closed.body_parts, closed.images) == ([], gaps.images)
