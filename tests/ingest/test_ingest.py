@@ -152,7 +152,7 @@ def test_the_size_of_batches_does_not_matter(spark: SparkSession, night: Night, 
     assert _live(spark, settings) == _live(spark, night.settings)
 
 
-def test_an_archive_that_lost_everything_is_taken_for_a_lost_mount(spark: SparkSession, night: Night) -> None:
+def test_an_empty_archive_that_is_known_is_refused_as_a_lost_mount(spark: SparkSession, night: Night) -> None:
     before = _live(spark, night.settings)
     away = night.archive.with_name("away")
     night.archive.rename(away)
@@ -169,12 +169,15 @@ def test_an_archive_that_lost_everything_is_taken_for_a_lost_mount(spark: SparkS
 def test_another_key_or_other_pixels_are_refused(spark: SparkSession, night: Night, tmp_path: Path) -> None:
     other = tmp_path / "other.key"
     other.write_text("another key, just as long")
-    for override, said in [(f"privacy.key_file={other}", "pseudonym key"), ("pixels.aspect=stretch", "preprocessing")]:
-        with pytest.raises(TableError, match=said):
+    for override, message in [
+        (f"privacy.key_file={other}", "pseudonym key"),
+        ("pixels.aspect=stretch", "preprocessing"),
+    ]:
+        with pytest.raises(TableError, match=message):
             ingest_job.run(spark, config.load(overrides=[*night.overrides, override], environ={}))
 
 
-def test_what_left_leaves_and_a_run_that_died_is_never_seen(
+def test_deleted_objects_leave_and_a_killed_run_is_never_seen(
     spark: SparkSession, make_settings: MakeSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second night deletes, changes and adds; it dies before it publishes, and the third converges."""
@@ -209,9 +212,9 @@ def test_what_left_leaves_and_a_run_that_died_is_never_seen(
     assert sorted(row["sex"] for row in tags) == ["F", "M", "O"]
     fresh = make_settings(f"ingest.archive={archive}", f"lake.uri={tmp_path / 'other'}", _key_of(lake))
     ingest_job.run(spark, fresh)
-    mended, undisturbed = _live(spark, settings), _live(spark, fresh)
-    assert mended["tags"] == undisturbed["tags"]
-    assert mended["pixels"] == undisturbed["pixels"]
+    continued, undisturbed = _live(spark, settings), _live(spark, fresh)
+    assert continued["tags"] == undisturbed["tags"]
+    assert continued["pixels"] == undisturbed["pixels"]
 
 
 def test_bad_archives_and_lakes_are_refused_before_anything_is_made(
@@ -220,14 +223,14 @@ def test_bad_archives_and_lakes_are_refused_before_anything_is_made(
     archive = tmp_path / "archive"
     archive.mkdir()
     (tmp_path / "file").touch()
-    for overrides, said in [
+    for overrides, message in [
         ((), "no archive named"),
         ((f"ingest.archive={tmp_path / 'absent'}",), "does not exist"),
         ((f"ingest.archive={tmp_path / 'file'}",), "is a file"),
         ((f"ingest.archive={archive}", f"lake.uri={tmp_path / 'file'}"), "is a file"),
         ((f"ingest.archive={archive}", f"lake.uri={archive / 'lake'}"), "is inside archive"),
     ]:
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             ingest_job.run(spark, make_settings(*overrides))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["archive", "file"]
 
@@ -307,24 +310,26 @@ def test_an_archive_that_only_hadoop_can_read(spark: SparkSession, night: Night,
         ingest_job.run(spark, absent)
 
 
-def test_what_a_run_does_not_reach_is_deferred(spark: SparkSession, night: Night, make_settings: MakeSettings) -> None:
+def test_objects_that_a_run_does_not_reach_are_deferred(
+    spark: SparkSession, night: Night, make_settings: MakeSettings
+) -> None:
     settings = make_settings(*night.overrides[:1], "ingest.max_files_per_batch=5", "ingest.max_batches=1")
-    told: list[tuple[int, int]] = []
+    reported: list[tuple[int, int]] = []
     done = 0
     for _ in range(12):
-        report = ingest_job.run(spark, settings, lambda done, total, figures: told.append((done, total)))
+        report = ingest_job.run(spark, settings, lambda done, total, figures: reported.append((done, total)))
         done += report.read
         assert report.listed == 12 == report.unchanged + report.deferred + report.read
         assert (report.batches, report.unchanged) == (1, done - report.read)
         if not report.deferred:
             break
     assert done == 12
-    assert told[0][1] == 12
+    assert reported[0][1] == 12
     whole = delta.read(spark, LakePaths.of(settings.lake).path(schemas.TAGS), report.published.tags).drop(cols.BATCH)
     assert whole.count() == 3
 
 
-def test_the_same_bytes_written_anew_are_unchanged(
+def test_the_same_bytes_written_again_are_unchanged(
     spark: SparkSession, make_settings: MakeSettings, tmp_path: Path
 ) -> None:
     archive = tmp_path / "archive"
@@ -340,7 +345,7 @@ def test_the_same_bytes_written_anew_are_unchanged(
     assert ingest_job.run(spark, settings).published == again.published
 
 
-def test_an_image_marked_for_reading_is_read_and_its_rows_made_anew(
+def test_an_image_marked_for_reading_is_read_and_its_rows_are_replaced(
     spark: SparkSession, make_settings: MakeSettings, tmp_path: Path
 ) -> None:
     """What remap asks for where a body part changes the window: the next run replaces rows of the same content."""
@@ -381,7 +386,7 @@ def test_a_folder_that_cannot_be_listed_deletes_nothing(
     assert _live(spark, settings) == before
 
 
-def test_a_storage_that_refuses_everything_is_no_rejection(
+def test_a_storage_that_refuses_everything_rejects_no_object(
     spark: SparkSession, make_settings: MakeSettings, tmp_path: Path
 ) -> None:
     """One object that cannot be read is rejected and tried again every night; all of them are the storage's fault."""

@@ -1,4 +1,4 @@
-"""Reconciling: what is read, who wins whatever the order of arrival, and who takes the place of what is gone."""
+"""Reconciling: which objects are read, which one wins in any order of arrival, and which one replaces a missing one."""
 
 import random
 

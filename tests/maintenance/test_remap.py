@@ -101,7 +101,7 @@ def copy(lakes: Lakes, folder: Path) -> Settings:
 
 
 def rows(spark: SparkSession, settings: Settings) -> dict[str, list[str]]:
-    """All that readers see, in an order of its own."""
+    """All that readers see, sorted."""
     lake = LakePaths.of(settings.lake)
     pinned = publication.require_published(spark, lake)
     found = {
@@ -141,7 +141,7 @@ def test_it_equals_a_lake_that_was_made_with_the_new_vocabulary(
     # Two knees, the MR without a part, and the localizer, which is not indexed, have no row to move.
     assert list(report.moved.values()) == [9]
     assert report.vocabulary == Vocabulary(SITE).version != report.before == Vocabulary().version
-    # Head: a window of its own now. The other head's units are not known, and a lung has the window of a chest.
+    # Head: another window now. The other head's units are not known, and a lung has the window of a chest.
     sources = delta.read(spark, lake.path(schemas.SOURCES))
     marked = [row[cols.IMAGE_ID] for row in sources.where(F.col(cols.REASON) == cols.REREAD).collect()]
     assert marked == [pseudonym("head")]
@@ -228,7 +228,7 @@ def test_which_codes_change_and_which_images_are_read_again(
     assert used == ((-160.0, 240.0) if reread == term_changes.WHERE_USED else (None, None))
 
 
-def test_what_was_no_code_stays_what_it_is() -> None:
+def test_terms_without_a_code_do_not_change() -> None:
     assert (
         term_changes.changes([(None, None, "CT", "HEAD"), (None, "", "MR", UNKNOWN)], Vocabulary(), PREPROCESSING) == []
     )
@@ -276,7 +276,7 @@ def test_gaps_are_printed_as_settings_that_close_them(
 def test_a_vocabulary_applied_later_equals_one_that_was_there(
     spark: SparkSession, make_settings: MakeSettings, tmp_path: Path
 ) -> None:
-    """Through the archive: what remap marks, the next ingest makes anew, and nothing else."""
+    """Through the archive: the next ingest replaces what remap marks, and nothing else."""
     archive = tmp_path / "archive"
     archive.mkdir()
     values = np.arange(-1024, 0, dtype=np.int16).reshape(32, 32)

@@ -23,7 +23,7 @@ class Counts:
     """Calls by path, of opened tables by (path, version) and of storage by (method, URI)."""
 
     opened: Counter[tuple[str, int | None]] = field(default_factory=Counter)
-    """`spark.read.format("delta").load`; the version is None where the newest one is meant."""
+    """`spark.read.format("delta").load`; the version is None for the newest one."""
     handles: Counter[str] = field(default_factory=Counter)
     """`DeltaTable.forPath`"""
     checks: Counter[str] = field(default_factory=Counter)
@@ -55,7 +55,7 @@ def counted() -> Iterator[Counts]:
     def for_path(cls: type, spark: Any, path: str, *more: Any, **named: Any) -> DeltaTable:
         counts.handles[path] += 1
         table = plain_for_path(cls, spark, path, *more, **named)
-        # Kept alive, so that no other table gets the same id.
+        # The reference prevents that another table gets the same id.
         paths[id(table)] = (table, path)
         return table
 

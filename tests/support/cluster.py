@@ -1,4 +1,4 @@
-"""Drivers in processes of their own, and a real standalone cluster for them on loopback."""
+"""Separate driver processes, and a real standalone cluster for them on loopback."""
 
 import os
 import re

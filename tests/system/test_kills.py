@@ -1,7 +1,7 @@
 """Ingest killed with SIGKILL: the driver at each named step and at random moments, Python workers, executors.
 
-After a run that is left alone the live rows are those of an undisturbed lake, and whoever read meanwhile saw versions
-that belong together only. `make soak` runs every step and moment by itself; the suite chains a few of them.
+After a run that is not killed the live rows are those of an undisturbed lake, and readers meanwhile saw only versions
+that belong together. `make soak` runs every step and moment by itself; the suite chains a few of them.
 """
 
 import contextlib
@@ -76,7 +76,7 @@ class Site(NamedTuple):
         ]
 
     def lake(self, name: str) -> Path:
-        """A lake of its own, as the first night left it."""
+        """Copy the lake of the first night."""
         lake = self.folder / name
         shutil.copytree(self.after_first, lake)
         return lake
@@ -103,7 +103,7 @@ def first_night(archive: Path, template: bytes, uid: bytes) -> None:
 
 
 def second_night(archive: Path, template: bytes, uid: bytes) -> None:
-    """A third of the objects is new, changed or gone; winners with survivors are among those that go."""
+    """A third of the objects is new, changed or deleted; winners with survivors are among the deleted."""
     for number in range(0, OBJECTS, 8):
         (archive / f"{number % 7}" / f"{number}.dcm").unlink()
     for number in range(3, OBJECTS, 10):
@@ -146,25 +146,25 @@ def commits(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     for file in sorted((table / "_delta_log").glob("*.json"), reverse=True):
         infos = [json.loads(line).get("commitInfo") for line in file.read_text().splitlines()]
-        said = next((info["userMetadata"] for info in infos if info and "userMetadata" in info), "{}")
-        yield int(file.stem), json.loads(said)
+        message = next((info["userMetadata"] for info in infos if info and "userMetadata" in info), "{}")
+        yield int(file.stem), json.loads(message)
 
 
 def torn(lake: Path) -> str:
-    """What does not belong together in what is published: "" where all does."""
+    """Describe what does not belong together in the published versions; "" where everything does."""
     rows = published_rows(lake)
     images = {row[cols.IMAGE_ID] for row in rows["vault/sources"] if row[cols.OUTCOME] == cols.INGESTED}
     of_tags = [row[cols.IMAGE_ID] for row in rows["tags"]]
     of_pixels = [row[cols.IMAGE_ID] for row in rows["pixels"]]
     if len(of_tags) != len(set(of_tags)) or len(of_pixels) != len(set(of_pixels)):
-        return "an image is there twice"
+        return "an image has rows twice"
     if set(of_tags) != images or set(of_pixels) != images:
         return f"SOURCES has {len(images)} images, TAGS {len(of_tags)}, PIXELS {len(of_pixels)}"
     batches = {
         row[cols.IMAGE_ID]: row[cols.BATCH] for row in rows["vault/sources"] if row[cols.OUTCOME] == cols.INGESTED
     }
     if any(batches[row[cols.IMAGE_ID]] != row[cols.BATCH] for row in rows["tags"]):
-        return "an image lies in another batch than SOURCES says"
+        return "an image is in another batch than in SOURCES"
     return ""
 
 
@@ -324,9 +324,9 @@ def run_while_killing(cluster: Cluster, site: Site, lake: Path, kills: Sequence[
 
     killer = threading.Thread(target=kill)
     killer.start()
-    _, said = job.communicate(timeout=DRIVER_SECONDS * 2)
+    _, errors = job.communicate(timeout=DRIVER_SECONDS * 2)
     killer.join()
-    assert job.returncode == 0, said.decode()[-4000:]
+    assert job.returncode == 0, errors.decode()[-4000:]
     return done
 
 

@@ -1,4 +1,4 @@
-"""The whole ingest over a real S3 server, which answers well, badly, late or not at all: the tables stay the same."""
+"""The whole ingest over a real S3 server, which answers well, badly, late or not at all: the tables are the same."""
 
 import hashlib
 import os
@@ -181,7 +181,7 @@ def test_refused_requests_and_lost_replies_change_nothing(
         unanswered = [request.path for request, fault in faults if isinstance(fault, DropReply)]
         assert len(unanswered) == len(set(unanswered))
         commits = _commits(settings)
-        # RUNS has commits of its own.
+        # RUNS has other commits.
         of_tables = [path for path in unanswered if "/runs/" not in path]
         assert sum(len(found) for found in commits.values()) == len(of_tables) < len(unanswered)
         assert commits == _commits(undisturbed)
@@ -189,7 +189,7 @@ def test_refused_requests_and_lost_replies_change_nothing(
 
 @dataclass(frozen=True)
 class Moving:
-    """A local lake after a night in which objects of its archive were replaced and deleted under its hands."""
+    """A local lake after a night in which objects of its archive were replaced and deleted meanwhile."""
 
     archive: str
     lake: str
@@ -228,7 +228,7 @@ def moving(spark: SparkSession, world: World, tmp_path_factory: pytest.TempPathF
 
 
 def test_objects_replaced_or_deleted_while_the_job_runs(spark: SparkSession, world: World, moving: Moving) -> None:
-    """Each row says what was read; what was gone is counted; the next night finds nothing else to do."""
+    """Each row describes the bytes read, vanished objects are counted, and the next night finds nothing else to do."""
     assert moving.report.listed == world.objects
     assert moving.report.outcomes[cols.VANISHED] == len(moving.deleted)
     found = _rows(spark, moving.settings, schemas.SOURCES).collect()
