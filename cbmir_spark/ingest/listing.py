@@ -1,4 +1,4 @@
-"""Every object below an archive, listed in parallel; a listing that fails anywhere is no listing at all."""
+"""List every object below an archive, in parallel; a listing that fails anywhere fails as a whole."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -26,20 +26,20 @@ TASKS_FOR_A_CORE = 4
 _ROWS = 10_000
 
 LISTING = StructType([f for f in schemas.SOURCES.schema if f.name in (cols.URI, cols.SIZE, cols.MODIFIED, cols.ETAG)])
-# The size of a row that stands for a folder which could not be listed.
+# The size in a row that marks a folder which could not be listed.
 _FAILED = -1
 CONTENT = "content"
 _OBJECTS_AT_A_TIME = 8
 
 
 def list_archive(spark: SparkSession, archive: str, store: ObjectStore) -> DataFrame:
-    """Every object below an archive, hidden names included: (uri, size, modified, etag).
+    """List every object below an archive, hidden names included: (uri, size, modified, etag).
 
-    The driver goes down folder by folder until there are enough of them to share out; tasks list the rest. A folder
-    that cannot be listed is a row that `check_listing` finds: its name must not reach the logs of a failed task.
-    Schemes other than `file:` and `s3a:` are listed by Hadoop's connectors, where empty objects and names that begin
-    with a dot or an underscore are not seen. Raises InputError where nothing is there, EnvironmentProblem where listing
-    fails.
+    The driver descends folder by folder until there are enough folders to distribute; tasks list the rest. A folder
+    that cannot be listed becomes a row that `check_listing` finds: its name must not reach the logs of a failed task.
+    Schemes other than `file:` and `s3a:` are listed by Hadoop's connectors, which skip empty objects and names that
+    begin with a dot or an underscore. Raises InputError where the archive does not exist, EnvironmentProblem where
+    listing fails.
     """
     if not storage.is_native(archive):
         return _listed_by_hadoop(spark, archive)
@@ -54,7 +54,7 @@ def list_archive(spark: SparkSession, archive: str, store: ObjectStore) -> DataF
             except FileNotFoundError:
                 if folder == archive:
                     raise _failure(1) from None
-                continue  # gone since its parent was listed, and its objects with it
+                continue  # deleted since its parent was listed, with its objects
             except OSError as error:
                 raise _failure(1, error.strerror or type(error).__name__) from None
             deeper += below
@@ -74,9 +74,9 @@ def list_archive(spark: SparkSession, archive: str, store: ObjectStore) -> DataF
 
 
 def with_content(spark: SparkSession, objects: DataFrame) -> DataFrame:
-    """Objects of an archive that only Hadoop's connectors read, and their bytes in the column CONTENT.
+    """Read objects that only Hadoop's connectors can read, with their bytes in the column CONTENT.
 
-    What is gone since it was listed has no row. The URIs of `objects`, a batch at most, go through the driver.
+    Objects deleted since they were listed have no row. The URIs of `objects`, at most a batch, pass through the driver.
     """
     uris = [row[cols.URI] for row in objects.select(cols.URI).collect()]
     # Names may hold brackets and asterisks; each is one object, never a pattern.
@@ -85,7 +85,9 @@ def with_content(spark: SparkSession, objects: DataFrame) -> DataFrame:
         read = reader.load(uris)
     except AnalysisException as error:
         if error.getCondition() == "PATH_NOT_FOUND":
-            raise EnvironmentProblem("objects were deleted while the batch was planned: run ingest again") from None
+            raise EnvironmentProblem(
+                "objects were deleted while the batch was planned: run `cbmir ingest` again"
+            ) from None
         raise
     return read.select(
         _spelled("path").alias(cols.URI),
@@ -98,7 +100,7 @@ def with_content(spark: SparkSession, objects: DataFrame) -> DataFrame:
 
 @contextmanager
 def few_rows_at_a_time(spark: SparkSession) -> Iterator[None]:
-    """Rows that hold whole objects go to Python in small batches while the block runs its job."""
+    """Pass rows to Python in small batches while the block runs, since each holds a whole object."""
     key = "spark.sql.execution.arrow.maxRecordsPerBatch"
     before = spark.conf.get(key, None)
     spark.conf.set(key, str(_OBJECTS_AT_A_TIME))
@@ -133,12 +135,12 @@ def _listed_by_hadoop(spark: SparkSession, archive: str) -> DataFrame:
 
 
 def _spelled(column: str) -> Column:
-    """Hadoop leaves out an empty authority: `hdfs:/a` is `hdfs:///a`, as `storage.canonical` spells it."""
+    """Spell URIs as `storage.canonical` does: Hadoop leaves out an empty authority, `hdfs:/a` is `hdfs:///a`."""
     return F.regexp_replace(column, "^([a-z0-9]+):/(?!/)", "$1:///")
 
 
 def check_listing(listing: DataFrame) -> int:
-    """The number of objects in a listing that was written. Raises EnvironmentProblem where a folder is missing."""
+    """Count the objects of a written listing. Raises EnvironmentProblem where a folder could not be listed."""
     counted = listing.select(F.count("*").alias("all"), F.count_if(F.col(cols.SIZE) == _FAILED).alias("failed")).first()
     listed, failed = (counted["all"], counted["failed"]) if counted else (0, 0)
     if failed:
@@ -150,7 +152,7 @@ def _objects(folder: str, store: ObjectStore) -> Iterator[storage.StoredObject]:
     try:
         yield from store.list_objects(folder)
     except FileNotFoundError:
-        return  # gone since its parent was listed, and its objects with it
+        return  # deleted since its parent was listed, with its objects
     except OSError:
         yield storage.StoredObject(folder, _FAILED, datetime.fromtimestamp(0, UTC))
 
@@ -170,6 +172,6 @@ def _batches(objects: Iterable[storage.StoredObject]) -> Iterator[pa.RecordBatch
 def _failure(folders: int, cause: str = "") -> EnvironmentProblem:
     why = f" ({cause})" if cause else ""
     return EnvironmentProblem(
-        f"{folders} folders or prefixes of the archive could not be listed{why}: nothing was read and nothing taken "
-        "for deleted; check the storage and the permissions, and run ingest again"
+        f"{folders} folders or prefixes of the archive could not be listed{why}: nothing was read and nothing marked "
+        "as deleted; check the storage and its permissions, then run `cbmir ingest` again"
     )

@@ -1,15 +1,15 @@
-"""One object → one staged row and the frames that were kept of it; runs per task.
+"""Parse objects: one object → one STAGED row and its chosen frames. Runs per task.
 
 A task writes the frames itself, as Parquet below the staging folder of the vault, and hands only the rows about the
-objects to Spark: 64 KB of pixels for each frame have no business in the JVM before it is known which of them stay.
+objects to Spark: 64 KB of pixels for each frame would only pass through the JVM before it is known which images stay.
 """
 
 import gc
 import hashlib
 import uuid
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -26,27 +26,21 @@ from cbmir_spark.dicom.decoder import Decoder
 from cbmir_spark.dicom.preprocessing import Preprocessing
 from cbmir_spark.dicom.read import Instance, NotAnImage, Rejected
 from cbmir_spark.dicom.vocabulary import Vocabulary
+from cbmir_spark.ingest.fetch import READ_AHEAD, Fetched, fetch, fetch_ahead
 from cbmir_spark.ingest.listing import CONTENT
 from cbmir_spark.ingest.reconcile import IDENTIFIERS, PARSED, STAGED_BY
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import schemas
 from cbmir_spark.lake.pseudonyms import Identity, Pseudonyms, identities, is_forgotten
-from cbmir_spark.storage import ObjectStore
+from cbmir_spark.storage import ObjectStore, StoredObject
 
-# Reasons that storage gives, beside those of preflight.Reason.
-TOO_LARGE = "TOO_LARGE"
-GONE = "GONE"
-REPLACED = "REPLACED_WHILE_READ"
-
-# Objects and bytes that a task reads ahead of the one that it decodes: storage answers late, and a core need not wait.
-READ_AHEAD, READ_AHEAD_BYTES = 4, 64 * 2**20
-# Frames in one staged file: 32 MB, held in memory until it is written.
+# Frames in one staged file: 32 MB in memory until it is written.
 FRAMES_PER_FILE = 512
 
-KEPT_FRAMES = "kept_frames"
+FRAME_COUNT = "frame_count"
 _LISTED = [f for f in schemas.SOURCES.schema if f.name in (cols.URI, cols.SIZE, cols.MODIFIED, cols.ETAG)]
 _TAGS_OF_INSTANCE = StructType([f for f in schemas.TAGS.schema if f.name != cols.BATCH])
-# `staged_by` names the attempt of a task: what an attempt wrote that Spark then gave up is found by no row.
+# `staged_by` names the attempt of a task: no row refers to the frames of an attempt that Spark aborted.
 STAGED = StructType(
     [
         *[StructField(f.name, f.dataType) for f in _LISTED],
@@ -56,7 +50,7 @@ STAGED = StructType(
         StructField(cols.IMAGE_ID, StringType()),
         StructField("tags", _TAGS_OF_INSTANCE),
         StructField(IDENTIFIERS, MapType(StringType(), StringType())),
-        StructField(KEPT_FRAMES, IntegerType()),
+        StructField(FRAME_COUNT, IntegerType()),
         StructField(STAGED_BY, StringType()),
     ]
 )
@@ -69,15 +63,15 @@ STAGED_FRAMES = StructType(
 )
 
 Tally = Callable[[Counter[str]], None]
-"""Where a task reports what it has done: objects, bytes, and objects by reason."""
+"""Called by a task with what it has done: objects, bytes, and objects by reason."""
 
 
 @dataclass(frozen=True)
 class Parser:
     """Everything a task needs to turn an object into a staged row; carries the key's path, never the key.
 
-    `forgotten` are tombstones (see tables.tombstones): nothing is kept of what they name. With `identity` staged rows
-    carry the identifiers, which belong in the vault alone.
+    `forgotten` are tombstones (see `identity.tombstones`): nothing is stored of what they name. With `identity` staged
+    rows carry the identifiers, which belong in the vault alone.
     """
 
     store: ObjectStore
@@ -88,10 +82,47 @@ class Parser:
     forgotten: frozenset[str] = frozenset()
     identity: bool = False
 
+    @property
+    def max_bytes(self) -> int:
+        """The size past which an object is not read."""
+        return self.limits.max_object_mb * 2**20
+
+
+@dataclass(frozen=True)
+class ParsedFrame:
+    """One chosen frame: 65,536 bytes of pixels, the window in output units of the Modality LUT, and the SHA-256."""
+
+    number: int
+    pixels: bytes
+    window_low: float
+    window_high: float
+    digest: str
+
+
+@dataclass(frozen=True)
+class ParsedObject:
+    """One object: PARSED, with its tags and frames, or an outcome of SOURCES with the reason for it.
+
+    `found` and `digest` describe the bytes that were read, where any were. `tags` is the TAGS row without its batch;
+    `identifiers` by kind are there only where the vault is to keep them.
+    """
+
+    outcome: str
+    reason: str | None = None
+    found: StoredObject | None = None
+    digest: str | None = None
+    tags: Mapping[str, object] | None = None
+    identifiers: Mapping[str, str] | None = None
+    frames: tuple[ParsedFrame, ...] = ()
+
+    @property
+    def image_id(self) -> str | None:
+        return None if self.tags is None else str(self.tags[cols.IMAGE_ID])
+
 
 @dataclass(frozen=True)
 class _Decoding:
-    """What a decoding process has to be told, all that decides whether one can be kept."""
+    """Parameters of a decoding process: it is replaced where any of them differs."""
 
     preprocessing: Preprocessing
     body_parts: Mapping[str, str]
@@ -103,7 +134,7 @@ class _Decoding:
 
 
 def preprocessing_of(settings: Settings) -> Preprocessing:
-    """The one reading of the `pixels` settings: archive, queries and training all see pictures made by it."""
+    """Build the preprocessing that the `pixels` settings ask for: the same for archive, queries and training."""
     return Preprocessing(
         aspect=settings.pixels.aspect,
         windows=settings.pixels.windows,
@@ -114,24 +145,23 @@ def preprocessing_of(settings: Settings) -> Preprocessing:
 
 
 def parse(objects: DataFrame, parser: Parser, frames_folder: str, tally: Tally) -> DataFrame:
-    """Read and decode each object: (uri, size, …) → STAGED rows, lazily; the frames go to files in `frames_folder`.
+    """Read and decode each object: (uri, size, …) → STAGED rows, lazily; tasks write the frames to `frames_folder`.
 
     Objects that come with their bytes, in the column CONTENT, are not read again.
     """
     arrow = to_arrow_schema(STAGED)
 
     def stage(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        frames = _Frames(frames_folder, parser.store)
+        frames = _Frames(frames_folder, parser.store, parser.preprocessing.version)
         with ThreadPoolExecutor(READ_AHEAD) as readers:
             for batch in batches:
                 rows, done = [], Counter[str]()
-                for listed, fetched in _fetched(batch.to_pylist(), parser, readers):
-                    row = _parsed(fetched, parser)
-                    kept = row.pop("frames", [])
-                    frames.add(listed[cols.URI], row.get(cols.IMAGE_ID), kept)
-                    rows.append(listed | row | {KEPT_FRAMES: len(kept), STAGED_BY: frames.attempt})
-                    done.update(["objects"] if row.get(cols.REASON) is None else ["objects", row[cols.REASON]])
-                    done["bytes"] += row.get(cols.SIZE, 0)
+                for listed, fetched in fetch_ahead(batch.to_pylist(), parser.store, parser.max_bytes, readers):
+                    parsed = _parsed(fetched, parser)
+                    frames.add(listed[cols.URI], parsed)
+                    rows.append(_staged(listed, parsed, frames.attempt))
+                    done.update(["objects"] if parsed.reason is None else ["objects", parsed.reason])
+                    done["bytes"] += parsed.found.size if parsed.found is not None else 0
                 tally(done)
                 yield pa.RecordBatch.from_pylist(rows, schema=arrow)
         frames.write()
@@ -140,105 +170,67 @@ def parse(objects: DataFrame, parser: Parser, frames_folder: str, tally: Tally) 
     return objects.select(*[f.name for f in _LISTED], *brought).mapInArrow(stage, STAGED)
 
 
-def parse_object(uri: str, size: int, parser: Parser) -> dict[str, Any]:
-    """What became of one object, with size, time and ETag of what was read, and under `frames` rows of its frames.
+def parse_object(uri: str, size: int, parser: Parser) -> ParsedObject:
+    """Read and decode one object. Runs per task.
 
-    Runs per task. Whatever the object holds, the row says what became of it; nothing is raised but what is wrong with
-    this machine. `size` is what the listing said: an object past the limit is not read at all.
+    Whatever the object holds, the answer is its outcome; only faults of this machine raise. `size` is that of the
+    listing: an object past the limit is not read at all.
     """
-    return _parsed(_fetch({cols.URI: uri, cols.SIZE: size}, parser), parser)
+    return _parsed(fetch(uri, size, parser.store, parser.max_bytes), parser)
 
 
-@dataclass(frozen=True)
-class _Fetched:
-    """What storage gave of an object: what is known of it by now, and its bytes unless that is all there is to say."""
-
-    row: dict[str, Any]
-    content: bytes | None = None
-
-
-def _fetched(
-    objects: Iterable[dict[str, Any]], parser: Parser, readers: Executor
-) -> Iterator[tuple[dict[str, Any], _Fetched]]:
-    """Each object in turn and what was fetched of it; the next ones are read while one is decoded."""
-    ahead: deque[tuple[dict[str, Any], Future[_Fetched]]] = deque()
-    size = 0
-
-    def first() -> tuple[dict[str, Any], _Fetched]:
-        listed, reading = ahead.popleft()
-        return listed, reading.result()
-
-    for listed in objects:
-        content = listed.pop(CONTENT, None)
-        ahead.append((listed, readers.submit(_fetch, listed, parser, content)))
-        size += listed[cols.SIZE]
-        while ahead and (len(ahead) > READ_AHEAD or size > READ_AHEAD_BYTES):
-            size -= ahead[0][0][cols.SIZE]
-            yield first()
-    while ahead:
-        yield first()
-
-
-def _fetch(listed: Mapping[str, Any], parser: Parser, content: bytes | None = None) -> _Fetched:
-    """Read an object, unless `content` came with it. Runs in a thread of a task."""
-    if content is not None:
-        if len(content) != listed[cols.SIZE]:
-            return _Fetched({cols.OUTCOME: cols.VANISHED, cols.REASON: REPLACED})
-        return _Fetched({cols.DIGEST: hashlib.sha256(content).hexdigest()}, content)
-    if listed[cols.SIZE] > parser.limits.max_object_mb * 2**20:
-        return _Fetched({cols.OUTCOME: cols.REJECTED, cols.REASON: TOO_LARGE})
+def _parsed(fetched: Fetched, parser: Parser) -> ParsedObject:
+    if fetched.content is None:
+        return ParsedObject(fetched.outcome, fetched.reason)
+    found, digest = fetched.found, fetched.digest
     try:
-        content, found = parser.store.read(listed[cols.URI])
-    except FileNotFoundError:
-        return _Fetched({cols.OUTCOME: cols.VANISHED, cols.REASON: GONE})
-    except storage.Replaced:
-        return _Fetched({cols.OUTCOME: cols.VANISHED, cols.REASON: REPLACED})
-    except OSError:
-        return _Fetched({cols.OUTCOME: cols.REJECTED, cols.REASON: cols.UNREADABLE})
-    described = {cols.SIZE: found.size, cols.MODIFIED: found.modified, cols.ETAG: found.etag}
-    return _Fetched(described | {cols.DIGEST: hashlib.sha256(content).hexdigest()}, content)
-
-
-def _parsed(fetched: _Fetched, parser: Parser) -> dict[str, Any]:
-    """What became of an object: outcome, digest, tags and under `frames` rows of its frames."""
-    row, content = fetched.row, fetched.content
-    if content is None:
-        return row
-    try:
-        instance = _decoder(_decoding(parser)).read(content)
+        instance = _decoder(_decoding(parser)).read(fetched.content)
     except NotAnImage as error:
-        return row | {cols.OUTCOME: cols.NOT_AN_IMAGE, cols.REASON: str(error.reason)}
+        return ParsedObject(cols.NOT_AN_IMAGE, str(error.reason), found, digest)
     except Rejected as error:
-        return row | {cols.OUTCOME: cols.REJECTED, cols.REASON: str(error.reason)}
+        return ParsedObject(cols.REJECTED, str(error.reason), found, digest)
     owners = owners_of(instance, parser.pseudonyms)
     if is_forgotten(owners, parser.forgotten):
-        return {**row, cols.DIGEST: None, cols.OUTCOME: cols.REJECTED, cols.REASON: cols.ERASED}
-    tags = tags_of(instance, owners)
-    if parser.identity:
-        row[IDENTIFIERS] = {owner.kind: owner.identifier for owner in owners if owner.identifier is not None}
-    frames = [
-        {
-            cols.FRAME: frame.number,
-            cols.PIXELS_COLUMN: (pixels := frame.pixels.tobytes()),
-            cols.PREPROCESSING: parser.preprocessing.version,
-            cols.WINDOW_LOW: frame.low,
-            cols.WINDOW_HIGH: frame.high,
-            cols.PIXEL_DIGEST: hashlib.sha256(pixels).hexdigest(),
-        }
+        return ParsedObject(cols.REJECTED, cols.ERASED, found)
+    frames = tuple(
+        ParsedFrame(
+            frame.number, (pixels := frame.pixels.tobytes()), frame.low, frame.high, hashlib.sha256(pixels).hexdigest()
+        )
         for frame in instance.frames
-    ]
-    return row | {cols.OUTCOME: PARSED, cols.IMAGE_ID: tags[cols.IMAGE_ID], "tags": tags, "frames": frames}
+    )
+    identifiers = None
+    if parser.identity:
+        identifiers = {each.kind: each.identifier for each in owners if each.identifier is not None}
+    return ParsedObject(PARSED, None, found, digest, tags_of(instance, owners), identifiers, frames)
+
+
+def _staged(listed: dict[str, Any], parsed: ParsedObject, attempt: str) -> dict[str, Any]:
+    """The STAGED row of an object, in which what was read takes the place of what was listed."""
+    row = {
+        **listed,
+        cols.DIGEST: parsed.digest,
+        cols.OUTCOME: parsed.outcome,
+        cols.REASON: parsed.reason,
+        cols.IMAGE_ID: parsed.image_id,
+        "tags": parsed.tags,
+        IDENTIFIERS: parsed.identifiers,
+        FRAME_COUNT: len(parsed.frames),
+        STAGED_BY: attempt,
+    }
+    if parsed.found is not None:
+        row |= {cols.SIZE: parsed.found.size, cols.MODIFIED: parsed.found.modified, cols.ETAG: parsed.found.etag}
+    return row
 
 
 def owners_of(instance: Instance, names: Pseudonyms) -> tuple[Identity, ...]:
-    """What an instance is and belongs to."""
+    """The pseudonyms of an instance and of what it belongs to."""
     tags = instance.tags
     uids = (tags.sop_instance_uid, tags.series_instance_uid, tags.study_instance_uid)
     return identities(*uids, tags.patient_id_raw, names)
 
 
 def tags_of(instance: Instance, owners: Iterable[Identity]) -> dict[str, object]:
-    """The TAGS row of an instance without its batch: pseudonyms for identifiers, and nothing else is kept."""
+    """Make the TAGS row of an instance without its batch: pseudonyms for identifiers, and nothing beyond the schema."""
     values = vars(instance.tags)
     ids: dict[str, object] = {schemas.OWNERS[owner.kind]: owner.pseudonym for owner in owners}
     return ids | {f.name: values[f.name] for f in _TAGS_OF_INSTANCE if f.name in values and f.name not in ids}
@@ -247,18 +239,30 @@ def tags_of(instance: Instance, owners: Iterable[Identity]) -> dict[str, object]
 class _Frames:
     """Frames of one attempt of a task, written to a file whenever there are enough of them."""
 
-    def __init__(self, folder: str, store: ObjectStore) -> None:
+    def __init__(self, folder: str, store: ObjectStore, preprocessing: str) -> None:
         self.attempt = uuid.uuid4().hex
         self._folder = folder
         self._store = store
+        self._preprocessing = preprocessing
         self._schema = to_arrow_schema(STAGED_FRAMES)
         self._rows: list[dict[str, Any]] = []
         self._files = 0
 
-    def add(self, uri: str, image_id: str | None, frames: Iterable[Mapping[str, Any]]) -> None:
-        keys = {cols.URI: uri, STAGED_BY: self.attempt, cols.IMAGE_ID: image_id}
-        for frame in frames:
-            self._rows.append({**keys, **frame})
+    def add(self, uri: str, parsed: ParsedObject) -> None:
+        for frame in parsed.frames:
+            self._rows.append(
+                {
+                    cols.URI: uri,
+                    STAGED_BY: self.attempt,
+                    cols.IMAGE_ID: parsed.image_id,
+                    cols.FRAME: frame.number,
+                    cols.PIXELS_COLUMN: frame.pixels,
+                    cols.PREPROCESSING: self._preprocessing,
+                    cols.WINDOW_LOW: frame.window_low,
+                    cols.WINDOW_HIGH: frame.window_high,
+                    cols.PIXEL_DIGEST: frame.digest,
+                }
+            )
             if len(self._rows) >= FRAMES_PER_FILE:
                 self.write()
 
@@ -282,7 +286,7 @@ def _decoding(parser: Parser) -> _Decoding:
 
 @lru_cache(maxsize=1)
 def _decoder(decoding: _Decoding) -> Decoder:
-    """The decoding process of this Python worker, started once and kept for its later tasks."""
+    """The decoding process of this Python worker, started once for all of its tasks."""
     # Spark's workers collect garbage after every task; the modules imported by now are none, and most of the work.
     gc.freeze()
     return Decoder(

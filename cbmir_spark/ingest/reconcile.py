@@ -1,8 +1,8 @@
-"""What to read, and who stands for each SOP instance: the bookkeeping of ingest as pure DataFrame transforms.
+"""Decide which objects to read, and which object represents each SOP instance: pure DataFrame transforms.
 
-SOURCES is both catalogue and quarantine. A listing compared with it says what is new, changed or gone; what was then
-parsed, together with the known rows of the same images, says who wins, who is a duplicate or a conflict, which rows
-leave TAGS and PIXELS and which arrive. Nothing here reads or writes a table.
+SOURCES is both catalogue and quarantine. Comparing a listing with it shows what is new, changed or missing. The parsed
+objects, together with the known rows of the same images, then show which object wins, which are duplicates or
+conflicts, which rows leave TAGS and PIXELS and which arrive. Nothing here reads or writes a table.
 """
 
 from pyspark.sql import Column, DataFrame, Window
@@ -11,16 +11,16 @@ from pyspark.sql import functions as F
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import schemas
 
-# What became of an object in a task, before it is known whether it wins.
+# Outcome of an object that a task could use, before it is known whether it wins.
 PARSED = "parsed"
-# What a staged row has of its identifiers, by kind.
+# A staged row's identifiers by kind.
 IDENTIFIERS = "identifiers"
 # Columns of the work of a run.
 SLICE = "slice"
 PROMOTED = "promoted"
 # The attempt of a task that staged an object; its frames carry the same.
 STAGED_BY = "staged_by"
-# Columns beside the rows of SOURCES that a slice decided on.
+# Columns beside the rows of SOURCES that a slice results in.
 TALLY, KNOWN = "tally", "known"
 ACTION = "action"
 READ, UNCHANGED, MISSING = "read", "unchanged", "missing"
@@ -28,11 +28,11 @@ KNOWN_OUTCOME, KNOWN_DIGEST, KNOWN_IMAGE = "known_outcome", "known_digest", "kno
 
 
 def compare(listing: DataFrame, known: DataFrame) -> DataFrame:
-    """What to do with each object: (uri, size, modified, etag, action, known_outcome, known_digest, known_image).
+    """Decide about each object: (uri, size, modified, etag, action, known_outcome, known_digest, known_image).
 
     `action` is one of read, unchanged, missing. `listing` is (uri, size, modified, etag); `known` are rows of SOURCES
-    below the same archive. What vanished or could not be read last time, or has to be read anew, is read when it is
-    listed; what is already marked deleted and still absent is left out.
+    below the same archive. Objects that vanished or could not be read last time, or are marked for reading, are read if
+    they are listed; those already marked deleted and still absent are left out.
     """
     before = known.select(
         cols.URI,
@@ -44,7 +44,7 @@ def compare(listing: DataFrame, known: DataFrame) -> DataFrame:
         F.col(cols.IMAGE_ID).alias(KNOWN_IMAGE),
         F.coalesce(F.col(cols.REASON).isin(cols.REREAD, cols.UNREADABLE), F.lit(False)).alias("due"),
     )
-    # Times of object storage have whole seconds; where there is an ETag it tells two writes of one second apart.
+    # Times of object storage have whole seconds; an ETag, where there is one, distinguishes two writes in one second.
     etags = F.coalesce(F.col(cols.ETAG) == F.col("known_etag"), F.lit(True))
     same = (F.col(cols.SIZE) == F.col("known_size")) & (F.col(cols.MODIFIED) == F.col("known_modified")) & etags
     settled = ~F.col("due") & ~F.col(KNOWN_OUTCOME).isin(cols.VANISHED, cols.DELETED)
@@ -66,7 +66,7 @@ def compare(listing: DataFrame, known: DataFrame) -> DataFrame:
 
 
 def promote(actions: DataFrame, sources: DataFrame) -> DataFrame:
-    """Survivors to read again, because the object whose rows stand for their SOP instance changed or is gone.
+    """Select the objects to read again because the one that represents their SOP instance changed or is missing.
 
     Returns duplicates and conflict losers of the same image, in the columns of `actions`.
     """
@@ -91,36 +91,36 @@ def promote(actions: DataFrame, sources: DataFrame) -> DataFrame:
 
 
 def slices(actions: DataFrame, promoted: DataFrame, count: int) -> DataFrame:
-    """The work in `count` batches: the columns of `actions`, promoted, slice.
+    """Divide the work into `count` slices: the columns of `actions`, promoted, slice.
 
-    Known objects of one image go together, since it must not be without rows in between; those of images of which an
-    object is missing go first. Everything else is spread by a hash, so that no sort is needed.
+    Known objects of one image share a slice, so that the image has rows throughout; images that miss an object come
+    first. Everything else is spread by a hash, so that no sort is needed.
     """
     work = actions.where(F.col(ACTION) != UNCHANGED).withColumn(PROMOTED, F.lit(False))
-    gone = actions.where((F.col(ACTION) == MISSING) & F.col(KNOWN_IMAGE).isNotNull())
-    bereft = gone.select(KNOWN_IMAGE, F.lit(True).alias("bereft")).distinct()
+    missing = actions.where((F.col(ACTION) == MISSING) & F.col(KNOWN_IMAGE).isNotNull())
+    incomplete = missing.select(KNOWN_IMAGE, F.lit(True).alias("incomplete")).distinct()
     spread = F.pmod(F.xxhash64(F.coalesce(F.col(KNOWN_IMAGE), F.col(cols.URI))), F.lit(count)).cast("int")
-    first = (F.col(ACTION) == MISSING) | F.col("bereft").isNotNull()
+    first = (F.col(ACTION) == MISSING) | F.col("incomplete").isNotNull()
     return (
         work.unionByName(promoted.withColumn(PROMOTED, F.lit(True)))
-        .join(bereft, on=KNOWN_IMAGE, how="left")
+        .join(incomplete, on=KNOWN_IMAGE, how="left")
         .select(*actions.columns, PROMOTED, F.when(first, 0).otherwise(spread).alias(SLICE))
     )
 
 
 def resolve(staged: DataFrame, sources: DataFrame, work: DataFrame, slice_: int) -> DataFrame:
-    """Who stands for each SOP instance that this slice touches.
+    """Choose the object that represents each SOP instance which this slice touches.
 
-    Contenders are what was just parsed and the known rows of the same images that no slice is yet to read again. One
-    that is, and stands for its image, gives way to them until its turn comes.
-    The content written last wins, then the one with the larger digest; among objects of that content the oldest
-    stands for it. Times count in whole seconds, as object storage gives them. So the answer depends on what storage
-    holds and never on the order in which it was read, or on the file system that it was read from.
+    Contenders are the objects just parsed and the known rows of the same images, except those that a later slice reads
+    again: one of them that represents its image gives way to any contender until its slice is read.
+    The content written last wins, then the one with the larger digest; the oldest object with that content represents
+    the image. Times are compared in whole seconds, as object storage gives them. So the result depends on the content
+    of storage alone, not on the order of reading or on the file system.
 
     Returns one row for each contender: (uri, size, modified, etag, digest, image_id, known_outcome, outcome,
     winner_digest, current_digest, current_batch, stale), plus one with a null uri for each image without any
-    contender left. `known_outcome` is that of a row of SOURCES which was not read again, `stale` says that the rows
-    in the tables have to be made anew whoever wins.
+    contender left. `known_outcome` is that of a row of SOURCES which was not read again; `stale` rows in the tables
+    must be written again whichever object wins.
     """
     ingested = F.col(KNOWN_OUTCOME) == cols.INGESTED
     contender = (cols.URI, cols.SIZE, cols.MODIFIED, cols.ETAG, cols.DIGEST)
@@ -164,7 +164,7 @@ def resolve(staged: DataFrame, sources: DataFrame, work: DataFrame, slice_: int)
         F.asc(cols.URI),
     )
     whole = best.rowsBetween(Window.unboundedPreceding, Window.unboundedFollowing)
-    written, held = (
+    modified, digest = (
         F.when(F.col("contends") & ~F.col("pending"), F.col(name)) for name in (cols.MODIFIED, cols.DIGEST)
     )
     ranked = (
@@ -172,15 +172,15 @@ def resolve(staged: DataFrame, sources: DataFrame, work: DataFrame, slice_: int)
         .withColumn("current", F.max(F.when(ingested, F.struct(cols.BATCH, cols.DIGEST))).over(image))
         .withColumn("stale", F.bool_or("reread").over(image))
         .withColumn(
-            "content_time", F.date_trunc("second", F.max(written).over(Window.partitionBy(cols.IMAGE_ID, cols.DIGEST)))
+            "content_time", F.date_trunc("second", F.max(modified).over(Window.partitionBy(cols.IMAGE_ID, cols.DIGEST)))
         )
-        .withColumn("place", F.row_number().over(best))
-        .withColumn("winner_digest", F.first(held).over(whole))
-        .where(F.col("contends") | (F.col("place") == 1))
+        .withColumn("position", F.row_number().over(best))
+        .withColumn("winner_digest", F.first(digest).over(whole))
+        .where(F.col("contends") | (F.col("position") == 1))
     )
     outcome = (
         F.when(F.col("pending"), cols.CONFLICT)
-        .when(F.col("place") == 1, cols.INGESTED)
+        .when(F.col("position") == 1, cols.INGESTED)
         .when(F.col(cols.DIGEST) == F.col("winner_digest"), cols.DUPLICATE)
         .otherwise(cols.CONFLICT)
     )
@@ -195,23 +195,23 @@ def resolve(staged: DataFrame, sources: DataFrame, work: DataFrame, slice_: int)
     )
 
 
-def _lost() -> Column:
-    """Whether the rows in the tables do not show what won."""
+def _outdated() -> Column:
+    """True where the rows in the tables are not those of the winner."""
     return F.col("winner_digest").isNull() | (F.col("winner_digest") != F.col("current_digest")) | F.col("stale")
 
 
 def superseded(resolved: DataFrame) -> DataFrame:
-    """Images whose rows must go: (image_id, batch), since other content won or nothing is left."""
+    """Select the images whose rows must be deleted, (image_id, batch): other content won, or no object is left."""
     return (
-        resolved.where(F.col("current_digest").isNotNull() & _lost())
+        resolved.where(F.col("current_digest").isNotNull() & _outdated())
         .select(cols.IMAGE_ID, F.col("current_batch").alias(cols.BATCH))
         .distinct()
     )
 
 
 def newcomers(resolved: DataFrame) -> DataFrame:
-    """Images whose winning content is not in the tables yet: (image_id, digest)."""
-    absent = F.col("current_digest").isNull() | _lost()
+    """Select the images whose winning content is not in the tables yet: (image_id, digest)."""
+    absent = F.col("current_digest").isNull() | _outdated()
     return (
         resolved.where(F.col("winner_digest").isNotNull() & absent)
         .select(cols.IMAGE_ID, F.col("winner_digest").alias(cols.DIGEST))
@@ -220,7 +220,7 @@ def newcomers(resolved: DataFrame) -> DataFrame:
 
 
 def arrivals(staged: DataFrame, resolved: DataFrame) -> DataFrame:
-    """Staged objects whose content won and is not in the tables yet: one for each image."""
+    """Select the staged objects whose content won and is not in the tables yet: one for each image."""
     chosen = (
         staged.where(F.col(cols.OUTCOME) == PARSED)
         .join(newcomers(resolved), on=[cols.IMAGE_ID, cols.DIGEST], how="left_semi")
@@ -231,12 +231,12 @@ def arrivals(staged: DataFrame, resolved: DataFrame) -> DataFrame:
 
 
 def tag_rows(arrived: DataFrame, batch: int) -> DataFrame:
-    """Rows of TAGS."""
+    """Make rows of TAGS."""
     return arrived.select("tags.*", F.lit(batch).cast("bigint").alias(cols.BATCH))
 
 
 def identity_rows(arrived: DataFrame, key_id: str) -> DataFrame:
-    """Rows of IDENTITY: who the images that arrived are, and what they belong to."""
+    """Make rows of IDENTITY: the identifiers of the images that arrived, and of what they belong to."""
     owners = [(kind, F.col(f"tags.{column}")) for kind, column in schemas.OWNERS.items()]
     named = [F.struct(F.lit(kind).alias(cols.KIND), id_.alias(cols.PSEUDONYM)) for kind, id_ in owners]
     return (
@@ -249,26 +249,26 @@ def identity_rows(arrived: DataFrame, key_id: str) -> DataFrame:
 
 
 def pixel_rows(frames: DataFrame, arrived: DataFrame, batch: int) -> DataFrame:
-    """Rows of PIXELS, from the staged frames of the objects that arrived.
+    """Make rows of PIXELS from the staged frames of the objects that arrived.
 
-    `arrived` is broadcast. An object counts with the frames of the attempt that its own row came from.
+    `arrived` is broadcast. Of an object, the frames of the task attempt that staged its row are taken.
     """
-    kept = frames.join(F.broadcast(arrived.select(cols.URI, STAGED_BY)), on=[cols.URI, STAGED_BY], how="left_semi")
-    return kept.drop(cols.URI, STAGED_BY).withColumn(cols.BATCH, F.lit(batch).cast("bigint"))
+    chosen = frames.join(F.broadcast(arrived.select(cols.URI, STAGED_BY)), on=[cols.URI, STAGED_BY], how="left_semi")
+    return chosen.drop(cols.URI, STAGED_BY).withColumn(cols.BATCH, F.lit(batch).cast("bigint"))
 
 
 def source_rows(staged: DataFrame, resolved: DataFrame, work: DataFrame, key_id: str, batch: int) -> DataFrame:
-    """Rows of SOURCES for all that this slice decided on, and `tally`, `known` beside them.
+    """Make the rows of SOURCES that this slice results in, with `tally` and `known` beside them.
 
-    `batch` of an ingested object is where its rows lie. `tally` is what a row counts as among the objects that were
-    read: its outcome, UNCHANGED for the same content with the same outcome as before, null for what was not listed as
-    new or changed. `known` says that SOURCES has the URI already. Known rows that stay as they are are left out.
+    `batch` of an ingested object is the one of its rows. `tally` is what to count a read object as: its outcome,
+    UNCHANGED for the same content with the same outcome as before, null for an object that was not listed as new or
+    changed. `known` is true where SOURCES has the URI already. Known rows that do not change are left out.
     """
     here = F.lit(batch).cast("bigint")
     none = F.lit(None).cast("string")
-    kept = ~_lost()
-    stays = (F.col(KNOWN_OUTCOME) == F.col(cols.OUTCOME)) & (kept | (F.col(cols.OUTCOME) != cols.INGESTED))
-    decided = resolved.where(F.col(cols.URI).isNotNull() & ~F.coalesce(stays, F.lit(False))).select(
+    current = ~_outdated()
+    unchanged = (F.col(KNOWN_OUTCOME) == F.col(cols.OUTCOME)) & (current | (F.col(cols.OUTCOME) != cols.INGESTED))
+    decided = resolved.where(F.col(cols.URI).isNotNull() & ~F.coalesce(unchanged, F.lit(False))).select(
         cols.URI,
         cols.SIZE,
         cols.MODIFIED,
@@ -277,7 +277,7 @@ def source_rows(staged: DataFrame, resolved: DataFrame, work: DataFrame, key_id:
         cols.OUTCOME,
         none.alias(cols.REASON),
         cols.IMAGE_ID,
-        F.when(kept, F.col("current_batch")).otherwise(here).alias(cols.BATCH),
+        F.when(current, F.col("current_batch")).otherwise(here).alias(cols.BATCH),
         F.col(KNOWN_OUTCOME).isNotNull().alias("settled"),
     )
     unusable = staged.where(F.col(cols.OUTCOME) != PARSED).select(
@@ -292,7 +292,7 @@ def source_rows(staged: DataFrame, resolved: DataFrame, work: DataFrame, key_id:
         here.alias(cols.BATCH),
         F.lit(False).alias("settled"),
     )
-    gone = work.where(F.col(ACTION) == MISSING).select(
+    deleted = work.where(F.col(ACTION) == MISSING).select(
         cols.URI,
         cols.SIZE,
         cols.MODIFIED,
@@ -304,7 +304,7 @@ def source_rows(staged: DataFrame, resolved: DataFrame, work: DataFrame, key_id:
         here.alias(cols.BATCH),
         F.lit(True).alias("settled"),
     )
-    rows = decided.unionByName(unusable).unionByName(gone)
+    rows = decided.unionByName(unusable).unionByName(deleted)
     read = work.where(F.col(ACTION) == READ).select(cols.URI, PROMOTED, KNOWN_OUTCOME, KNOWN_DIGEST)
     again = (F.col(cols.DIGEST) == F.col(KNOWN_DIGEST)) & (F.col(cols.OUTCOME) == F.col(KNOWN_OUTCOME))
     tally = F.when(again, UNCHANGED).otherwise(F.col(cols.OUTCOME))

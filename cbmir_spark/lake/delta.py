@@ -117,7 +117,7 @@ def read(spark: SparkSession, path: str, version: int | None = None) -> DataFram
         raise TableError(f"there is no table at {path}") from None
 
 
-def evolve(spark: SparkSession, table: Table, path: str, message: str = "") -> int | None:
+def evolve(opened: TableVersion, table: Table, message: str = "") -> int | None:
     """Add the columns that a table made by an older version lacks, empty in its rows; the version written, if any.
 
     `message` travels in the commit.
@@ -125,7 +125,8 @@ def evolve(spark: SparkSession, table: Table, path: str, message: str = "") -> i
     Raises TableError, before anything is written, where a column has another type, or where rows cannot do without one
     that is missing.
     """
-    found = {f.name: f.dataType for f in read(spark, path).schema}
+    spark, path = opened.spark, opened.path
+    found = {f.name: f.dataType for f in opened.rows.schema}
     missing = [f for f in table.schema if f.name not in found]
     problems = [
         f"{f.name} is {found[f.name].simpleString()} instead of {f.dataType.simpleString()}"

@@ -79,13 +79,18 @@ class OpenLake:
             each.check()
 
 
+def locate(settings: Settings) -> tuple[LakePaths, ObjectStore]:
+    """Name the roots of the lake and the storage that holds them; looks at neither."""
+    return LakePaths.of(settings.lake), ObjectStore(settings.storage)
+
+
 def open_lake(spark: SparkSession, settings: Settings) -> OpenLake:
     """Open the lake that the settings name, at its published versions.
 
     Raises InputError where a file stands in its place, ConfigError where its key is missing, and TableError where the
     configured key is not the one that its pseudonyms were made with. Creates nothing.
     """
-    paths, store = LakePaths.of(settings.lake), ObjectStore(settings.storage)
+    paths, store = locate(settings)
     _check_roots(paths, store)
     published = publication.published(spark, paths)
     return OpenLake(spark, paths, store, published, _pseudonyms(paths, settings.privacy, published))
@@ -100,7 +105,7 @@ def open_for_writing(
     Raises Busy where another job holds one, TableError where the lake has no tables and `may_be_new` is false;
     otherwise as `open_lake`.
     """
-    paths, store = LakePaths.of(settings.lake), ObjectStore(settings.storage)
+    paths, store = locate(settings)
     _check_roots(paths, store)
     # Before the leases, since taking one creates the vault's folder.
     if not may_be_new and not has_tables(paths, store):
@@ -130,8 +135,7 @@ def _check_roots(paths: LakePaths, store: ObjectStore) -> None:
 
 def _pseudonyms(paths: LakePaths, privacy: PrivacySettings, published: Published | None) -> Pseudonyms | None:
     """The key that the lake was made with, where there is one to check or to find."""
-    configured = privacy.key is not None or privacy.key_file is not None
-    if not configured and (published is None or paths.vault_folder is None):
+    if not pseudonyms.is_configured(privacy) and (published is None or paths.vault_folder is None):
         return None
     names = pseudonyms.load(privacy, paths.vault_folder)
     if published is not None and names.key_id != published.key_id:

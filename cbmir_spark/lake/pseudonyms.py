@@ -88,6 +88,11 @@ def is_forgotten(owners: Iterable[Identity], tombstones: Collection[str]) -> boo
     return any(f"{owner.kind}:{owner.pseudonym}" in tombstones for owner in owners)
 
 
+def is_configured(privacy: PrivacySettings) -> bool:
+    """Check whether the settings name a key, rather than leave it to the vault."""
+    return privacy.key is not None or privacy.key_file is not None
+
+
 def load(privacy: PrivacySettings, vault_folder: str | None) -> Pseudonyms:
     """Load the key that the settings name, or that of a local vault; creates nothing. Runs on the driver.
 
@@ -116,7 +121,7 @@ def create(privacy: PrivacySettings, vault_folder: str | None) -> Pseudonyms:
 
     Only an ingest into an empty lake calls this.
     """
-    if privacy.key is None and privacy.key_file is None and vault_folder is not None:
+    if not is_configured(privacy) and vault_folder is not None:
         key_file = os.path.join(vault_folder, KEY_FILE)
         if not os.path.exists(key_file):
             _generate(key_file)

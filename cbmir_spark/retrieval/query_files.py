@@ -26,7 +26,7 @@ from cbmir_spark.dicom.vocabulary_tables import UNKNOWN
 from cbmir_spark.index import arrays
 from cbmir_spark.index import open as index_open
 from cbmir_spark.index.open import Index
-from cbmir_spark.ingest import parse, reconcile
+from cbmir_spark.ingest import parse
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake.open import OpenLake
 from cbmir_spark.models import embed as embedding
@@ -164,19 +164,18 @@ def read_uri(uri: str, frame: int | None, allowed: bool, reader: Reader) -> dict
     if found is None:
         return _status(QueryStatus.NOT_FOUND, "there is no such object")
     parsed = parse.parse_object(uri, found.size, reader.parser)
-    if parsed[cols.OUTCOME] == cols.VANISHED or parsed.get(cols.REASON) == cols.ERASED:
-        return _status(QueryStatus.NOT_FOUND, parsed[cols.REASON])
-    if parsed[cols.OUTCOME] != reconcile.PARSED:
-        return _status(QueryStatus.UNREADABLE, parsed[cols.REASON])
-    frames = {each[cols.FRAME]: each for each in parsed["frames"]}
+    if parsed.outcome == cols.VANISHED or parsed.reason == cols.ERASED:
+        return _status(QueryStatus.NOT_FOUND, str(parsed.reason))
+    if parsed.tags is None:
+        return _status(QueryStatus.UNREADABLE, str(parsed.reason))
+    frames = {each.number: each for each in parsed.frames}
     wanted = middle(sorted(frames)) if frame is None else frame
     if wanted is None or wanted not in frames:
         return _status(QueryStatus.NOT_FOUND, f"frame {wanted} is not among the {len(frames)} frames read")
-    tags = parsed["tags"]
     return {
-        **{name: tags[name] for name in (*QUERY_TAGS, *CARD_TAGS)},
+        **{name: parsed.tags[name] for name in (*QUERY_TAGS, *CARD_TAGS)},
         cols.FRAME: wanted,
-        cols.PIXELS_COLUMN: frames[wanted][cols.PIXELS_COLUMN],
+        cols.PIXELS_COLUMN: frames[wanted].pixels,
     }
 
 

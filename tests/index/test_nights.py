@@ -29,10 +29,9 @@ from cbmir_spark.retrieval import search
 from cbmir_spark.retrieval.answer import base_of
 from cbmir_spark.retrieval.query import Query
 from cbmir_spark.storage import ObjectStore
+from tests.support.cluster import DRIVER_OPTIONS, environment
 from tests.support.models import open_index, save_model
 from tests.support.tiny_lake import Drawn, publish
-from tests.system.test_cluster import environment
-from tests.system.test_kills import DRIVER_OPTIONS
 
 PLACES = (("CT", "CHEST"), ("MR", "BRAIN"))
 

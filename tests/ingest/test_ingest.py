@@ -3,13 +3,10 @@
 import csv
 import os
 import shutil
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-import pydicom
 import pytest
-from pydicom.config import disable_value_validation
 from pydicom.data import get_testdata_file
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
@@ -18,42 +15,22 @@ from cbmir_spark import config, storage
 from cbmir_spark.dicom.read import Reason
 from cbmir_spark.errors import EnvironmentProblem, InputError, TableError
 from cbmir_spark.ingest import job as ingest_job
-from cbmir_spark.ingest import parse
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, publication, schemas
 from cbmir_spark.lake.paths import LakePaths
 from tests.conftest import MakeSettings
 from tests.dicom.test_read import predicted
-
-NIGHT = datetime(2026, 1, 1, tzinfo=UTC)
-
-
-def at(hours: int) -> datetime:
-    return NIGHT + timedelta(hours=hours)
-
-
-def _sample(folder: Path, name: str, source: str = "CT_small.dcm", hour: int = 0, **changes: str) -> Path:
-    """A real test file of pydicom, with tags changed, written at `hour` of one night."""
-    ds = pydicom.dcmread(str(get_testdata_file(source)))
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with disable_value_validation():
-        for keyword, value in changes.items():
-            setattr(ds, keyword, value)
-            if keyword == "SOPInstanceUID":
-                ds.file_meta.MediaStorageSOPInstanceUID = value
-        ds.save_as(path)
-    os.utime(path, (at(hour).timestamp(),) * 2)
-    return path
+from tests.support import boundary
+from tests.support.archives import at, sample
 
 
 def _fill(folder: Path) -> Path:
     """Twelve objects: three images in five objects, a non-image, and six that cannot be used."""
-    _sample(folder, "ct/one.dcm", hour=1)
+    sample(folder, "ct/one.dcm", hour=1)
     shutil.copy2(folder / "ct/one.dcm", folder / "ct/one again.dcm")
-    _sample(folder, "ct/two.dcm", hour=1, SOPInstanceUID="1.2.3.2", PatientSex="F")
-    _sample(folder, "ct/two corrected.dcm", hour=2, SOPInstanceUID="1.2.3.2", PatientSex="M")
-    _sample(folder, "mr/three.dcm", source="MR_small.dcm", hour=1)
+    sample(folder, "ct/two.dcm", hour=1, SOPInstanceUID="1.2.3.2", PatientSex="F")
+    sample(folder, "ct/two corrected.dcm", hour=2, SOPInstanceUID="1.2.3.2", PatientSex="M")
+    sample(folder, "mr/three.dcm", source="MR_small.dcm", hour=1)
     shutil.copy(str(get_testdata_file("reportsi.dcm")), folder / "report.dcm")
     whole = (folder / "ct/one.dcm").read_bytes()
     (folder / "cut.dcm").write_bytes(whole[:-700])
@@ -61,7 +38,7 @@ def _fill(folder: Path) -> Path:
     (folder / ".hidden").write_text("not DICOM at all")
     (folder / "_notes.txt").write_text("nor this")
     (folder / "zeros.dcm").write_bytes(bytes(5000))
-    _sample(folder, "nameless.dcm", SOPInstanceUID="not.a.uid")
+    sample(folder, "nameless.dcm", SOPInstanceUID="not.a.uid")
     return folder
 
 
@@ -144,6 +121,29 @@ def test_a_second_run_writes_nothing_but_that_it_ran(spark: SparkSession, night:
     assert not (Path(storage.local_path(lake.vault)) / "staging").exists()
 
 
+def test_a_run_looks_nothing_up_twice(spark: SparkSession, night: Night) -> None:
+    """At the boundary, where Delta and storage would be asked again: the cost of a night without news."""
+    lake = LakePaths.of(night.settings.lake)
+    with boundary.counted() as counts:
+        report = ingest_job.run(spark, night.settings)
+    assert report.batches == 0
+    published = report.published
+    assert counts.histories == {lake.path(schemas.SOURCES): 1}
+    assert counts.opened == {
+        (lake.path(schemas.TAGS), published.tags): 1,
+        (lake.path(schemas.PIXELS), published.pixels): 1,
+        (lake.path(schemas.SOURCES), published.sources): 1,
+    }
+    # SOURCES for what is published, FORGOTTEN for tombstones, RUNS for its row.
+    assert counts.checks == {lake.path(table): 1 for table in (schemas.SOURCES, schemas.FORGOTTEN, schemas.RUNS)}
+    # TAGS and PIXELS against what is published, RUNS for the version written.
+    assert counts.log_lookups == {lake.path(table): 1 for table in (schemas.TAGS, schemas.PIXELS, schemas.RUNS)}
+    # The archive, and both roots of the lake.
+    assert counts.storage("kind") == 3
+    assert counts.storage("delete_folder") == 2
+    assert counts.storage("read", "write_bytes", "find") == 0
+
+
 def test_the_size_of_batches_does_not_matter(spark: SparkSession, night: Night, tmp_path: Path) -> None:
     lake = LakePaths.of(night.settings.lake)
     whole = [night.overrides[0], f"lake.uri={tmp_path / 'lake'}", _key_of(lake)]
@@ -152,7 +152,7 @@ def test_the_size_of_batches_does_not_matter(spark: SparkSession, night: Night, 
     assert _live(spark, settings) == _live(spark, night.settings)
 
 
-def test_an_archive_that_lost_everything_is_taken_for_a_lost_mount(spark: SparkSession, night: Night) -> None:
+def test_an_empty_archive_that_is_known_is_refused_as_a_lost_mount(spark: SparkSession, night: Night) -> None:
     before = _live(spark, night.settings)
     away = night.archive.with_name("away")
     night.archive.rename(away)
@@ -169,12 +169,15 @@ def test_an_archive_that_lost_everything_is_taken_for_a_lost_mount(spark: SparkS
 def test_another_key_or_other_pixels_are_refused(spark: SparkSession, night: Night, tmp_path: Path) -> None:
     other = tmp_path / "other.key"
     other.write_text("another key, just as long")
-    for override, said in [(f"privacy.key_file={other}", "pseudonym key"), ("pixels.aspect=stretch", "preprocessing")]:
-        with pytest.raises(TableError, match=said):
+    for override, message in [
+        (f"privacy.key_file={other}", "pseudonym key"),
+        ("pixels.aspect=stretch", "preprocessing"),
+    ]:
+        with pytest.raises(TableError, match=message):
             ingest_job.run(spark, config.load(overrides=[*night.overrides, override], environ={}))
 
 
-def test_what_left_leaves_and_a_run_that_died_is_never_seen(
+def test_deleted_objects_leave_and_a_killed_run_is_never_seen(
     spark: SparkSession, make_settings: MakeSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second night deletes, changes and adds; it dies before it publishes, and the third converges."""
@@ -184,8 +187,8 @@ def test_what_left_leaves_and_a_run_that_died_is_never_seen(
     before = _live(spark, settings)
     (archive / "ct/two corrected.dcm").unlink()
     (archive / "mr/three.dcm").unlink()
-    _sample(archive, "ct/one.dcm", hour=3, PatientSex="M")
-    _sample(archive, "ct/four.dcm", hour=4, SOPInstanceUID="1.2.3.4")
+    sample(archive, "ct/one.dcm", hour=3, PatientSex="M")
+    sample(archive, "ct/four.dcm", hour=4, SOPInstanceUID="1.2.3.4")
 
     def die(*_: object) -> None:
         raise KeyboardInterrupt
@@ -199,7 +202,7 @@ def test_what_left_leaves_and_a_run_that_died_is_never_seen(
     assert delta.version(spark, lake.path(schemas.TAGS)) > publication.require_published(spark, lake).tags
 
     report = ingest_job.run(spark, settings)
-    assert set(report.mended) == {"tags", "pixels"}
+    assert set(report.rolled_back) == {"tags", "pixels"}
     assert (report.read, report.deleted) == (2, 2)
     outcomes = _outcomes(spark, settings)
     assert outcomes["ct/two corrected.dcm"] == outcomes["mr/three.dcm"] == cols.DELETED
@@ -209,9 +212,9 @@ def test_what_left_leaves_and_a_run_that_died_is_never_seen(
     assert sorted(row["sex"] for row in tags) == ["F", "M", "O"]
     fresh = make_settings(f"ingest.archive={archive}", f"lake.uri={tmp_path / 'other'}", _key_of(lake))
     ingest_job.run(spark, fresh)
-    mended, undisturbed = _live(spark, settings), _live(spark, fresh)
-    assert mended["tags"] == undisturbed["tags"]
-    assert mended["pixels"] == undisturbed["pixels"]
+    continued, undisturbed = _live(spark, settings), _live(spark, fresh)
+    assert continued["tags"] == undisturbed["tags"]
+    assert continued["pixels"] == undisturbed["pixels"]
 
 
 def test_bad_archives_and_lakes_are_refused_before_anything_is_made(
@@ -220,14 +223,14 @@ def test_bad_archives_and_lakes_are_refused_before_anything_is_made(
     archive = tmp_path / "archive"
     archive.mkdir()
     (tmp_path / "file").touch()
-    for overrides, said in [
+    for overrides, message in [
         ((), "no archive named"),
         ((f"ingest.archive={tmp_path / 'absent'}",), "does not exist"),
         ((f"ingest.archive={tmp_path / 'file'}",), "is a file"),
         ((f"ingest.archive={archive}", f"lake.uri={tmp_path / 'file'}"), "is a file"),
-        ((f"ingest.archive={archive}", f"lake.uri={archive / 'lake'}"), "lies inside archive"),
+        ((f"ingest.archive={archive}", f"lake.uri={archive / 'lake'}"), "is inside archive"),
     ]:
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             ingest_job.run(spark, make_settings(*overrides))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["archive", "file"]
 
@@ -236,7 +239,7 @@ def test_nothing_of_a_person_is_in_the_lake(spark: SparkSession, make_settings: 
     """A token in each identifying attribute, and in the object's name, is found in no table outside the vault."""
     token = "ZQXJVTOKEN"
     folder = tmp_path / "archive"
-    _sample(
+    sample(
         folder,
         f"{token}/one.dcm",
         PatientName=token,
@@ -307,28 +310,30 @@ def test_an_archive_that_only_hadoop_can_read(spark: SparkSession, night: Night,
         ingest_job.run(spark, absent)
 
 
-def test_what_a_run_does_not_reach_is_deferred(spark: SparkSession, night: Night, make_settings: MakeSettings) -> None:
+def test_objects_that_a_run_does_not_reach_are_deferred(
+    spark: SparkSession, night: Night, make_settings: MakeSettings
+) -> None:
     settings = make_settings(*night.overrides[:1], "ingest.max_files_per_batch=5", "ingest.max_batches=1")
-    told: list[tuple[int, int]] = []
+    reported: list[tuple[int, int]] = []
     done = 0
     for _ in range(12):
-        report = ingest_job.run(spark, settings, lambda done, total, figures: told.append((done, total)))
+        report = ingest_job.run(spark, settings, lambda done, total, figures: reported.append((done, total)))
         done += report.read
         assert report.listed == 12 == report.unchanged + report.deferred + report.read
         assert (report.batches, report.unchanged) == (1, done - report.read)
         if not report.deferred:
             break
     assert done == 12
-    assert told[0][1] == 12
+    assert reported[0][1] == 12
     whole = delta.read(spark, LakePaths.of(settings.lake).path(schemas.TAGS), report.published.tags).drop(cols.BATCH)
     assert whole.count() == 3
 
 
-def test_the_same_bytes_written_anew_are_unchanged(
+def test_the_same_bytes_written_again_are_unchanged(
     spark: SparkSession, make_settings: MakeSettings, tmp_path: Path
 ) -> None:
     archive = tmp_path / "archive"
-    _sample(archive, "one.dcm", hour=1)
+    sample(archive, "one.dcm", hour=1)
     (archive / "none.dcm").write_bytes(bytes(5000))
     settings = make_settings(f"ingest.archive={archive}")
     first = ingest_job.run(spark, settings)
@@ -340,13 +345,13 @@ def test_the_same_bytes_written_anew_are_unchanged(
     assert ingest_job.run(spark, settings).published == again.published
 
 
-def test_an_image_marked_for_reading_is_read_and_its_rows_made_anew(
+def test_an_image_marked_for_reading_is_read_and_its_rows_are_replaced(
     spark: SparkSession, make_settings: MakeSettings, tmp_path: Path
 ) -> None:
     """What remap asks for where a body part changes the window: the next run replaces rows of the same content."""
     archive = tmp_path / "archive"
-    _sample(archive, "one.dcm", hour=1)
-    _sample(archive, "two.dcm", hour=1, SOPInstanceUID="1.2.3.2")
+    sample(archive, "one.dcm", hour=1)
+    sample(archive, "two.dcm", hour=1, SOPInstanceUID="1.2.3.2")
     settings = make_settings(f"ingest.archive={archive}")
     first = ingest_job.run(spark, settings)
     lake = LakePaths.of(settings.lake)
@@ -368,7 +373,7 @@ def test_a_folder_that_cannot_be_listed_deletes_nothing(
     """Nor does it name the folder: names of folders may be patients'."""
     archive = tmp_path / "archive"
     for number in range(40):
-        _sample(archive, f"MILLER{number}/one.dcm", hour=1, SOPInstanceUID=f"1.2.3.{number}")
+        sample(archive, f"MILLER{number}/one.dcm", hour=1, SOPInstanceUID=f"1.2.3.{number}")
     settings = make_settings(f"ingest.archive={archive}")
     ingest_job.run(spark, settings)
     before = _live(spark, settings)
@@ -381,39 +386,41 @@ def test_a_folder_that_cannot_be_listed_deletes_nothing(
     assert _live(spark, settings) == before
 
 
-def test_a_storage_that_refuses_everything_is_no_rejection(
-    spark: SparkSession, make_settings: MakeSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_storage_that_refuses_everything_rejects_no_object(
+    spark: SparkSession, make_settings: MakeSettings, tmp_path: Path
 ) -> None:
     """One object that cannot be read is rejected and tried again every night; all of them are the storage's fault."""
     archive = tmp_path / "archive"
+    archive.mkdir()
     for number in range(11):
-        _sample(archive, f"{number}.dcm", hour=1, SOPInstanceUID=f"1.2.3.{number}")
+        # Listed like any file; reading it fails for everybody, root included.
+        (archive / f"{number}.dcm").symlink_to("/proc/self/mem")
     settings = make_settings(f"ingest.archive={archive}")
-    refused = {cols.SIZE: 1, cols.MODIFIED: at(1), cols.OUTCOME: cols.REJECTED, cols.REASON: cols.UNREADABLE}
-    staged = [refused | {cols.URI: f"file://{archive}/{n}.dcm"} for n in range(11)]
-    rows = spark.createDataFrame([tuple(row.get(f.name) for f in parse.STAGED) for row in staged], parse.STAGED)
-    monkeypatch.setattr(ingest_job, "parse", lambda *_: rows)
     with pytest.raises(EnvironmentProblem, match="refused all 11 objects"):
         ingest_job.run(spark, settings)
+    sample(archive, "readable.dcm")
+    report = ingest_job.run(spark, settings)
+    assert report.reasons == {cols.UNREADABLE: 11} and report.outcomes[cols.INGESTED] == 1
 
 
 def test_a_lake_of_an_older_version_gets_the_columns_it_lacks(
     spark: SparkSession, make_settings: MakeSettings, tmp_path: Path
 ) -> None:
     archive = tmp_path / "archive"
-    _sample(archive, "one.dcm", hour=1)
+    sample(archive, "one.dcm", hour=1)
     settings = make_settings(f"ingest.archive={archive}")
     ingest_job.run(spark, settings)
     lake = LakePaths.of(settings.lake)
     path = tmp_path / "older"
     delta.read(spark, lake.path(schemas.SOURCES)).drop(cols.ETAG).write.format("delta").save(str(path))
-    assert delta.evolve(spark, schemas.SOURCES, str(path)) is not None
+    evolved = delta.evolve(delta.TableVersion(spark, str(path), 0), schemas.SOURCES)
+    assert evolved is not None
     assert cols.ETAG in delta.read(spark, str(path)).columns
-    assert delta.evolve(spark, schemas.SOURCES, str(path)) is None
+    assert delta.evolve(delta.TableVersion(spark, str(path), evolved), schemas.SOURCES) is None
     assert delta.read(spark, str(path)).count() == 1
     other = tmp_path / "other"
     delta.read(spark, lake.path(schemas.SOURCES)).withColumn(cols.SIZE, F.lit("many")).write.format("delta").save(
         str(other)
     )
     with pytest.raises(TableError, match="size is string instead of bigint"):
-        delta.evolve(spark, schemas.SOURCES, str(other))
+        delta.evolve(delta.TableVersion(spark, str(other), 0), schemas.SOURCES)

@@ -1,19 +1,13 @@
-"""Reconciling: what is read, who wins whatever the order of arrival, and who takes the place of what is gone."""
+"""Reconciling: which objects are read, which one wins in any order of arrival, and which one replaces a missing one."""
 
 import random
-from datetime import UTC, datetime, timedelta
 
 from pyspark.sql import DataFrame, SparkSession
 
 from cbmir_spark.ingest import reconcile
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import schemas
-
-NIGHT = datetime(2026, 1, 1, tzinfo=UTC)
-
-
-def at(hours: int) -> datetime:
-    return NIGHT + timedelta(hours=hours)
+from tests.support.archives import at
 
 
 def _listing(spark: SparkSession, *rows: tuple[str, int, int]) -> DataFrame:

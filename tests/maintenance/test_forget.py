@@ -2,18 +2,11 @@
 
 import hashlib
 import shutil
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
-import pydicom
 import pytest
-from pydicom.data import get_testdata_file
-from pydicom.uid import UID
 from pyspark.sql import SparkSession
 
 from cbmir_spark import config, storage
@@ -21,37 +14,34 @@ from cbmir_spark.config import Settings
 from cbmir_spark.errors import InputError, TableError
 from cbmir_spark.index import job as index_job
 from cbmir_spark.index.layout import FEATURES
-from cbmir_spark.ingest import job as ingest_job
-from cbmir_spark.ingest import parse
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, identity, pseudonyms, publication, schemas
 from cbmir_spark.lake.open import open_lake
 from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.lake.pseudonyms import Pseudonyms
-from cbmir_spark.maintenance import forget
+from cbmir_spark.maintenance import erase_files, forget
 from cbmir_spark.maintenance.forget import Request
-from cbmir_spark.retrieval import csv_export, query_files
 from cbmir_spark.retrieval import job as retrieval_job
 from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training import loader as training_loader
 from cbmir_spark.training import snapshot_files
 from cbmir_spark.training.manifest import MANIFEST, SPLITS, TEST, TRAIN, Snapshot
 from cbmir_spark.training.snapshot import write_snapshot
-from tests.conftest import MakeSettings
+from tests.support.kills import Killed, dying
 from tests.support.leaks import contents
 from tests.support.models import save_model
 from tests.support.tiny_lake import PREPROCESSING, Drawn, draw, identifiers, owners, publish
 
-GONE = "PATIENT-7531"
+PATIENT = "PATIENT-7531"
 IMAGES = [
-    Drawn(f"1.2.{patient}.{number}", GONE if patient == 3 else f"PATIENT-{patient}", *place)
+    Drawn(f"1.2.{patient}.{number}", PATIENT if patient == 3 else f"PATIENT-{patient}", *place)
     for patient in range(6)
     for number, place in enumerate([("CT", "CHEST"), ("CT", "CHEST"), ("MR", "HEAD")])
 ]
-FORGOTTEN = [image for image in IMAGES if image.patient == GONE]
+FORGOTTEN = [image for image in IMAGES if image.patient == PATIENT]
 
 
-def _settings(lake: Path) -> Settings:
+def _settings(lake: Path, *overrides: str) -> Settings:
     return config.load(
         overrides=[
             f"lake.uri={lake}",
@@ -64,6 +54,7 @@ def _settings(lake: Path) -> Settings:
             # Of so few patients a smaller share may be nobody.
             "dataset.test_fraction=0.3",
             "dataset.validation_fraction=0",
+            *overrides,
         ],
         environ={},
     )
@@ -78,7 +69,7 @@ def prepared(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
     """A lake with two models' indexes, a training snapshot, an unfinished one, answers with a gallery, identities."""
     folder = tmp_path_factory.mktemp("erasure")
     settings = _settings(folder / "lake")
-    names = _names(settings)
+    names = pseudonyms.create(settings.privacy, LakePaths.of(settings.lake).vault_folder)
     lake = publish(spark, settings, IMAGES, names=names)
     texts = [item for image in IMAGES for item in identifiers(image).items()]
     known = [(kind, names.of_kind(kind, text), text, names.key_id) for kind, text in texts]
@@ -103,7 +94,7 @@ def prepared(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
     (folder / "queries.csv").write_text("\n".join(["query_id,image_id", *lines]))
     retrieval_job.run(spark, settings)
     (folder / "lake" / "vault" / "staging").mkdir()
-    (folder / "lake" / "vault" / "staging" / "left by a killed ingest").write_text(GONE)
+    (folder / "lake" / "vault" / "staging" / "left by a killed ingest").write_text(PATIENT)
     return folder
 
 
@@ -143,7 +134,7 @@ def _rows(spark: SparkSession, lake: LakePaths) -> dict[str, list[str]]:
 
 
 def _secrets(names: Pseudonyms) -> list[bytes]:
-    """Everything that could tell of the forgotten patient."""
+    """Everything that could identify the forgotten patient."""
     texts = {text for image in FORGOTTEN for text in identifiers(image).values() if " " not in text}
     texts |= {pseudonym for image in FORGOTTEN for pseudonym in owners(image, names).values()}
     texts |= {hashlib.sha256(draw(image, 0).tobytes()).hexdigest() for image in FORGOTTEN}
@@ -152,7 +143,7 @@ def _secrets(names: Pseudonyms) -> list[bytes]:
 
 def _leaks(folder: Path, names: Pseudonyms) -> set[str]:
     secrets = _secrets(names)
-    # The object's own name stays in SOURCES, or ingest would have to read it again every night.
+    # The name of the object stays in SOURCES, or ingest would have to read it again every night.
     uris = [f"file:///archive/{image.name}.dcm".encode() for image in FORGOTTEN]
     found = set()
     for name, content in contents(folder):
@@ -176,11 +167,11 @@ def test_a_forgotten_patient_leaves_no_byte_and_nobody_else_loses_a_row(
     lake, names = LakePaths.of(settings.lake), _names(settings)
     before = _rows(spark, lake)
     assert len(_leaks(tmp_path / "lake", names)) > 20
-    report = forget.run(spark, settings, [Request("patient", GONE), Request("study", "1.2.3.999")], now=True)
+    report = forget.run(spark, settings, [Request("patient", PATIENT), Request("study", "1.2.3.999")], now=True)
     assert (report.asked, report.unknown, report.tombstones, report.images) == (2, 1, 2, 3)
-    gone = {name: each.rows for name, each in report.places.items()}
+    removed = {name: each.rows for name, each in report.places.items()}
     hits = sum(any(owners(i, names)[cols.IMAGE_ID] in row for i in FORGOTTEN) for row in before["hits"])
-    assert {name: gone[name] for name in ("tags", "pixels", "sources", "features", "snapshots", "identity")} == {
+    assert {name: removed[name] for name in ("tags", "pixels", "sources", "features", "snapshots", "identity")} == {
         "tags": 3,
         "pixels": 3,
         "sources": 3,
@@ -190,19 +181,19 @@ def test_a_forgotten_patient_leaves_no_byte_and_nobody_else_loses_a_row(
     }
     assert report.places["checkpoints"].files == 1
     assert not (Path(storage.local_path(lake.checkpoints)) / "stopped").exists()
-    assert gone["results"] > hits > 0 and report.places["pages"].files == 1
+    assert removed["results"] > hits > 0 and report.places["pages"].files == 1
 
     leaks = _leaks(tmp_path / "lake", names)
     assert {name.split("/")[1] for name in leaks} == {"forgotten"}, leaks
     after = _rows(spark, lake)
-    kept = _without(before, names)
+    others = _without(before, names)
     tombs = [row for row in after["sources"] if "FORGOTTEN" in row]
     assert len(tombs) == 3 and all("'digest': None" in row and "'image_id': None" in row for row in tombs)
     after["sources"] = [row for row in after["sources"] if row not in tombs]
     # What the query of a forgotten image found goes with the query.
     for name in ("hits", "statuses", "queries"):
-        kept[name] = [row for row in kept[name] if "'q0'" not in row]
-    assert after == kept
+        others[name] = [row for row in others[name] if "'q0'" not in row]
+    assert after == others
 
     snapshot = _snapshot(lake)
     assert sum(sum(counts.values()) for counts in snapshot.images.values()) == len(IMAGES) - 3
@@ -211,44 +202,21 @@ def test_a_forgotten_patient_leaves_no_byte_and_nobody_else_loses_a_row(
         loader = training_loader.Loader(snapshot, split, ObjectStore(settings.storage), batch_size=4, seed=1)
         assert sum(len(targets) for _, targets in loader.epoch(1)) == snapshot.rows(split)
     page = next(Path(storage.local_path(lake.uri)).glob("results/*/gallery.html")).read_text()
-    assert page == forget.NOTE
+    assert page == erase_files.NOTE
 
     (tmp_path / "again.csv").write_text(f"query_id,image_id\na,{owners(FORGOTTEN[0], names)[cols.IMAGE_ID]}\n")
-    asked = settings.model_copy(
-        update={
-            "retrieval": settings.retrieval.model_copy(
-                update={"queries": str(tmp_path / "again.csv"), "out": str(tmp_path / "again")}
-            )
-        }
+    asked = _settings(
+        tmp_path / "lake", f"retrieval.queries={tmp_path / 'again.csv'}", f"retrieval.out={tmp_path / 'again'}"
     )
     assert retrieval_job.run(spark, asked).statuses["not_found"] == 1
     # Forgotten once more, nothing is left to do, and no table gets a version.
     version = publication.require_published(spark, lake)
-    again = forget.run(spark, settings, [Request("patient", f"{GONE} ")])
+    again = forget.run(spark, settings, [Request("patient", f"{PATIENT} ")])
     assert (again.tombstones, again.images, again.vacuumed_hours) == (0, 0, None)
     assert not any(each.rows or each.files for each in again.places.values())
     assert publication.require_published(spark, lake) == version
     runs = [row["counts"] for row in delta.read(spark, lake.path(schemas.RUNS)).where("job = 'forget'").collect()]
     assert sorted(counts["images"] for counts in runs) == [0, 3]
-
-
-class _Killed(BaseException):
-    pass
-
-
-def _dying(step: Callable[..., Any], calls: int) -> Callable[..., Any]:
-    """`step`, with the machine gone right after its call of this number."""
-    left = calls
-
-    def run(*arguments: Any, **options: Any) -> Any:
-        nonlocal left
-        left -= 1
-        result = step(*arguments, **options)
-        if left == 0:
-            raise _Killed
-        return result
-
-    return run
 
 
 @pytest.mark.parametrize("every", [pytest.param(4, id="ci"), pytest.param(1, id="soak", marks=pytest.mark.soak)])
@@ -260,9 +228,9 @@ def test_a_run_that_is_killed_anywhere_is_finished_by_the_next(
     expected = _without(_rows(spark, lake), names)
     image = owners(FORGOTTEN[0], names)[cols.IMAGE_ID]
     steps: list[tuple[Any, str, int]] = [
-        (storage, "write_bytes", 1),  # the snapshot's manifest
+        (ObjectStore, "write_bytes", 1),  # the snapshot's manifest
         (snapshot_files, "erase", 1),
-        (forget, "_drop", 1),
+        (erase_files, "drop_rows", 1),
         (delta, "delete_rows", 1),
         (delta, "delete_images", 1),
         (delta, "delete_images", 2),
@@ -271,12 +239,12 @@ def test_a_run_that_is_killed_anywhere_is_finished_by_the_next(
         (delta, "vacuum", 2),
         (identity, "merge_new", 1),
     ]
-    # Only the first run is told whom to forget; the others find it.
+    # Only the first run gets the request; the others find its tombstone.
     requests = [Request("pseudonym", f"patient:{owners(FORGOTTEN[0], names)[cols.PATIENT_ID]}")]
-    for room, name, calls in steps[::every]:
+    for owner, name, calls in steps[::every]:
         with monkeypatch.context() as patched:
-            patched.setattr(room, name, _dying(getattr(room, name), calls))
-            with pytest.raises(_Killed):
+            patched.setattr(owner, name, dying(getattr(owner, name), calls))
+            with pytest.raises(Killed):
                 forget.run(spark, settings, requests, now=True)
         requests = []
     assert image not in repr(delta.read(spark, lake.path(schemas.TAGS)).collect())
@@ -289,7 +257,7 @@ def test_a_run_that_is_killed_anywhere_is_finished_by_the_next(
     assert after == expected
 
 
-def test_what_cannot_be_understood_is_refused_without_being_repeated(
+def test_malformed_requests_are_refused_without_being_repeated(
     spark: SparkSession, prepared: Path, tmp_path: Path
 ) -> None:
     settings = _copied(prepared, tmp_path)
@@ -302,7 +270,7 @@ def test_what_cannot_be_understood_is_refused_without_being_repeated(
         ("study", "1.2,3"),
     ]
     assert "ID 1" not in repr(found)
-    for text, said in [
+    for text, message in [
         ("patient,SECRET\n", "first line"),
         ("", "first line"),
         ("kind,identifier\nperson,SECRET\n", "line 2"),
@@ -310,180 +278,38 @@ def test_what_cannot_be_understood_is_refused_without_being_repeated(
         ("kind,identifier\npatient,SECRET,x\n", "line 2"),
     ]:
         listed.write_text(text)
-        with pytest.raises(InputError, match=said) as refused:
+        with pytest.raises(InputError, match=message) as refused:
             forget.read_list(str(listed), ObjectStore(settings.storage))
         assert "SECRET" not in str(refused.value)
     lake = LakePaths.of(settings.lake)
-    for request, said in [
+    for request, message in [
         (Request("patient", " \0"), "--patient: the identifier is empty"),
         (Request("pseudonym", "SECRET"), "--pseudonym: give"),
         (Request("pseudonym", "person:" + "0a" * 16), "--pseudonym: give"),
     ]:
-        with pytest.raises(InputError, match=said) as refused:
+        with pytest.raises(InputError, match=message) as refused:
             forget.run(spark, settings, [request])
         assert "SECRET" not in str(refused.value)
     with pytest.raises(InputError, match="nothing to forget"):
         forget.run(spark, settings, [])
     (tmp_path / "key").write_text("another key, just as long")
-    other = settings.model_copy(
-        update={"privacy": settings.privacy.model_copy(update={"key_file": str(tmp_path / "key")})}
-    )
+    other = _settings(tmp_path / "lake", f"privacy.key_file={tmp_path / 'key'}")
     with pytest.raises(TableError, match="pseudonym key"):
-        forget.run(spark, other, [Request("patient", GONE)])
+        forget.run(spark, other, [Request("patient", PATIENT)])
     assert identity.tombstones(spark, lake) == frozenset()
 
 
 def test_a_tombstone_may_come_before_the_first_image(spark: SparkSession, tmp_path: Path) -> None:
-    settings = _settings(tmp_path / "lake")
-    report = forget.run(spark, settings, [Request("patient", GONE)], purge=True)
+    with pytest.raises(TableError, match="holds no images yet"):
+        forget.run(spark, _settings(tmp_path / "lake"), [Request("patient", PATIENT)])
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "key").write_text("a key from before the first image")
+    settings = _settings(tmp_path / "lake", f"privacy.key_file={tmp_path / 'key'}")
+    report = forget.run(spark, settings, [Request("patient", PATIENT)], purge=True)
     assert (report.unknown, report.tombstones, report.images, report.vacuumed_hours) == (1, 1, 0, 168)
     names = _names(settings)
     tombstones = identity.tombstones(spark, LakePaths.of(settings.lake))
-    assert tombstones == {f"patient:{names.patient(GONE)}"}
-    own = pseudonyms.identities("1.2.3", None, None, GONE, names)
-    assert pseudonyms.is_forgotten(own, tombstones)
+    assert tombstones == {f"patient:{names.patient(PATIENT)}"}
+    identities = pseudonyms.identities("1.2.3", None, None, PATIENT, names)
+    assert pseudonyms.is_forgotten(identities, tombstones)
     assert not pseudonyms.is_forgotten(pseudonyms.identities("1.2.3", None, None, "someone else", names), tombstones)
-
-
-# --- with ingest ---
-
-
-def _object(path: Path, number: int, patient: str, shift: int = 0) -> None:
-    """A CT slice of a patient, in the one study that each patient has."""
-    ds = pydicom.dcmread(str(get_testdata_file("CT_small.dcm")))
-    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = UID(f"1.2.826.{number}")
-    ds.SeriesInstanceUID = UID(f"1.2.827.{number}")
-    ds.StudyInstanceUID = UID(f"1.2.828.{len(patient)}")
-    ds.PatientID = patient
-    ds.PixelData = np.roll(ds.pixel_array, 8 * number + shift).tobytes()
-    path.parent.mkdir(exist_ok=True)
-    ds.save_as(path)
-
-
-def test_ingest_keeps_identities_while_there_are_images_and_nothing_of_the_forgotten(
-    spark: SparkSession, make_settings: MakeSettings, tmp_path: Path
-) -> None:
-    archive = tmp_path / "archive"
-    for number, patient in enumerate(["MRN-1", "MRN-1", "MRN-OTHER"]):
-        _object(archive / f"{number}.dcm", number, patient)
-    settings = make_settings(f"ingest.archive={archive}", "privacy.identity=true")
-    lake = LakePaths.of(settings.lake)
-    ingest_job.run(spark, settings)
-    names = _names(settings)
-
-    def identities() -> dict[tuple[str, str], str]:
-        rows = delta.read(spark, lake.path(schemas.IDENTITY)).collect()
-        return {(row[cols.KIND], row[cols.IDENTIFIER]): row[cols.PSEUDONYM] for row in rows}
-
-    def outcomes() -> dict[str, tuple[str, str | None, str | None]]:
-        rows = delta.read(spark, lake.path(schemas.SOURCES)).collect()
-        return {
-            row[cols.URI].rpartition("/")[2]: (row[cols.OUTCOME], row[cols.REASON], row[cols.DIGEST]) for row in rows
-        }
-
-    known = identities()
-    assert len(known) == 3 + 3 + 2 + 2
-    assert known["patient", "MRN-1"] == names.patient("MRN-1")
-    assert known["image", "1.2.826.2"] == names.image("1.2.826.2")
-    # A correction moves an image to another patient, another object leaves the archive: what is left of it is known.
-    (archive / "1.dcm").unlink()
-    _object(archive / "2.dcm", 2, "MRN-CORRECTED")
-    ingest_job.run(spark, settings)
-    assert {text for kind, text in identities() if kind == "patient"} == {"MRN-1", "MRN-CORRECTED"}
-    assert {text for kind, text in identities() if kind == "image"} == {"1.2.826.0", "1.2.826.2"}
-
-    report = forget.run(spark, settings, [Request("patient", "MRN-1")])
-    assert (report.images, report.places["identity"].rows) == (1, 4)
-    forgotten = (cols.REJECTED, cols.ERASED, None)
-    assert outcomes()["0.dcm"] == forgotten
-    # Neither an object that is written anew nor one that was never seen brings the patient back.
-    _object(archive / "0.dcm", 0, "MRN-1", shift=3)
-    _object(archive / "new.dcm", 7, " MRN-1 ")
-    again = ingest_job.run(spark, settings)
-    assert again.reasons == {cols.ERASED: 2} and (again.read, again.unchanged) == (2, 1)
-    assert outcomes()["0.dcm"] == outcomes()["new.dcm"] == forgotten
-    tags = delta.read(spark, lake.path(schemas.TAGS), again.published.tags).collect()
-    assert [row[cols.PATIENT_ID] for row in tags] == [names.patient("MRN-CORRECTED")]
-    assert ("patient", "MRN-1") not in identities()
-    parser = parse.Parser(
-        ObjectStore(settings.storage),
-        settings.ingest,
-        parse.preprocessing_of(settings),
-        {},
-        names,
-        identity.tombstones(spark, lake),
-    )
-    reader = query_files.Reader("", (storage.canonical(str(archive)),), parser, frozenset())
-    asked = query_files.read_uri(storage.canonical(str(archive / "0.dcm")), None, False, reader)
-    assert asked == {cols.STATUS: "not_found", cols.REASON: cols.ERASED}
-
-
-# --- answers that older versions wrote ---
-
-
-def _killed(uri: str, *given: object) -> forget.Gone:
-    if "of the forgotten" in uri:
-        raise KeyboardInterrupt
-    return forget.Gone()
-
-
-def test_a_page_of_answers_that_do_not_say_what_was_asked_goes_if_it_is_older(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without Spark: what answers hold is read and written by the driver."""
-    files = config.load(environ={}).storage
-    lake = LakePaths(storage.canonical(str(tmp_path)), storage.canonical(str(tmp_path / "vault")))
-    hit = dict.fromkeys(schemas.RESULTS_HITS.schema.names, "x") | {cols.RANK: 1, cols.IMAGE_ID: "b" * 32}
-    for name, asked in (("old", None), ("new", "c" * 32), ("of the forgotten", "a" * 32)):
-        folder = tmp_path / "results" / name
-        for table, rows in (
-            (schemas.RESULTS_HITS, [hit | {cols.QUERY_ID: "q"}, hit | {cols.QUERY_ID: "r"}]),
-            (schemas.RESULTS_STATUSES, [{cols.QUERY_ID: "q"}, {cols.QUERY_ID: "r"}]),
-            (
-                schemas.RESULTS_QUERIES,
-                [{cols.QUERY_ID: "q", cols.IMAGE_ID: asked}, {cols.QUERY_ID: "r", cols.IMAGE_ID: "d" * 32}],
-            ),
-        ):
-            if table is not schemas.RESULTS_QUERIES or asked is not None:
-                (folder / table.name).mkdir(parents=True)
-                pq.write_table(pa.Table.from_pylist(rows), folder / table.name / "part-00000.parquet")
-                (folder / table.name / ".part-00000.parquet.crc").touch()
-        (folder / "gallery.html").write_text("pictures")
-        for table_name in ("hits", "statuses"):
-            rows_told = pq.read_table(folder / table_name / "part-00000.parquet")
-            (folder / "csv").mkdir(exist_ok=True)
-            (folder / "csv" / f"{table_name}-00000.csv").write_bytes(csv_export.as_csv(rows_told))
-    (tmp_path / "evaluation" / "run").mkdir(parents=True)
-    (tmp_path / "evaluation" / "run" / "report.html").write_text("figures")
-
-    def pages() -> dict[str, str]:
-        return {path.parent.name: path.read_text() for path in tmp_path.glob("*/*/*.html")}
-
-    mask = forget.belonging([("image", "a" * 32), ("patient", "e" * 32)])
-    kept = {"old": "pictures", "new": "pictures", "of the forgotten": "pictures", "run": "figures"}
-    rows, gone = forget._results(lake, forget.belonging([]), 0.0, ObjectStore(files))
-    assert (rows.rows, gone.files, pages()) == (0, 0, kept)
-    # Killed before a single row is dropped, it has made the CSV files anew: by the rows it would be found again.
-    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
-        killed.setattr(forget, "_drop", _killed)
-        forget._results(lake, mask, 0.0, ObjectStore(files))
-    sheet = (tmp_path / "results" / "of the forgotten" / "csv" / "hits-00000.csv").read_text()
-    assert '"r"' in sheet and '"q"' not in sheet
-    (tmp_path / "results" / "of the forgotten" / "gallery.html").write_text("pictures")
-    rows, gone = forget._results(lake, mask, 0.0, ObjectStore(files))
-    assert (rows.rows, rows.files, gone.files) == (3, 3, 3)
-    for name, left in (("new", ['"q"', '"r"']), ("of the forgotten", ['"r"'])):
-        for sheet in (tmp_path / "results" / name / "csv").iterdir():
-            lines = sheet.read_text().splitlines()
-            place = lines[0].split(",").index('"query_id"')
-            assert [line.split(",")[place] for line in lines[1:]] == left
-    assert pages() == kept | {"of the forgotten": forget.NOTE}
-    for table in (schemas.RESULTS_HITS, schemas.RESULTS_STATUSES, schemas.RESULTS_QUERIES):
-        folder = tmp_path / "results" / "of the forgotten" / table.name
-        assert pq.read_table(folder / "part-00000.parquet")[cols.QUERY_ID].to_pylist() == ["r"]
-        assert not (folder / ".part-00000.parquet.crc").exists()
-    # The tombstone is newer than a page that may have shown anything.
-    rows, gone = forget._results(lake, mask, time.time() + 60, ObjectStore(files))
-    assert (rows.rows, gone.files) == (0, 1)
-    assert pages() == kept | {"of the forgotten": forget.NOTE, "old": forget.NOTE}
-    assert forget._results(lake, mask, time.time() + 60, ObjectStore(files)) == (forget.Gone(), forget.Gone())

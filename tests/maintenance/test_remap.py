@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ from cbmir_spark.ingest import parse
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, publication, schemas
 from cbmir_spark.lake.paths import LakePaths
-from cbmir_spark.maintenance import remap
+from cbmir_spark.maintenance import remap, term_changes
 from tests.conftest import MakeSettings
 from tests.dicom.test_read import made
 from tests.support.models import save_model
@@ -50,7 +51,10 @@ PARTS = [f"vocabulary.body_parts.{raw}={term}" for raw, term in SITE.items()]
 
 def make_lake(spark: SparkSession, folder: Path, *overrides: str) -> Settings:
     """A lake as ingest and index leave it with the vocabulary of the settings."""
+    key = folder.parent / "key"
+    key.write_text("one key for all lakes of these tests")
     given = [f"lake.uri={folder / 'lake'}", "index.min_probability=0.0", f"index.model={folder.parent / 'model'}"]
+    given += [f"privacy.key_file={key}"]
     settings = config.load(overrides=[*given, *overrides], environ={})
     vocabulary = Vocabulary(settings.vocabulary.body_parts)
     lake = LakePaths.of(settings.lake)
@@ -97,7 +101,7 @@ def copy(lakes: Lakes, folder: Path) -> Settings:
 
 
 def rows(spark: SparkSession, settings: Settings) -> dict[str, list[str]]:
-    """All that readers see, in an order of its own."""
+    """All that readers see, sorted."""
     lake = LakePaths.of(settings.lake)
     pinned = publication.require_published(spark, lake)
     found = {
@@ -105,17 +109,22 @@ def rows(spark: SparkSession, settings: Settings) -> dict[str, list[str]]:
         "pixels": delta.read(spark, lake.path(schemas.PIXELS), pinned.pixels),
         "sources": delta.read(spark, lake.path(schemas.SOURCES), pinned.sources).drop(cols.REASON),
     }
-    (table,) = remap._features(spark, lake, settings).values()
+    (table,) = features(settings)
     found["features"] = delta.read(spark, table)
     return {name: sorted(repr(row) for row in df.collect()) for name, df in found.items()} | {
         "vocabulary": [pinned.vocabulary]
     }
 
 
+def features(settings: Settings) -> list[str]:
+    """Paths of the FEATURES tables."""
+    return [str(path) for path in Path(storage.local_path(LakePaths.of(settings.lake).features_root)).iterdir()]
+
+
 def versions(spark: SparkSession, settings: Settings) -> list[int]:
     lake = LakePaths.of(settings.lake)
     paths = [lake.path(table) for table in (schemas.TAGS, schemas.PIXELS, schemas.SOURCES)]
-    return [delta.version(spark, path) for path in (*paths, *remap._features(spark, lake, settings).values())]
+    return [delta.version(spark, path) for path in (*paths, *features(settings))]
 
 
 def test_it_equals_a_lake_that_was_made_with_the_new_vocabulary(
@@ -132,7 +141,7 @@ def test_it_equals_a_lake_that_was_made_with_the_new_vocabulary(
     # Two knees, the MR without a part, and the localizer, which is not indexed, have no row to move.
     assert list(report.moved.values()) == [9]
     assert report.vocabulary == Vocabulary(SITE).version != report.before == Vocabulary().version
-    # Head: a window of its own now. The other head's units are not known, and a lung has the window of a chest.
+    # Head: another window now. The other head's units are not known, and a lung has the window of a chest.
     sources = delta.read(spark, lake.path(schemas.SOURCES))
     marked = [row[cols.IMAGE_ID] for row in sources.where(F.col(cols.REASON) == cols.REREAD).collect()]
     assert marked == [pseudonym("head")]
@@ -156,8 +165,8 @@ def test_killed_anywhere_the_next_run_goes_on_to_the_same_tables(
     """The first run dies with TAGS written and not published, the second with both published and FEATURES to move."""
     settings = copy(lakes, tmp_path)
 
-    def die_at(name: str, call: int) -> None:
-        real, calls = getattr(publication, name), [0]
+    def die_at(module: ModuleType, name: str, call: int) -> None:
+        real, calls = getattr(module, name), [0]
 
         def die(*args: object, **named: object) -> object:
             calls[0] += 1
@@ -166,15 +175,15 @@ def test_killed_anywhere_the_next_run_goes_on_to_the_same_tables(
             return real(*args, **named)
 
         with monkeypatch.context() as patched:
-            patched.setattr(publication, name, die)
+            patched.setattr(module, name, die)
             with pytest.raises(KeyboardInterrupt):
                 remap.run(spark, settings)
 
-    die_at("publish", 1)
+    die_at(publication, "publish", 1)
     assert rows(spark, settings) == lakes.rows_before
     lake = LakePaths.of(settings.lake)
     assert delta.version(spark, lake.path(schemas.TAGS)) > publication.require_published(spark, lake).tags
-    die_at("update_rows", 2)
+    die_at(delta, "update_rows", 2)
     seen = rows(spark, settings)
     assert (seen["tags"], seen["features"]) == (lakes.rows_wanted["tags"], lakes.rows_before["features"])
     remap.run(spark, settings)
@@ -202,25 +211,27 @@ PREPROCESSING = Preprocessing(
 @pytest.mark.parametrize(
     ("found", "new", "reread"),
     [
-        (("CT", "KOPF", "CT", UNKNOWN), ("CT", "HEAD"), remap.WHERE_USED),
-        (("CT", "KNIE X", "CT", UNKNOWN), ("CT", "KNEE"), remap.NEVER),
-        (("MR", "KOPF", "MR", UNKNOWN), ("MR", "HEAD"), remap.NEVER),
-        (("PT", "HIRN X", "PT", UNKNOWN), ("PT", "BRAIN"), remap.ALWAYS),
-        (("XR", "KOPF", UNKNOWN, "HEAD"), ("DX", "HEAD"), remap.ALWAYS),
-        (("MRI", "KOPF", "CT", "HEAD"), ("MR", "HEAD"), remap.ALWAYS),
+        (("CT", "KOPF", "CT", UNKNOWN), ("CT", "HEAD"), term_changes.WHERE_USED),
+        (("CT", "KNIE X", "CT", UNKNOWN), ("CT", "KNEE"), term_changes.NEVER),
+        (("MR", "KOPF", "MR", UNKNOWN), ("MR", "HEAD"), term_changes.NEVER),
+        (("PT", "HIRN X", "PT", UNKNOWN), ("PT", "BRAIN"), term_changes.ALWAYS),
+        (("XR", "KOPF", UNKNOWN, "HEAD"), ("DX", "HEAD"), term_changes.ALWAYS),
+        (("MRI", "KOPF", "CT", "HEAD"), ("MR", "HEAD"), term_changes.ALWAYS),
     ],
 )
 def test_which_codes_change_and_which_images_are_read_again(
     found: tuple[str, str, str, str], new: tuple[str, str], reread: str
 ) -> None:
-    (change,) = remap.changes([found], Vocabulary({"KNIE X": "KNEE", "HIRN X": "BRAIN"}), PREPROCESSING)
+    (change,) = term_changes.changes([found], Vocabulary({"KNIE X": "KNEE", "HIRN X": "BRAIN"}), PREPROCESSING)
     assert (change.new_modality, change.new_body_part, change.reread) == (*new, reread)
     used = (change.window_low, change.window_high)
-    assert used == ((-160.0, 240.0) if reread == remap.WHERE_USED else (None, None))
+    assert used == ((-160.0, 240.0) if reread == term_changes.WHERE_USED else (None, None))
 
 
-def test_what_was_no_code_stays_what_it_is() -> None:
-    assert remap.changes([(None, None, "CT", "HEAD"), (None, "", "MR", UNKNOWN)], Vocabulary(), PREPROCESSING) == []
+def test_terms_without_a_code_do_not_change() -> None:
+    assert (
+        term_changes.changes([(None, None, "CT", "HEAD"), (None, "", "MR", UNKNOWN)], Vocabulary(), PREPROCESSING) == []
+    )
 
 
 def test_gaps_are_ranked_and_leave_out_what_the_site_settled() -> None:
@@ -253,7 +264,8 @@ def test_gaps_are_printed_as_settings_that_close_them(
     assert [line.split("#")[1].strip() for line in printed.splitlines() if ": UNKNOWN" in line] == ["CT 2", "MR 1"]
     pasted = tmp_path / "site.yaml"
     pasted.write_text(printed.replace('"SCHAEDEL NATIV": UNKNOWN', '"SCHAEDEL NATIV": HEAD'))
-    settings = config.load(pasted, [f"lake.uri={LakePaths.of(lakes.before.lake).uri}"], environ={})
+    given = [f"lake.uri={LakePaths.of(lakes.before.lake).uri}", f"privacy.key_file={lakes.before.privacy.key_file}"]
+    settings = config.load(pasted, given, environ={})
     assert Vocabulary(settings.vocabulary.body_parts).body_part("Schaedel nativ") == "HEAD"
     closed = remap.unmapped(spark, settings)
     assert (closed.body_parts, closed.images) == ([], gaps.images)
@@ -264,7 +276,7 @@ def test_gaps_are_printed_as_settings_that_close_them(
 def test_a_vocabulary_applied_later_equals_one_that_was_there(
     spark: SparkSession, make_settings: MakeSettings, tmp_path: Path
 ) -> None:
-    """Through the archive: what remap marks, the next ingest makes anew, and nothing else."""
+    """Through the archive: the next ingest replaces what remap marks, and nothing else."""
     archive = tmp_path / "archive"
     archive.mkdir()
     values = np.arange(-1024, 0, dtype=np.int16).reshape(32, 32)
@@ -317,5 +329,5 @@ def test_a_row_without_its_tag_gets_what_the_index_would_give_it(spark: SparkSes
     # As Arrow hands them over: 32-bit numbers, read as Python's.
     narrow = [row[0] for row in spark.createDataFrame([(p,) for p in probabilities], "p float").collect()]
     wanted = index_embed.body_parts([UNKNOWN] * len(rows), labels, narrow, minimum)
-    moved = remap.moves(spark.createDataFrame(rows, schema), tags, minimum).orderBy(cols.IMAGE_ID).collect()
+    moved = term_changes.moves(spark.createDataFrame(rows, schema), tags, minimum).orderBy(cols.IMAGE_ID).collect()
     assert [(row[f"new_{cols.BODY_PART}"], row[f"new_{cols.BODY_PART_SOURCE}"]) for row in moved] == wanted

@@ -23,11 +23,10 @@ from cbmir_spark.models import registry
 from cbmir_spark.training import job as training_job
 from cbmir_spark.training.job import TrainingReport
 from tests.support import mlflow_server
+from tests.support.cluster import DRIVER_OPTIONS, environment
 from tests.support.models import open_index, registry_of
 from tests.support.tiny_lake import Drawn, publish
 from tests.support.training import images, settings_for
-from tests.system.test_cluster import environment
-from tests.system.test_kills import DRIVER_OPTIONS
 
 
 @pytest.fixture(scope="module")

@@ -22,11 +22,10 @@ from cbmir_spark.errors import TrainingError
 from cbmir_spark.models.artifact import WEIGHTS_FILE
 from cbmir_spark.spark import failures, session
 from tests.conftest import Cbmir
+from tests.support.cluster import DRIVER_OPTIONS, environment
 from tests.support.models import save_model
 from tests.support.processes import below
 from tests.support.tiny_lake import Drawn, publish
-from tests.system.test_cluster import environment
-from tests.system.test_kills import DRIVER_OPTIONS
 
 Batches = Iterable[pa.RecordBatch]
 # The JVM says so of itself at its start, before Spark is there.

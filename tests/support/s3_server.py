@@ -15,6 +15,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from pyspark.sql import SparkSession
 
 from tests.support.tools import require_tool
 
@@ -135,3 +138,11 @@ def _wait_until_it_listens(process: subprocess.Popen[bytes], port: int, log: Pat
         except OSError:
             assert process.poll() is None and time.monotonic() < deadline, log.read_text(errors="replace")
             time.sleep(0.05)
+
+
+def reach(spark: SparkSession, bucket: str, endpoint: str) -> None:
+    """Tell the suite's session, which started before the server, where one bucket is."""
+    jvm: Any = spark.sparkContext._jsc
+    hadoop = jvm.hadoopConfiguration()
+    for key, value in {"endpoint": endpoint, "connection.ssl.enabled": "false"}.items():
+        hadoop.set(f"fs.s3a.bucket.{bucket}.{key}", value)

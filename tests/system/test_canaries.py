@@ -1,4 +1,4 @@
-"""Nothing that tells of a person leaves the vault: the whole chain, over an archive full of canaries."""
+"""Nothing that identifies a person leaves the vault: the whole chain, over an archive full of canaries."""
 
 import base64
 import gzip
@@ -72,7 +72,7 @@ def chain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         "spark": {
             "master": "local[2]",
             "driver_memory": "2g",
-            # What Spark says of itself when somebody looks for a fault.
+            # As verbose as when somebody looks for a fault.
             "log_level": "INFO",
             "conf": {
                 "spark.eventLog.enabled": "true",
@@ -128,7 +128,7 @@ def test_no_canary_leaves_the_vault(chain: Chain) -> None:
     assert list((chain.open / "lake").rglob("mlflow.db")) or list((chain.open / "lake").rglob("*.db"))
 
 
-def test_the_vault_has_what_the_lake_has_not(chain: Chain) -> None:
+def test_the_vault_holds_what_the_lake_must_not(chain: Chain) -> None:
     """So the canaries were read, and the scanner sees them in tables."""
     scanner = Scanner(chain.tokens)
     seen = {
@@ -148,11 +148,11 @@ def test_every_attribute_has_a_canary(tmp_path: Path) -> None:
     tokens = canaries.fill(tmp_path, 24)
     tags = canaries.attributes()
     assert len(tags) > 4700 and tokens.count > 10_000
-    held: set[int] = set()
+    found: set[int] = set()
     for path in {*tmp_path.glob("*/*W.dcm"), *tmp_path.glob("*/*%20.dcm")}:
-        held |= {int(element.tag) for element in pydicom.dcmread(path)}
-    small = {"AT", "NONE"}  # two bytes of a tag, delimiters: no room for a value of its own
-    missing = [keyword_for_tag(tag) for tag in set(tags) - held if dictionary_VR(tag) not in small]
+        found |= {int(element.tag) for element in pydicom.dcmread(path)}
+    small = {"AT", "NONE"}  # two bytes of a tag, delimiters: no room for a value
+    missing = [keyword_for_tag(tag) for tag in set(tags) - found if dictionary_VR(tag) not in small]
     assert not missing, missing
     # What the profile removes and TAGS keeps in part: sex, and years of age.
     assert {"PatientSex", "PatientAge"} <= set(KEPT)

@@ -8,23 +8,19 @@ import csv
 import hashlib
 import importlib
 import json
-import os
-import re
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pydicom
-import pyspark
 import pytest
 import yaml
 from deltalake import DeltaTable
@@ -33,19 +29,13 @@ from pyspark.sql import SparkSession
 from cbmir_spark import config
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.synthetic import archive as synthetic_archive
+from tests.support.cluster import SPARK_HOME, Cluster, environment
 from tests.support.search_job import searched
 
 pytestmark = pytest.mark.timeout(600)
 
 REPO = Path(__file__).resolve().parents[2]
-SPARK_HOME = Path(pyspark.__file__).parent
-START_SECONDS = 60
 JOB_SECONDS = 240
-
-
-class Cluster(NamedTuple):
-    master: str
-    events: Path
 
 
 @dataclass(frozen=True)
@@ -63,68 +53,6 @@ class Site:
     @property
     def on_local(self) -> Path:
         return self.folder / "local-lake"
-
-
-def environment(**more: str) -> dict[str, str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("CBMIR_", "SPARK_", "PYSPARK_"))}
-    return {
-        **clean,
-        "SPARK_HOME": str(SPARK_HOME),
-        "SPARK_LOCAL_IP": "127.0.0.1",
-        "PYSPARK_PYTHON": sys.executable,
-        "PYSPARK_DRIVER_PYTHON": sys.executable,
-        # These JVMs live for seconds: the optimising compiler would take more time than it could give back.
-        "JAVA_TOOL_OPTIONS": "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=240m -XX:+UseSerialGC",
-        **more,
-    }
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    folder = tmp_path_factory.mktemp("cluster")
-    events = folder / "events"
-    events.mkdir()
-    started: list[subprocess.Popen[bytes]] = []
-
-    def start(name: str, ready: str, *arguments: str) -> re.Match[str]:
-        log = folder / f"{name}.log"
-        with log.open("wb") as out:
-            started.append(
-                subprocess.Popen(
-                    [SPARK_HOME / "bin" / "spark-class", *arguments],
-                    stdout=out,
-                    stderr=subprocess.STDOUT,
-                    env=environment(SPARK_DAEMON_MEMORY="512m", SPARK_LOCAL_DIRS=str(folder / "local")),
-                )
-            )
-        until = time.monotonic() + START_SECONDS
-        while time.monotonic() < until and started[-1].poll() is None:
-            if found := re.search(ready, log.read_text(errors="replace")):
-                return found
-            time.sleep(0.2)
-        raise AssertionError(f"the {name} did not start:\n{log.read_text(errors='replace')[-3000:]}")
-
-    common = ("--host", "127.0.0.1", "--port", "0", "--webui-port", "0")
-    try:
-        master = start(
-            "master", r"Starting Spark master at (spark://127\.0\.0\.1:\d+)",
-            "org.apache.spark.deploy.master.Master", *common,
-        )[1]  # fmt: skip
-        start(
-            "worker", r"Successfully registered with master",
-            "org.apache.spark.deploy.worker.Worker", *common,
-            "--cores", "2", "--memory", "3g", "--work-dir", str(folder / "work"), master,
-        )  # fmt: skip
-        yield Cluster(master, events)
-    finally:
-        for process in reversed(started):
-            process.terminate()
-        for process in reversed(started):
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The whole ingest over a real S3 server, which answers well, badly, late or not at all: the tables stay the same."""
+"""The whole ingest over a real S3 server, which answers well, badly, late or not at all: the tables are the same."""
 
 import hashlib
 import os
@@ -6,7 +6,6 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from pydicom.data import get_testdata_file
@@ -19,7 +18,8 @@ from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, publication, schemas
 from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.storage import ObjectStore
-from tests.ingest.test_ingest import NIGHT, _sample
+from tests.support import s3_server
+from tests.support.archives import NIGHT, sample
 from tests.support.fault_proxy import Answer, Before, DropReply, FaultProxy, Request, Reset, Rule, each, listings, share
 from tests.support.s3_server import S3Server
 
@@ -53,21 +53,13 @@ class World:
         """Settings of a lake, `s3a:` or local, in which everything goes to the server or to a proxy before it."""
         endpoint = proxy.endpoint if proxy else self.server.endpoint
         if lake.startswith("s3a://"):
-            _reach(self.spark, lake.split("/")[2], endpoint)
+            s3_server.reach(self.spark, lake.split("/")[2], endpoint)
         return _settings(self.key_file, f"lake.uri={lake}", f"storage.endpoint={endpoint}", *overrides)
 
 
 def _settings(key_file: Path, *overrides: str) -> config.Settings:
     # Small tasks, so that there is more than one of them.
     return config.load(overrides=["ingest.files_per_task=16", f"privacy.key_file={key_file}", *overrides], environ={})
-
-
-def _reach(spark: SparkSession, bucket: str, endpoint: str) -> None:
-    """Tell the suite's session, which started before the server, where one bucket is."""
-    jvm: Any = spark.sparkContext._jsc
-    hadoop = jvm.hadoopConfiguration()
-    for key, value in {"endpoint": endpoint, "connection.ssl.enabled": "false"}.items():
-        hadoop.set(f"fs.s3a.bucket.{bucket}.{key}", value)
 
 
 def _fill(folder: Path, files: int) -> int:
@@ -80,10 +72,10 @@ def _fill(folder: Path, files: int) -> int:
         target.parent.mkdir(parents=True)
         shutil.copyfile(source, target)
         os.utime(target, (NIGHT.timestamp() + number,) * 2)
-    _sample(folder, "ct/one.dcm", hour=1)
+    sample(folder, "ct/one.dcm", hour=1)
     shutil.copy2(folder / "ct/one.dcm", folder / "ct/one again.dcm")
-    _sample(folder, "ct/two.dcm", hour=1, SOPInstanceUID="1.2.3.2", PatientSex="F")
-    _sample(folder, "ct/two corrected.dcm", hour=2, SOPInstanceUID="1.2.3.2", PatientSex="M")
+    sample(folder, "ct/two.dcm", hour=1, SOPInstanceUID="1.2.3.2", PatientSex="F")
+    sample(folder, "ct/two corrected.dcm", hour=2, SOPInstanceUID="1.2.3.2", PatientSex="M")
     (folder / ".hidden").write_text("not DICOM at all")
     (folder / "empty.dcm").touch()
     for path in folder.rglob("*"):
@@ -189,7 +181,7 @@ def test_refused_requests_and_lost_replies_change_nothing(
         unanswered = [request.path for request, fault in faults if isinstance(fault, DropReply)]
         assert len(unanswered) == len(set(unanswered))
         commits = _commits(settings)
-        # RUNS has commits of its own.
+        # RUNS has other commits.
         of_tables = [path for path in unanswered if "/runs/" not in path]
         assert sum(len(found) for found in commits.values()) == len(of_tables) < len(unanswered)
         assert commits == _commits(undisturbed)
@@ -197,7 +189,7 @@ def test_refused_requests_and_lost_replies_change_nothing(
 
 @dataclass(frozen=True)
 class Moving:
-    """A local lake after a night in which objects of its archive were replaced and deleted under its hands."""
+    """A local lake after a night in which objects of its archive were replaced and deleted meanwhile."""
 
     archive: str
     lake: str
@@ -215,7 +207,7 @@ def moving(spark: SparkSession, world: World, tmp_path_factory: pytest.TempPathF
     shutil.copytree(world.folder, archive)
     uri = "s3a://moving/archive"
     files = world.settings(str(folder / "lake")).storage
-    content = _sample(folder, "x.dcm", source="MR_small.dcm", SOPInstanceUID="1.2.3.9").read_bytes()
+    content = sample(folder, "x.dcm", source="MR_small.dcm", SOPInstanceUID="1.2.3.9").read_bytes()
     replaced, deleted = ("ct/one.dcm", "empty.dcm"), ("ct/two.dcm", ".hidden")
 
     def replace(name: str) -> Rule:
@@ -236,7 +228,7 @@ def moving(spark: SparkSession, world: World, tmp_path_factory: pytest.TempPathF
 
 
 def test_objects_replaced_or_deleted_while_the_job_runs(spark: SparkSession, world: World, moving: Moving) -> None:
-    """Each row says what was read; what was gone is counted; the next night finds nothing else to do."""
+    """Each row describes the bytes read, vanished objects are counted, and the next night finds nothing else to do."""
     assert moving.report.listed == world.objects
     assert moving.report.outcomes[cols.VANISHED] == len(moving.deleted)
     found = _rows(spark, moving.settings, schemas.SOURCES).collect()

@@ -21,13 +21,12 @@ from cbmir_spark.models import registry
 from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training import job as training_job
 from cbmir_spark.training.job import TrainingReport
+from tests.support import s3_server
+from tests.support.cluster import DRIVER_OPTIONS, environment
 from tests.support.models import registry_of
 from tests.support.s3_server import S3Server
 from tests.support.tiny_lake import publish
 from tests.support.training import images
-from tests.system.test_cluster import environment
-from tests.system.test_kills import DRIVER_OPTIONS
-from tests.system.test_s3 import _reach
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -61,7 +60,7 @@ def in_a_bucket(
 ) -> Settings:
     """The tables of the same lake as objects, and MLflow's database elsewhere: there is no server of MLflow's here."""
     s3.bucket("training")
-    _reach(spark, "training", s3.endpoint)
+    s3_server.reach(spark, "training", s3.endpoint)
     place = ["lake.uri=s3a://training/lake", f"storage.endpoint={s3.endpoint}"]
     place += [f"mlflow.tracking_uri=sqlite:///{tmp_path / 'mlflow.db'}"]
     settings = config.load(overrides=[*overrides, *place], environ={})

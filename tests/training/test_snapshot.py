@@ -24,7 +24,7 @@ from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training import snapshot as snapshots
 from cbmir_spark.training.loader import Loader
 from cbmir_spark.training.manifest import TEST, TRAIN, Snapshot
-from tests.ingest.test_ingest import NIGHT
+from tests.support.archives import at
 from tests.support.tiny_lake import Drawn, draw, pseudonym, publish
 
 LOCAL = StorageSettings(endpoint=None, region="us-east-1", path_style=True, attempts=8)
@@ -182,7 +182,7 @@ def write_slice(archive: Path, number: int, part: str, turned: int = 0, hour: in
     path = archive / part / f"{number}.dcm"
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save_as(path)
-    os.utime(path, (NIGHT.timestamp() + 3600 * hour,) * 2)
+    os.utime(path, (at(hour).timestamp(),) * 2)
     return path
 
 
