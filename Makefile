@@ -37,10 +37,11 @@ bench-retrieval: $(READY) ## retrieval and indexing beside their alternatives, o
 	$(BIN)/python -m tests.benchmarks.retrieval --lake $(LAKE) --tags
 	$(BIN)/python -m tests.benchmarks.indexing --lake $(LAKE)
 
-lint: $(READY) ## ruff and mypy alone
+lint: $(READY) ## ruff, mypy and the other hooks of pre-commit, over every file
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	SKIP=ruff,ruff-format,mypy $(BIN)/pre-commit run --all-files
 
 notebook: $(READY) ## run the notebook over the demo's lake
 	$(BIN)/jupytext --quiet --to ipynb --output demo/demo_lake.ipynb notebooks/demo_lake.py
