@@ -77,7 +77,7 @@ def run(spark: SparkSession, settings: Settings) -> Report:
 
 
 def _run(spark: SparkSession, settings: Settings, lake: LakePaths, held: lease.Held) -> Report:
-    record = Record("index")
+    record = Record.begin("index")
     pinned = publication.require_published(spark, lake)
     with record.stage("model"):
         registry = Registry(settings.mlflow, lake.uri, ObjectStore(settings.storage))

@@ -111,7 +111,7 @@ def run(spark: SparkSession, settings: Settings, progress: Progress | None = Non
     Raises InputError for an archive that is not there, EnvironmentProblem where storage fails, TableError for a lake
     made with another key, other pixel settings or another vocabulary, Busy while another job writes to the lake.
     """
-    record = Record("ingest")
+    record = Record.begin("ingest")
     archive = _archive(settings)
     lake = LakePaths.of(settings.lake)
     if storage.is_below(lake.uri, archive) or lake.uri == archive:

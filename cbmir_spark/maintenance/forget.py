@@ -154,7 +154,7 @@ def _run(
     now: bool,
     purge: bool,
 ) -> Report:
-    record = Record("forget")
+    record = Record.begin("forget")
     names = pseudonyms.load(settings.privacy, lake.vault_folder)
     asked = owners_of(requests, names)
     pinned = publication.published(spark, lake)

@@ -235,7 +235,7 @@ def run(spark: SparkSession, settings: Settings) -> Report:
 
 
 def _run(spark: SparkSession, settings: Settings, lake: LakePaths, held: Sequence[lease.Held]) -> Report:
-    record = Record("remap")
+    record = Record.begin("remap")
     vocabulary = Vocabulary(settings.vocabulary.body_parts)
     preprocessing = parse.preprocessing_of(settings)
     pinned = publication.require_published(spark, lake)

@@ -80,7 +80,7 @@ def run(
     Everything runs on the driver except the snapshot's writing and, with `training.processes` above 1, the
     training itself. Raises TrainingError, ModelError or ConfigError naming the cause.
     """
-    record = Record("train")
+    record = Record.begin("train")
     lake = LakePaths.of(settings.lake)
     preset = preset_of(settings.training.preset)
     recipe = preset.recipe
