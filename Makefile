@@ -37,10 +37,11 @@ bench-retrieval: $(READY) ## retrieval and indexing beside their alternatives, o
 	$(BIN)/python -m tests.benchmarks.retrieval --lake $(LAKE) --tags
 	$(BIN)/python -m tests.benchmarks.indexing --lake $(LAKE)
 
-lint: $(READY) ## ruff and mypy alone
+lint: $(READY) ## ruff, mypy and the other hooks of pre-commit, over every file
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	SKIP=ruff,ruff-format,mypy $(BIN)/pre-commit run --all-files
 
 settings: $(READY) ## renew conf/base.yaml with the descriptions that stand in the code
 	$(BIN)/python -m cbmir_spark.config.annotate

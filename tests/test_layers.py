@@ -14,7 +14,7 @@ ROOT = Path(cbmir_spark.__file__).parent
 
 # From the ground up; packages of one layer do not import each other.
 LAYERS = (
-    {"errors"},
+    {"errors", "log"},
     {"config"},
     {"dicom"},
     {"storage", "spark"},

@@ -95,7 +95,7 @@ def run(spark: SparkSession, settings: Settings) -> Report:
     Raises ModelError where the model's training snapshot is not in this lake, InputError where none of its test
     images is in the index.
     """
-    record = Record("evaluate")
+    record = Record.begin("evaluate")
     lake = open_lake(spark, settings)
     index = open_index(lake, Registry(settings.mlflow, lake.paths.uri, lake.store), settings.retrieval.model)
     kind = index.manifest.label

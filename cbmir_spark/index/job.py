@@ -89,7 +89,7 @@ def run(spark: SparkSession, settings: Settings) -> Report:
 
 
 def _run(lake: OpenLake, settings: Settings) -> Report:
-    record = Record("index")
+    record = Record.begin("index")
     pinned = lake.versions
     with record.stage("model"):
         registry = Registry(settings.mlflow, lake.paths.uri, lake.store)

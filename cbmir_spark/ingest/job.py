@@ -69,7 +69,7 @@ def run(spark: SparkSession, settings: Settings, progress: Progress | None = Non
     Raises InputError for an archive that does not exist, EnvironmentProblem where storage fails, TableError for a lake
     made with another key, other pixel settings or another vocabulary, Busy while another job writes to the lake.
     """
-    record = Record("ingest")
+    record = Record.begin("ingest")
     paths, store = locate(settings)
     archive = _check_archive(settings.ingest, paths, store)
     preprocessing = preprocessing_of(settings)

@@ -1,5 +1,6 @@
 """What a job did: seconds by stage while it runs, one RUNS row at its end. Runs on the driver."""
 
+import logging
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -8,10 +9,12 @@ from datetime import UTC, datetime
 
 from pyspark.sql import SparkSession
 
-from cbmir_spark import __version__
+from cbmir_spark import __version__, log
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, schemas
 from cbmir_spark.lake.paths import LakePaths
+
+logger = logging.getLogger(__name__)
 
 
 class Stages:
@@ -22,12 +25,19 @@ class Stages:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the wall-clock seconds of the block to those of the stage."""
+        """Add the wall-clock seconds of the block to those of the stage, and log where it begins and ends."""
         began = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+        with log.scope(stage=name):
+            logger.info("stage started")
+            try:
+                yield
+            except BaseException as error:
+                logger.info("stage failed", extra={"error": type(error).__name__})
+                raise
+            else:
+                logger.info("stage ended", extra={"seconds": round(time.monotonic() - began, 3)})
+            finally:
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
 
 
 class Record(Stages):
@@ -39,6 +49,14 @@ class Record(Stages):
         self.run_id = uuid.uuid4().hex
         self.started = datetime.now(UTC)
 
+    @classmethod
+    def begin(cls, job: str) -> "Record":
+        """Record a run from now on. What this thread logs carries its id, until the run or `log.scope` ends."""
+        record = cls(job)
+        log.bind(run_id=record.run_id, job=job)
+        logger.info("run started")
+        return record
+
     def write(
         self,
         spark: SparkSession,
@@ -49,11 +67,12 @@ class Record(Stages):
         versions_written: Mapping[str, int] | None = None,
     ) -> None:
         """Append the RUNS row of a run that is done."""
+        ended = datetime.now(UTC)
         values = {
             cols.RUN_ID: self.run_id,
             cols.JOB: self.job,
             "started": self.started,
-            "ended": datetime.now(UTC),
+            "ended": ended,
             cols.OUTCOME: "done",
             "counts": dict(counts),
             "seconds": dict(self.seconds),
@@ -65,3 +84,6 @@ class Record(Stages):
         delta.ensure(spark, schemas.RUNS, path)
         row = tuple(values[field.name] for field in schemas.RUNS.schema)
         delta.append(spark.createDataFrame([row], schemas.RUNS.schema), schemas.RUNS, path)
+        seconds = round((ended - self.started).total_seconds(), 3)
+        logger.info("run ended", extra={"counts": dict(counts), "seconds": seconds})
+        log.bind(run_id=None, job=None)

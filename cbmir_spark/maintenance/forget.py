@@ -121,7 +121,7 @@ def run(
         raise InputError("nothing to forget: give --patient, --study, --series, --image, --pseudonym or --list")
     may_be_new = pseudonyms.is_configured(settings.privacy)
     with open_for_writing(spark, settings, lease.TABLES, lease.INDEX, may_be_new=may_be_new) as lake:
-        record = Record("forget")
+        record = Record.begin("forget")
         asked = owners_of(requests, lake.names)
         with record.stage("tombstones"):
             new = _add_tombstones(lake, asked)

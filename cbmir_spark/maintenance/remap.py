@@ -85,7 +85,7 @@ def run(spark: SparkSession, settings: Settings) -> Report:
 
 
 def _run(lake: OpenLake, vocabulary: Vocabulary, preprocessing: Preprocessing, settings: IndexSettings) -> Report:
-    record = Record("remap")
+    record = Record.begin("remap")
     spark, paths, pinned = lake.spark, lake.paths, lake.versions
     if pinned.preprocessing != preprocessing.version:
         raise TableError(

@@ -66,7 +66,7 @@ def run(spark: SparkSession, settings: Settings, queries: QueryList | None = Non
     Raises InputError for a list that cannot be used or a folder that is not empty, ModelError and TableError as
     `open_index` does; all before anything is written.
     """
-    record = Record("retrieve")
+    record = Record.begin("retrieve")
     options = settings.retrieval
     if queries is None and options.queries is None:
         raise InputError("no query list: give --queries FILE, a CSV or Parquet file")

@@ -125,7 +125,7 @@ def _check_one_lake(variants: Sequence[Settings], name: str) -> None:
 
 
 def _train(lake: OpenLake, registry: Registry, sections: Sections, on_epoch: Callable[[Epoch], None]) -> TrainingReport:
-    record = Record("train")
+    record = Record.begin("train")
     # Both are checked before anything is written.
     preset, tracking = preset_of(sections.training.preset), registry.tracking
     published = lake.versions

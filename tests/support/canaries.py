@@ -22,7 +22,7 @@ from urllib.parse import quote
 import numpy as np
 import pydicom
 from pydicom import uid
-from pydicom.datadict import DicomDictionary, dictionary_VR, tag_for_keyword
+from pydicom.datadict import DicomDictionary, dictionary_VR, tag_for_keyword  # type: ignore[attr-defined]
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
 
@@ -197,7 +197,7 @@ def _image(tokens: Tokens, number: int, character_set: str) -> Dataset:
         uid.ExplicitVRBigEndian,
     )[number % 4]
     ds.file_meta.SourceApplicationEntityTitle = tokens.text()
-    ds.file_meta.PrivateInformationCreatorUID = tokens.uid()
+    ds.file_meta.PrivateInformationCreatorUID = uid.UID(tokens.uid())
     ds.file_meta.PrivateInformation = (tokens.text() + tokens.text()).encode()
     ct = number % 2 == 0
     ds.SpecificCharacterSet = ["", character_set] if character_set.startswith("ISO 2022") else character_set

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence as Items
+from pydicom.uid import UID
 
 from cbmir_spark.dicom import preflight
 from cbmir_spark.dicom.read import NotAnImage, Reason, Rejected, read_instance
@@ -223,7 +224,7 @@ def _palette_bomb() -> bytes:
 
 def _deflated(body: bytes) -> bytes:
     ds = header(made(TINY))
-    ds.file_meta.TransferSyntaxUID = preflight.DEFLATED
+    ds.file_meta.TransferSyntaxUID = UID(preflight.DEFLATED)
     content = written(ds)
     start = 132 + 12 + header(content).file_meta.FileMetaInformationGroupLength
     return content[:start] + body
@@ -253,7 +254,7 @@ def _many_elements(count: int) -> bytes:
 def _many_fragments(count: int) -> bytes:
     ds = pydicom.dcmread(io.BytesIO(real("MR_small_RLE.dcm")))
     ds.PixelData = ds.PixelData + struct.pack("<HHL", 0xFFFE, 0xE000, 0) * count
-    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = f"1.2.3.{count}"
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = UID(f"1.2.3.{count}")
     return written(ds)
 
 
@@ -424,6 +425,4 @@ def deaths() -> dict[str, Trap]:
         "memory": [Reason.UNDECODABLE, Reason.TOO_LARGE, Reason.TIMEOUT],
         "noise": [Reason.UNDECODABLE],
     }
-    return {
-        f"codec: {fault}": _rejected(lambda fault=fault: faulty(fault), *reasons) for fault, reasons in ways.items()
-    }
+    return {f"codec: {fault}": _rejected(partial(faulty, fault), *reasons) for fault, reasons in ways.items()}

@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,7 +46,11 @@ def main() -> None:
         Record.stage = armed(spec)  # type: ignore[method-assign]
     settings = config.load(overrides=spec["overrides"], environ={})
     spark = session.build(settings, "ingest")
-    ingest_job.run(spark, settings, lambda done, total, figures: sys.stderr.write(f"{done} of {total}\n"))
+
+    def progress(done: int, total: int, figures: Mapping[str, float]) -> None:
+        sys.stderr.write(f"{done} of {total}\n")
+
+    ingest_job.run(spark, settings, progress)
     spark.stop()
 
 

@@ -52,7 +52,8 @@ def draw(image: Drawn, frame: int) -> NDArray[np.uint8]:
     stripes = 90.0 * np.sin((rows * np.cos(angle) + columns * np.sin(angle)) / width) + 128.0
     own = int.from_bytes(hashlib.sha256(f"{image.name}:{frame}".encode()).digest()[:4], "big")
     noise = np.random.default_rng(own).normal(0.0, 12.0, stripes.shape)
-    return np.clip(stripes + noise, 0, 255).astype(np.uint8)
+    drawn: NDArray[np.uint8] = np.clip(stripes + noise, 0, 255).astype(np.uint8)
+    return drawn
 
 
 def identifiers(image: Drawn) -> dict[str, str]:

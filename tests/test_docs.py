@@ -1,0 +1,86 @@
+"""What is written for those who change the code agrees with the code."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import REPO
+
+HOOKS = REPO / ".pre-commit-config.yaml"
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """A copy of the package and its documents, to plant faults in."""
+    for name in ("cbmir_spark", "docs"):
+        shutil.copytree(REPO / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def draw(repo: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPO / "docs" / "draw_packages.py"), str(repo)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_picture_of_the_packages_is_that_of_the_imports(copied: Path) -> None:
+    done = draw(copied)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_import_that_the_picture_lacks_is_found_and_drawn(copied: Path) -> None:
+    page = copied / "docs" / "architecture.md"
+    assert "  errors\n" in page.read_text() and "storage --> dicom" not in page.read_text()
+    planted = copied / "cbmir_spark" / "storage" / "planted.py"
+    planted.write_text("def late() -> None:\n    from cbmir_spark.dicom import tags\n")
+    assert draw(copied).returncode == 1
+    assert "  storage --> dicom\n" in page.read_text()
+    assert draw(copied).returncode == 0
+    planted.unlink()
+    assert draw(copied).returncode == 1
+    assert page.read_text() == (REPO / "docs" / "architecture.md").read_text()
+
+
+def test_a_page_without_the_markers_is_named(copied: Path) -> None:
+    page = copied / "docs" / "architecture.md"
+    page.write_text("# Architecture\n")
+    done = draw(copied)
+    assert done.returncode == 1 and "architecture.md lacks the lines" in done.stderr
+    assert page.read_text() == "# Architecture\n"
+
+
+def test_hooks_need_no_network_and_each_has_its_reason() -> None:
+    lines = HOOKS.read_text().splitlines()
+    config = yaml.safe_load(HOOKS.read_text())
+    assert {repo["repo"] for repo in config["repos"]} == {"local"}
+    hooks = [hook for repo in config["repos"] for hook in repo["hooks"]]
+    assert {hook["language"] for hook in hooks} <= {"system", "pygrep", "fail"}
+    for hook in hooks:
+        (line,) = (number for number, text in enumerate(lines) if text.strip() == f"- id: {hook['id']}")
+        assert lines[line - 1].strip().startswith("# "), f"{hook['id']} has no reason beside it"
+
+
+@pytest.mark.parametrize(
+    ("hook", "text", "found"),
+    [
+        ("no-secrets", "AKIA" + "ABCDEFGHIJKLMNOP", True),
+        ("no-secrets", "-----BEGIN RSA " + "PRIVATE KEY-----", True),
+        ("no-secrets", "AWS_ACCESS_KEY_ID=test", False),
+        ("no-local-paths", "/home/" + "someone/lake", True),
+        ("no-local-paths", "WORKDIR /home/cbmir", False),
+        ("no-local-paths", "pip install --extra-" + "index-url x", True),
+        ("no-conflict-markers", "<<<<<<" + "< HEAD", True),
+        ("no-trailing-blanks", "text \n", True),
+        ("no-trailing-blanks", "text\n", False),
+        ("no-dicom", "a/IM1.DCM", True),
+        ("no-dicom", "dicom/read.py", False),
+    ],
+)
+def test_a_hook_finds_what_it_is_for(hook: str, text: str, found: bool) -> None:
+    (config,) = (h for repo in yaml.safe_load(HOOKS.read_text())["repos"] for h in repo["hooks"] if h["id"] == hook)
+    pattern = config["files"] if config["language"] == "fail" else config["entry"]
+    assert bool(re.search(pattern, text, re.MULTILINE)) is found
