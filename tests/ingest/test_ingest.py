@@ -23,7 +23,7 @@ from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, publication, schemas
 from cbmir_spark.lake.lake import Lake
 from tests.conftest import MakeSettings
-from tests.dicom.test_read import predicted
+from tests.support.dicom_index import predicted
 
 NIGHT = datetime(2026, 1, 1, tzinfo=UTC)
 

@@ -26,8 +26,8 @@ from cbmir_spark.lake import delta, publication, schemas
 from cbmir_spark.lake.lake import Lake
 from cbmir_spark.maintenance import remap
 from tests.conftest import MakeSettings
-from tests.dicom.test_read import made
 from tests.index.test_index import save_model
+from tests.support.dicom_files import made
 from tests.support.tiny_lake import KEY_ID, Drawn, pseudonym, publish
 
 # Raw values, the window that was used, and the batch: what a lake keeps of its archive.
