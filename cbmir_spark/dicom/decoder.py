@@ -81,6 +81,11 @@ class Decoder:
     ) -> None:
         self.close()
 
+    @property
+    def pid(self) -> int | None:
+        """The child's process id; None before the first `read` and after `close`."""
+        return self._child.pid if self._child is not None else None
+
     def close(self) -> None:
         """End the child; the next `read` starts another."""
         if self._child is not None:
@@ -171,6 +176,10 @@ class _Child:
             self._wait_until_ready()
         self.files += 1
         return self._exchange(content, time.monotonic() + seconds)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def end(self) -> None:
         self._process.kill()

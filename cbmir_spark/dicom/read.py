@@ -4,10 +4,7 @@
 carries a tag value outside the fields of `Tags`. Runs per task, inside the process of decoder.py.
 """
 
-import logging
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -22,6 +19,7 @@ from cbmir_spark.dicom.codecs import Stored
 from cbmir_spark.dicom.elements import Array, Floats
 from cbmir_spark.dicom.preflight import PIXEL_DATA_TAGS, SOP_CLASS, Layout, NotAnImage, Reason, Rejected, examine
 from cbmir_spark.dicom.preprocessing import Preprocessing
+from cbmir_spark.dicom.quiet import quiet
 from cbmir_spark.dicom.sop_classes import DICOMDIR, ENHANCED, NOT_IMAGES, NOT_STORAGE, SPECTROSCOPY, STORAGE
 from cbmir_spark.dicom.tags import Tags, read_tags
 from cbmir_spark.dicom.vocabulary import Vocabulary
@@ -38,9 +36,6 @@ __all__ = [
     "picture",
     "read_instance",
 ]
-
-# pydicom's log quotes the values it complains about; nobody's handler may see them.
-logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,7 @@ def read_instance(content: bytes | bytearray, preprocessing: Preprocessing, voca
     Raises NotAnImage or Rejected with their reason. Whatever else it raises is an error of ours, but for
     MemoryError; decoder.py turns both into a rejection of this one file.
     """
-    with _quiet():
+    with quiet():
         ds, layout, sop_class = _open(content)
         _check_class(sop_class)
         stored = _stored(ds, layout, sop_class)
@@ -78,12 +73,12 @@ def read_instance(content: bytes | bytearray, preprocessing: Preprocessing, voca
 
 def decode_frames(content: bytes | bytearray) -> Iterator[Array]:
     """Gray stored values (rows, columns) of every frame of anything with pixel data, whatever its class or UID."""
-    with _quiet():
+    with quiet():
         ds, layout, sop_class = _open(content)
         stored = _stored(ds, layout, sop_class)
         decoded = codecs.decode(ds, layout, stored, range(stored.frames))
     while True:
-        with _quiet():
+        with quiet():
             try:
                 _, array, photometric = next(decoded)
             except StopIteration:
@@ -98,7 +93,7 @@ def picture(content: bytes | bytearray, frame: int) -> NDArray[np.uint8]:
     Ultrasound is cropped to its regions here too: text burned in around them names patients.
     Raises NotAnImage or Rejected; IndexError where the object has no such frame.
     """
-    with _quiet():
+    with quiet():
         ds, layout, sop_class = _open(content)
         _check_class(sop_class)
         stored = _stored(ds, layout, sop_class)
@@ -124,14 +119,6 @@ def _full_scale(gray: Array) -> float:
     """The largest value that luma of this depth can have: 8, 16 or 32 bits, whichever holds what is there."""
     top = float(gray.max())
     return next((full for full in (255.0, 65535.0, 4294967295.0) if top <= full), top)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """pydicom warns about most real headers, quoting them."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _open(content: bytes | bytearray) -> tuple[Dataset, Layout, str]:

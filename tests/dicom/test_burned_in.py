@@ -11,7 +11,7 @@ from pydicom.dataset import Dataset
 
 from cbmir_spark.dicom import burned_in
 from cbmir_spark.dicom.vocabulary_tables import UNKNOWN
-from tests.dicom.test_read import CT, SECONDARY_CAPTURE, TINY, item, made, read, written
+from tests.support.dicom_files import CT, SECONDARY_CAPTURE, TINY, item, made, read, written
 
 _STORAGE = "1.2.840.10008.5.1.4.1.1."
 US = _STORAGE + "6.1"

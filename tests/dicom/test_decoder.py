@@ -1,10 +1,8 @@
 """The child process that decodes: it dies in every way it can, and each time one file is lost; no Spark.
 
-The faults are a real pydicom plugin for RLE, which only the child loads (by `sitecustomize` on its path): a file
-whose pixel data says `FAULT:hang` makes the codec hang, in the very place where a native codec would.
+The faults come from a real pydicom plugin for RLE, which only the child loads: tests/support/codec_plugin.py.
 """
 
-import io
 import os
 import random
 import resource
@@ -18,76 +16,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pydicom
 import pytest
-from pydicom.encaps import encapsulate
 
 from cbmir_spark.dicom import decoder as dicom_decoder
 from cbmir_spark.dicom.decoder import Decoder
 from cbmir_spark.dicom.read import NotAnImage, Reason, Rejected, read_instance
 from cbmir_spark.errors import EnvironmentProblem
-from tests.dicom.test_read import ENHANCED_CT, PREPROCESSING, SEEDS, VOCABULARY, deflate_bomb, made, real
+from tests.support import codec_plugin
+from tests.support.bombs import deflate_bomb
+from tests.support.codec_plugin import faulty
+from tests.support.dicom_files import ENHANCED_CT, PREPROCESSING, SAMPLES, VOCABULARY, made, real
 
 MEMORY_MB = 1024
-PLUGIN = """
-    import os, signal, sys, time
-
-    DECODER_DEPENDENCIES = {"1.2.840.10008.1.2.5": ("numpy",)}
-
-    def is_available(uid):
-        return True
-
-    class PanicException(BaseException):
-        pass
-
-    def decode(src, runner):
-        fault = bytes(src).split(b"FAULT:")[-1].split(b"!")[0].decode()
-        if fault == "segfault":
-            os.kill(os.getpid(), signal.SIGSEGV)
-        if fault == "abort":
-            os.abort()
-        if fault == "hang":
-            while True:
-                pass
-        if fault == "stop":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        if fault == "exit":
-            os._exit(0)
-        if fault == "sys.exit":
-            sys.exit(0)
-        if fault == "panic":
-            raise PanicException("panicked")
-        if fault == "interrupt":
-            raise KeyboardInterrupt
-        if fault == "memory":
-            hoard = []
-            while True:
-                hoard.append(bytearray(2**24))
-        if fault == "noise":
-            os.write(1, b"\\xff" * 100_000)
-            os.write(2, b"\\xff" * 100_000)
-        raise ValueError("no such fault")
-"""
-SITE = """
-    from pydicom.pixels.decoders.base import RLELosslessDecoder
-
-    RLELosslessDecoder.add_plugin("faulty", ("faulty_codec", "decode"))
-"""
-
-
-def faulty(fault: str) -> bytes:
-    ds = pydicom.dcmread(io.BytesIO(real("MR_small_RLE.dcm")))
-    ds.PixelData = encapsulate([f"FAULT:{fault}!".encode().ljust(128, b"\0")])
-    buffer = io.BytesIO()
-    pydicom.dcmwrite(buffer, ds)
-    return buffer.getvalue()
 
 
 @pytest.fixture
 def codecs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The faulty codec on the path of the children that this process starts."""
-    (tmp_path / "faulty_codec.py").write_text(textwrap.dedent(PLUGIN))
-    (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(SITE))
+    codec_plugin.install(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
 
 
@@ -98,8 +44,8 @@ def decoder() -> Iterator[Decoder]:
 
 
 def pid_of(decoder: Decoder) -> int:
-    assert decoder._child is not None
-    return decoder._child._process.pid
+    assert decoder.pid is not None
+    return decoder.pid
 
 
 def alive(pid: int) -> bool:
@@ -252,10 +198,10 @@ def test_the_child_ends_with_its_parent() -> None:
     script = """
         import os
         from cbmir_spark.dicom.decoder import Decoder
-        from tests.dicom.test_read import PREPROCESSING, VOCABULARY, real
+        from tests.support.dicom_files import PREPROCESSING, VOCABULARY, real
         decoder = Decoder(PREPROCESSING, VOCABULARY, 1024, 20.0)
         decoder.read(real("CT_small.dcm"))
-        os.write(1, str(decoder._child._process.pid).encode())
+        os.write(1, str(decoder.pid).encode())
         os._exit(9)
     """
     parent = subprocess.run(
@@ -290,14 +236,14 @@ def test_mutants_of_real_files_give_a_picture_or_a_reason() -> None:
     source = random.Random(20)
     outcomes: Counter[str] = Counter()
     with Decoder(PREPROCESSING, VOCABULARY, MEMORY_MB, 20.0) as decoder:
-        for name in SEEDS:
+        for name in SAMPLES:
             for _ in range(15):
                 mutant = bytearray(real(name))
                 for _ in range(source.choice((1, 3, 20))):
                     mutant[source.randrange(132, len(mutant))] ^= 1 << source.randrange(8)
                 if source.random() < 0.3:
                     at, length = source.randrange(132, len(mutant)), source.randrange(1, 200)
-                    mutant[at : at + length] = real(source.choice(SEEDS))[-length:]
+                    mutant[at : at + length] = real(source.choice(SAMPLES))[-length:]
                 try:
                     decoder.read(bytes(mutant))
                     outcomes["read"] += 1

@@ -4,7 +4,6 @@
 """
 
 import os
-import textwrap
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,9 +20,8 @@ from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, schemas
 from cbmir_spark.lake.paths import LakePaths
 from tests.conftest import MakeSettings
-from tests.dicom.test_decoder import PLUGIN, SITE
-from tests.dicom.test_read import PREPROCESSING, VOCABULARY, real
-from tests.support import hostile
+from tests.support import codec_plugin, damaged, traps
+from tests.support.dicom_files import PREPROCESSING, VOCABULARY, real
 
 # pydicom warns about most of these files when they are built; nothing of ours does.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
@@ -125,9 +123,9 @@ def test_every_damaged_file_gets_one_outcome(
         folder = archive / f"{number // 500:03}"
         folder.mkdir(parents=True, exist_ok=True)
         if number < mutants:
-            (folder / f"mutant {number}.dcm").write_bytes(hostile.mutant(number))
+            (folder / f"mutant {number}.dcm").write_bytes(damaged.mutant(number))
         if number < cuts:
-            (folder / f"cut {number}.dcm").write_bytes(hostile.cut(number)[1])
+            (folder / f"cut {number}.dcm").write_bytes(damaged.cut(number)[1])
     settings = make_settings(f"ingest.archive={archive}")
     failed = _failed_tasks(spark)
     with _watched() as most:
@@ -146,8 +144,8 @@ def test_every_damaged_file_gets_one_outcome(
     for number in range(cuts):
         outcome, reason = outcomes[f"{number // 500:03}/cut {number}.dcm"]
         if outcome not in (cols.REJECTED, cols.NOT_AN_IMAGE):
-            whole, left = hostile.cut(number)
-            assert hostile.lost_only_padding(whole, len(left)), f"cut {number} was {outcome} ({reason})"
+            whole, left = damaged.cut(number)
+            assert damaged.lost_only_padding(whole, len(left)), f"cut {number} was {outcome} ({reason})"
     assert 0 < most[0] < MOST_BYTES, f"{most[0] / 2**20:.0f} MiB"
 
 
@@ -157,7 +155,7 @@ def test_a_file_that_lost_more_than_padding_is_never_taken_for_whole(cuts: int) 
     taken = 0
     with Decoder(PREPROCESSING, VOCABULARY, 2048, 20.0) as decoder:
         for number in range(cuts):
-            whole, left = hostile.cut(number)
+            whole, left = damaged.cut(number)
             try:
                 decoder.read(left)
             except Rejected as error:
@@ -165,7 +163,7 @@ def test_a_file_that_lost_more_than_padding_is_never_taken_for_whole(cuts: int) 
             except NotAnImage as error:
                 reasons.add(error.reason)
             else:
-                assert hostile.lost_only_padding(whole, len(left)), f"cut {number}: {len(left)} of {len(whole)} bytes"
+                assert damaged.lost_only_padding(whole, len(left)), f"cut {number}: {len(left)} of {len(whole)} bytes"
                 taken += 1
     assert reasons <= {Reason.TRUNCATED, Reason.NO_PIXELS, Reason.NOT_IMAGE_CLASS}
     assert taken < cuts / 50
@@ -175,9 +173,9 @@ def test_the_oracle_of_cuts_on_cases_worked_by_hand() -> None:
     """CT_small.dcm ends in 32768 bytes of pixels and 138 of Data Set Trailing Padding."""
     content = real("CT_small.dcm")
     assert content[-138:-134] == b"\xfc\xff\xfc\xff"
-    assert hostile.lost_only_padding(content, len(content) - 138)
-    assert not hostile.lost_only_padding(content, len(content) - 139)
-    assert not hostile.lost_only_padding(real("693_J2KI.dcm"), len(real("693_J2KI.dcm")) - 1)
+    assert damaged.lost_only_padding(content, len(content) - 138)
+    assert not damaged.lost_only_padding(content, len(content) - 139)
+    assert not damaged.lost_only_padding(real("693_J2KI.dcm"), len(real("693_J2KI.dcm")) - 1)
 
 
 def test_traps_cost_only_themselves(
@@ -186,8 +184,7 @@ def test_traps_cost_only_themselves(
     """Bombs, lies and deaths of codecs among good files: each has its reason, and every good file is there."""
     codec = tmp_path / "codec"
     codec.mkdir()
-    (codec / "faulty_codec.py").write_text(textwrap.dedent(PLUGIN))
-    (codec / "sitecustomize.py").write_text(textwrap.dedent(SITE))
+    codec_plugin.install(codec)
     # Workers started from here on have the codec on their path, and hand it on to the processes that decode.
     monkeypatch.setitem(
         spark.sparkContext.environment,
@@ -196,7 +193,7 @@ def test_traps_cost_only_themselves(
     )
     archive = tmp_path / "archive"
     archive.mkdir()
-    wanted = hostile.traps() | hostile.deaths()
+    wanted = traps.traps() | traps.deaths()
     assert len(wanted) >= 40
     for name, trap in wanted.items():
         (archive / name).write_bytes(trap.content())

@@ -19,9 +19,9 @@ from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, publication, schemas
 from cbmir_spark.lake.paths import LakePaths
 from tests.conftest import MakeSettings
-from tests.dicom.test_read import predicted
 from tests.support import boundary
 from tests.support.archives import at, sample
+from tests.support.dicom_index import predicted
 
 
 def _fill(folder: Path) -> Path:

@@ -27,7 +27,7 @@ from cbmir_spark.lake import delta, publication, schemas
 from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.maintenance import remap, term_changes
 from tests.conftest import MakeSettings
-from tests.dicom.test_read import made
+from tests.support.dicom_files import made
 from tests.support.models import save_model
 from tests.support.tiny_lake import Drawn, key_of, pseudonym, publish
 

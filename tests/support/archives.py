@@ -7,6 +7,7 @@ from pathlib import Path
 import pydicom
 from pydicom.config import disable_value_validation
 from pydicom.data import get_testdata_file
+from pydicom.uid import UID
 
 NIGHT = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -25,7 +26,7 @@ def sample(folder: Path, name: str, source: str = "CT_small.dcm", hour: int = 0,
         for keyword, value in changes.items():
             setattr(ds, keyword, value)
             if keyword == "SOPInstanceUID":
-                ds.file_meta.MediaStorageSOPInstanceUID = value
+                ds.file_meta.MediaStorageSOPInstanceUID = UID(value)
         ds.save_as(path)
     os.utime(path, (at(hour).timestamp(),) * 2)
     return path

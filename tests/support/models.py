@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from pyspark.sql import SparkSession
+from torch import nn
 
 from cbmir_spark.config import Settings
 from cbmir_spark.index import open as index_open
@@ -32,6 +33,7 @@ def save_model(folder: Path, seed: int = 1, preprocessing: str = PREPROCESSING, 
     """The small network, untrained; `spoil` is put into the weights of its feature layer."""
     torch.manual_seed(seed)
     network = networks.build("alexnet-small", 3).eval()
+    assert isinstance(network.fc2, nn.Module)
     if spoil is not None:
         with torch.no_grad():
             for parameter in network.fc2.parameters():

@@ -1,0 +1,69 @@
+"""A pydicom plugin for RLE that dies in a given way, for processes that decode: `sitecustomize` on their path adds it.
+
+A file whose pixel data says `FAULT:hang` makes the codec hang, in the very place where a native codec would.
+"""
+
+import textwrap
+from pathlib import Path
+
+from pydicom.encaps import encapsulate
+
+from tests.support.dicom_files import header, real, written
+
+_CODEC = """
+    import os, signal, sys, time
+
+    DECODER_DEPENDENCIES = {"1.2.840.10008.1.2.5": ("numpy",)}
+
+    def is_available(uid):
+        return True
+
+    class PanicException(BaseException):
+        pass
+
+    def decode(src, runner):
+        fault = bytes(src).split(b"FAULT:")[-1].split(b"!")[0].decode()
+        if fault == "segfault":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if fault == "abort":
+            os.abort()
+        if fault == "hang":
+            while True:
+                pass
+        if fault == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if fault == "exit":
+            os._exit(0)
+        if fault == "sys.exit":
+            sys.exit(0)
+        if fault == "panic":
+            raise PanicException("panicked")
+        if fault == "interrupt":
+            raise KeyboardInterrupt
+        if fault == "memory":
+            hoard = []
+            while True:
+                hoard.append(bytearray(2**24))
+        if fault == "noise":
+            os.write(1, b"\\xff" * 100_000)
+            os.write(2, b"\\xff" * 100_000)
+        raise ValueError("no such fault")
+"""
+_SITE = """
+    from pydicom.pixels.decoders.base import RLELosslessDecoder
+
+    RLELosslessDecoder.add_plugin("faulty", ("faulty_codec", "decode"))
+"""
+
+
+def install(folder: Path) -> None:
+    """Write the codec into a folder; every Python process with that folder on its path then has it."""
+    (folder / "faulty_codec.py").write_text(textwrap.dedent(_CODEC))
+    (folder / "sitecustomize.py").write_text(textwrap.dedent(_SITE))
+
+
+def faulty(fault: str) -> bytes:
+    """Make a file on which the codec dies in the given way."""
+    ds = header(real("MR_small_RLE.dcm"))
+    ds.PixelData = encapsulate([f"FAULT:{fault}!".encode().ljust(128, b"\0")])
+    return written(ds)
