@@ -117,7 +117,7 @@ def test_classification_agrees_with_scikit_learn() -> None:
     assert counts.sum() == 60 and counts[0, 3] == sum(
         pair == ("CT/CHEST", "US/LIVER") for pair in zip(true, predicted, strict=True)
     )
-    figures = metrics.figures(counts, classes)
+    figures = metrics.classification_figures(counts, classes)
     theirs = precision_recall_fscore_support(true, predicted, labels=classes[:3], zero_division=0)
     for number, label in enumerate(classes[:3]):
         ours = figures.by_class[label]
