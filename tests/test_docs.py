@@ -1,5 +1,6 @@
 """What is written for those who change the code agrees with the code."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import yaml
 from tests.conftest import REPO
 
 HOOKS = REPO / ".pre-commit-config.yaml"
+PAGES = ("docs/architecture.md", "docs/decisions.md", "CONTRIBUTING.md")
 
 
 @pytest.fixture
@@ -84,3 +86,73 @@ def test_a_hook_finds_what_it_is_for(hook: str, text: str, found: bool) -> None:
     (config,) = (h for repo in yaml.safe_load(HOOKS.read_text())["repos"] for h in repo["hooks"] if h["id"] == hook)
     pattern = config["files"] if config["language"] == "fail" else config["entry"]
     assert bool(re.search(pattern, text, re.MULTILINE)) is found
+
+
+def spans(page: str) -> list[str]:
+    """What stands in backticks on a page, outside code blocks."""
+    return re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", page, flags=re.DOTALL))
+
+
+def defined(source: str) -> set[str]:
+    """The functions, classes, methods, constants and fields of a module."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        if isinstance(node, ast.Module | ast.ClassDef):
+            for each in node.body:
+                targets = each.targets if isinstance(each, ast.Assign) else [getattr(each, "target", None)]
+                found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return found
+
+
+def unknown_names(page: str) -> list[str]:
+    """Files, and names in them (`file.py::name`), that a page mentions and the code does not have."""
+    found = []
+    for span in spans(page):
+        path, _, name = span.partition("::")
+        if not re.fullmatch(r"[\w./-]+\.(py|yaml|toml|md|sh|lock|html)", path):
+            continue
+        file = next((root / path for root in (REPO / "cbmir_spark", REPO) if (root / path).is_file()), None)
+        if file is None or (name and name not in defined(file.read_text(encoding="utf-8"))):
+            found.append(span)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_and_names_on_a_page_are_there(page: str) -> None:
+    text = (REPO / page).read_text(encoding="utf-8")
+    assert len(spans(text)) > 5
+    assert unknown_names(text) == []
+
+
+def test_a_name_that_is_not_there_is_found() -> None:
+    page = "`dicom/tags.py::Tags` and `dicom/tags.py::read_tags`, `lake/schemas.py::TAGS`, `conf/base.yaml`, `x.y()`"
+    assert unknown_names(page) == []
+    assert unknown_names("`dicom/tugs.py`, `dicom/tags.py::read`") == ["dicom/tugs.py", "dicom/tags.py::read"]
+
+
+def test_every_package_has_its_line() -> None:
+    table = (REPO / "docs" / "architecture.md").read_text().partition("## Packages")[2].partition("##")[0]
+    named = {
+        span.rstrip("/") for line in table.splitlines() if line.startswith("| `") for span in spans(line.split("|")[1])
+    }
+    parts = {path.stem for path in (REPO / "cbmir_spark").iterdir() if not path.stem.startswith(("__", "py."))}
+    assert named == parts - {"py"}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    text = (REPO / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("http"):
+            continue
+        path, _, heading = target.partition("#")
+        file = (REPO / page).parent / path if path else REPO / page
+        assert file.exists(), target
+        if heading:
+            headings = [
+                re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-")
+                for h in re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            ]
+            assert heading in headings, target
