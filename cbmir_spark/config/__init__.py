@@ -24,7 +24,7 @@ from cbmir_spark.config.sections import (
     TrainingSettings,
     VocabularySettings,
 )
-from cbmir_spark.config.settings import Settings
+from cbmir_spark.config.settings import Settings, describe
 
 __all__ = [
     "DEBUG_VARIABLE",
@@ -49,5 +49,6 @@ __all__ = [
     "VocabularySettings",
     "conf_folder",
     "debugging",
+    "describe",
     "load",
 ]

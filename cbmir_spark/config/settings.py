@@ -133,6 +133,12 @@ def locate(parts: Sequence[str], place: str = "") -> Key:
     return key
 
 
+def describe(dotted: str) -> str:
+    """Return the description of a setting."""
+    key = locate(dotted.split("."))
+    return SECTIONS[key.section].model_fields[key.name].description or ""
+
+
 def _flat(changes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in changes.items():
         if name in SECTIONS and isinstance(value, (Mapping, Section)):

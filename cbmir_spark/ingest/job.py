@@ -26,7 +26,7 @@ from cbmir_spark.ingest.publish import publish_batch
 from cbmir_spark.ingest.reconcile import UNCHANGED
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, identity, lease, pseudonyms, publication, schemas
-from cbmir_spark.lake.open import OpenLake, locate, open_for_writing
+from cbmir_spark.lake.open import OpenLake, check_roots, locate, open_for_writing
 from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.lake.publication import Published
 from cbmir_spark.lake.runs import Record
@@ -138,6 +138,13 @@ def _ingest(
         published=published,
         rolled_back=(),
     )
+
+
+def check(settings: Settings) -> None:
+    """Check the archive and the lake's place before Spark starts; raises InputError as `run` does."""
+    paths, store = locate(settings)
+    check_roots(paths, store)
+    _check_archive(settings.ingest, paths, store)
 
 
 def _check_archive(settings: IngestSettings, paths: LakePaths, store: ObjectStore) -> str:

@@ -74,7 +74,7 @@ class OpenLake:
         return replace(self, published=published)
 
     def check_leases(self) -> None:
-        """Raise Busy where another job has taken one of the leases; called right before a commit."""
+        """Raise Busy where another job has taken one of the leases; call it right before a commit."""
         for each in self.leases:
             each.check()
 
@@ -91,7 +91,7 @@ def open_lake(spark: SparkSession, settings: Settings) -> OpenLake:
     configured key is not the one that its pseudonyms were made with. Creates nothing.
     """
     paths, store = locate(settings)
-    _check_roots(paths, store)
+    check_roots(paths, store)
     published = publication.published(spark, paths)
     return OpenLake(spark, paths, store, published, _pseudonyms(paths, settings.privacy, published))
 
@@ -106,7 +106,7 @@ def open_for_writing(
     otherwise as `open_lake`.
     """
     paths, store = locate(settings)
-    _check_roots(paths, store)
+    check_roots(paths, store)
     # Before the leases, since taking one creates the vault's folder.
     if not may_be_new and not has_tables(paths, store):
         raise TableError(no_images(paths))
@@ -118,7 +118,7 @@ def open_for_writing(
 
 
 def has_tables(paths: LakePaths, store: ObjectStore) -> bool:
-    """Whether an ingest has created the lake's tables; needs no Spark."""
+    """Tell whether an ingest has created the lake's tables; needs no Spark."""
     return store.kind(storage.join(paths.path(SOURCES), "_delta_log")) == "folder"
 
 
@@ -127,7 +127,8 @@ def no_images(paths: LakePaths) -> str:
     return f"lake {paths.uri} holds no images yet: run `cbmir ingest` first"
 
 
-def _check_roots(paths: LakePaths, store: ObjectStore) -> None:
+def check_roots(paths: LakePaths, store: ObjectStore) -> None:
+    """Raise InputError where a file stands in the place of the lake or its vault."""
     for root in (paths.uri, paths.vault):
         if store.kind(root) == "file":
             raise InputError(f"lake {root} is a file: give a folder or prefix, with --lake")
@@ -141,6 +142,6 @@ def _pseudonyms(paths: LakePaths, privacy: PrivacySettings, published: Published
     if published is not None and names.key_id != published.key_id:
         raise TableError(
             f"lake {paths.uri} was made with pseudonym key {published.key_id}, the settings give {names.key_id}: "
-            "give its own key, as with another one every pseudonym would differ"
+            "give the lake's key, since another one would change every pseudonym"
         )
     return names

@@ -6,8 +6,6 @@ from cbmir_spark import storage
 from cbmir_spark.config import LakeSettings
 from cbmir_spark.lake.schemas import VAULT, Table
 
-MANIFEST = "manifest.json"
-
 
 @dataclass(frozen=True)
 class LakePaths:

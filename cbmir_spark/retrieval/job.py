@@ -15,13 +15,13 @@ from pyspark.sql import SparkSession
 from pyspark.sql.pandas.types import to_arrow_schema
 
 from cbmir_spark import storage
-from cbmir_spark.config import Settings
+from cbmir_spark.config import RetrievalSettings, Settings
 from cbmir_spark.errors import InputError, ModelError, TableError
 from cbmir_spark.index.layout import Place
 from cbmir_spark.index.open import Index, open_index
 from cbmir_spark.ingest import parse
 from cbmir_spark.lake import identity, schemas
-from cbmir_spark.lake.open import OpenLake, open_lake
+from cbmir_spark.lake.open import OpenLake, check_roots, locate, open_lake
 from cbmir_spark.lake.runs import Record
 from cbmir_spark.lake.schemas import Table
 from cbmir_spark.models.registry import Registry
@@ -68,14 +68,13 @@ def run(spark: SparkSession, settings: Settings, queries: QueryList | None = Non
     """
     record = Record.begin("retrieve")
     options = settings.retrieval
-    if queries is None and options.queries is None:
-        raise InputError("no query list: give --queries FILE, a CSV or Parquet file")
+    if queries is None:
+        # Read before the lake is opened, since that takes longer to fail.
+        queries = _listed(options, ObjectStore(settings.storage))
     lake = open_lake(spark, settings)
     out = storage.canonical(options.out) if options.out else lake.paths.results(record.run_id)
     _check_free(out, lake.store)
     with record.stage("read"):
-        if queries is None:
-            queries = read_queries(options.queries or "", lake.store, options.level)
         index = open_index(lake, Registry(settings.mlflow, lake.paths.uri, lake.store), options.model)
         base = base_of(index, lake.store)
     # Chosen by id before any row is resolved, since rows may turn out to be bad.
@@ -145,6 +144,25 @@ def run(spark: SparkSession, settings: Settings, queries: QueryList | None = Non
         versions_read={"features": index.version},
     )
     return report
+
+
+def check(settings: Settings, queries: QueryList | None) -> QueryList:
+    """Check the lake's place, the results folder and the query list before Spark starts; raises as `run` does.
+
+    Returns the checked list, which `run` takes, so that it is read once.
+    """
+    paths, store = locate(settings)
+    check_roots(paths, store)
+    options = settings.retrieval
+    if options.out:
+        _check_free(storage.canonical(options.out), store)
+    return _listed(options, store) if queries is None else queries
+
+
+def _listed(options: RetrievalSettings, store: ObjectStore) -> QueryList:
+    if options.queries is None:
+        raise InputError("no query list: give --queries FILE, a CSV or Parquet file")
+    return read_queries(options.queries, store, options.level)
 
 
 def _searcher(

@@ -5,21 +5,27 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pyspark
 from py4j.protocol import Py4JJavaError
-from pyspark import SparkConf
+from pyspark import SparkConf, SparkContext
 from pyspark.errors import PySparkRuntimeError
 from pyspark.sql import SparkSession
 
 from cbmir_spark.config import Settings, conf_folder, debugging
 from cbmir_spark.errors import EnvironmentProblem
+from cbmir_spark.spark import java_output
 
 JAVA_VERSIONS = (17, 21)
 LOOPBACK = "127.0.0.1"
 S3A_RETRIES = "3"
+_DELTA_EXTENSION = "io.delta.sql.DeltaSparkSessionExtension"
+_DELTA_CATALOG = "org.apache.spark.sql.delta.catalog.DeltaCatalog"
+_HADOOP = "spark.hadoop."
 
 
 def build(settings: Settings, job: str) -> SparkSession:
@@ -50,7 +56,8 @@ def build(settings: Settings, job: str) -> SparkSession:
     for key, value in wanted.items():
         builder = builder.config(key, value)
     try:
-        spark = builder.getOrCreate()
+        with java_output.to_stderr() if _starts_java() else nullcontext():
+            spark = builder.getOrCreate()
     except (PySparkRuntimeError, Py4JJavaError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise EnvironmentProblem(
@@ -61,12 +68,34 @@ def build(settings: Settings, job: str) -> SparkSession:
     return spark
 
 
+def adopt(spark: SparkSession, settings: Settings) -> SparkSession:
+    """Derive a session for our jobs from one that was built elsewhere, whose settings stay as they are.
+
+    The new session shares its context, and with it master, memory and jars. Raises EnvironmentProblem if Delta is
+    missing. Runs on the driver.
+    """
+    _check_delta(spark)
+    derived = spark.newSession()
+    if _DELTA_EXTENSION not in (derived.conf.get("spark.sql.extensions", None) or ""):
+        raise EnvironmentProblem(
+            f"the given Spark session has no Delta extension: build it with spark.sql.extensions={_DELTA_EXTENSION} "
+            f"and spark.sql.catalog.spark_catalog={_DELTA_CATALOG}, or leave spark out"
+        )
+    for key, value in properties(settings).items():
+        if key.startswith(_HADOOP):
+            # Reads and writes of a session take Hadoop's properties from its own settings as well.
+            derived.conf.set(key.removeprefix(_HADOOP), value)
+        elif derived.conf.isModifiable(key):
+            derived.conf.set(key, value)
+    return derived
+
+
 def properties(settings: Settings) -> dict[str, str]:
     """The Spark properties that the jobs rely on; `spark.conf` of the settings comes last and wins."""
     storage = settings.storage
     wanted = {
-        "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
-        "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
+        "spark.sql.extensions": _DELTA_EXTENSION,
+        "spark.sql.catalog.spark_catalog": _DELTA_CATALOG,
         # Timestamps are instants: a driver in another time zone must not shift them.
         "spark.sql.session.timeZone": "UTC",
         # Rows carry 64 KB of pixels or 16 KB of vector: Arrow's and Parquet's default batches would be 655 and 268 MB.
@@ -87,6 +116,8 @@ def properties(settings: Settings) -> dict[str, str]:
         "spark.python.daemon.module": "cbmir_spark.spark.python_workers",
         # A speculative copy of a task would decode or embed everything twice.
         "spark.speculation": "false",
+        # Spark creates its warehouse folder, which the jobs do not use, in the current one by default.
+        "spark.sql.warehouse.dir": Path(tempfile.gettempdir(), f"cbmir-warehouse-{os.getuid()}").as_uri(),
         # The progress bar draws over log files.
         "spark.ui.showConsoleProgress": "false",
         # The UI shows settings and paths, which may hold identifiers, to anyone on the network.
@@ -126,6 +157,11 @@ def _local_cores(master: str) -> int:
     """The cores of `local`, `local[N]` or `local[*]`."""
     number = re.match(r"local\[(\d+)", master)
     return int(number[1]) if number else 1 if master == "local" else os.cpu_count() or 1
+
+
+def _starts_java() -> bool:
+    """True if this process has yet to start its JVM."""
+    return not under_spark_submit() and SparkContext._gateway is None
 
 
 def under_spark_submit() -> bool:

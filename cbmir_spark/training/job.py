@@ -12,7 +12,7 @@ from pyspark.sql import SparkSession
 
 from cbmir_spark.config import Choice, DatasetSettings, Settings, TrainingSettings
 from cbmir_spark.errors import ConfigError
-from cbmir_spark.lake.open import OpenLake, open_lake
+from cbmir_spark.lake.open import OpenLake, check_roots, locate, open_lake
 from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.lake.runs import Record
 from cbmir_spark.models.artifact import Saved, save
@@ -90,6 +90,14 @@ def run(
     lake = open_lake(spark, settings)
     registry = Registry(settings.mlflow, lake.paths.uri, lake.store)
     return _train(lake, registry, Sections.of(settings), on_epoch)
+
+
+def check(settings: Settings) -> None:
+    """Check the preset, the lake's place and the tracking server before Spark starts; raises as `run` does."""
+    paths, store = locate(settings)
+    check_roots(paths, store)
+    preset_of(settings.training.preset)
+    _ = Registry(settings.mlflow, paths.uri, store).tracking
 
 
 def sweep(
