@@ -61,8 +61,8 @@ ONLY_IN = {
     "mlflow": {"models.registry", "models.tracking", "training.run_log"},
     "delta": {"lake.delta", "lake.publication", "lake.identity"},
     "py4j": {"lake.delta", "spark.session", "spark.failures", "ingest.listing"},
-    "typer": {"cli.app"},
-    "rich": {"cli.console"},
+    "typer": {"cli.app", "cli.command", "cli.jobs", "cli.upkeep"},
+    "rich": {"cli.console", "cli.views"},
 }
 
 

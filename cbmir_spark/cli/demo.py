@@ -1,7 +1,6 @@
 """The whole path on a drawn archive: archive → ingest → train → index → retrieve → evaluate, in one folder.
 
-Runs on the driver, like a person calling the jobs one after the other; each job's own `run` does the work. Nothing is
-printed here: `run` returns the story, and whoever called tells it.
+It calls the Python API as a user would, step by step, and returns what each step reported.
 """
 
 import csv
@@ -13,37 +12,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from cbmir_spark import storage
+from cbmir_spark.api import Lake
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import InputError
 from cbmir_spark.evaluation import job as evaluation_job
 from cbmir_spark.index import job as index_job
 from cbmir_spark.ingest import job as ingest_job
 from cbmir_spark.lake import columns as cols
-from cbmir_spark.lake import delta, publication, schemas
 from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.retrieval import job as retrieval_job
 from cbmir_spark.storage import ObjectStore
 from cbmir_spark.synthetic import archive as synthetic_archive
 from cbmir_spark.training import job as training_job
-from cbmir_spark.training.manifest import LABEL, TEST, Snapshot
+from cbmir_spark.training.manifest import LABEL, MANIFEST, TEST, Snapshot
 
 STEPS = ("archive", "ingest", "train", "index", "retrieve", "evaluate")
 QUERIES_FILE = "queries.csv"
 
-# Of each class this many test images become queries.
+# Test images of each class that become queries.
 _QUERIES_PER_CLASS = 2
 
 Progress = Callable[[str, int, int, Mapping[str, Any]], None]
-"""Step (one of STEPS), how much of it is done, of how much in all (0 where that is not known), and figures."""
+"""Called with a step (one of STEPS), how much of it is done, the total (0: unknown), and figures."""
 
 
 @dataclass(frozen=True)
 class Story:
-    """What happened, step by step: each job's own report, where the pages are, and how to look at the run."""
+    """The report of each step, where the pages are, and how to look at the run."""
 
     folder: str
     lake: str
@@ -60,44 +58,55 @@ class Story:
 
     @property
     def ingested_again(self) -> bool:
-        """Whether an object of an archive that was there already was read twice; it never should be."""
+        """Whether an object of an existing archive was read twice, which it never should be."""
         return not self.archive.created and any(self.ingest.outcomes.values())
 
 
-def run(spark: SparkSession, settings: Settings, progress: Progress | None = None) -> Story:
-    """Draw the archive where it is missing, then run every job on it, all below `demo.folder`.
+def inside(settings: Settings) -> Settings:
+    """Put lake, vault, archive, queries and results below `demo.folder`.
 
-    Run again it draws and ingests nothing, and trains and answers anew. Raises InputError where the folder holds
-    something else or lies in object storage.
+    Raises InputError where that lies in object storage.
     """
-    tell = progress or (lambda step, done, total, figures: None)
-    seconds: dict[str, float] = {}
     folder = storage.canonical(settings.demo.folder)
     if not storage.is_local(folder):
         raise InputError(f"demo.folder {folder}: the demo draws its archive on this machine; give a local folder")
-    settings = inside(settings, folder)
-    lake = LakePaths.of(settings.lake)
+    return settings.override(
+        {
+            "lake": {"uri": storage.join(folder, "lake"), "vault": None},
+            "ingest": {"archive": storage.join(folder, "archive")},
+            "index": {"model": None},
+            "retrieval": {"model": None, "queries": storage.join(folder, QUERIES_FILE), "out": None},
+            "evaluation": {"out": None},
+        }
+    )
 
-    with _step("archive", seconds, tell):
+
+def run(lake: Lake, progress: Progress = lambda step, done, total, figures: None) -> Story:
+    """Draw the archive where it is missing, then run every job on it; the lake's settings are those of `inside`.
+
+    A second run draws and ingests nothing, and trains and answers again. Raises InputError where the folder holds
+    something else.
+    """
+    settings = lake.settings
+    seconds: dict[str, float] = {}
+    folder = storage.canonical(settings.demo.folder)
+    with _step("archive", seconds, progress):
         archive = synthetic_archive.write_demo_archive(
             Path(storage.local_path(folder)) / "archive", settings.demo.images_per_class, settings.dataset.seed
         )
-        tell("archive", archive.files, archive.files, {"phantoms": archive.phantoms})
-    with _step("ingest", seconds, tell):
-        ingested = ingest_job.run(spark, settings, lambda done, total, counts: tell("ingest", done, total, counts))
-    with _step("train", seconds, tell):
-        trained = training_job.run(
-            spark, settings, lambda epoch: tell("train", epoch.number, epoch.of, {"loss": epoch.loss})
-        )
-    with _step("index", seconds, tell):
-        indexed = index_job.run(spark, settings)
-    with _step("retrieve", seconds, tell):
+        progress("archive", archive.files, archive.files, {"phantoms": archive.phantoms})
+    with _step("ingest", seconds, progress):
+        ingested = lake.ingest(on_progress=lambda done, total, counts: progress("ingest", done, total, counts))
+    with _step("train", seconds, progress):
+        trained = lake.train(on_epoch=lambda epoch: progress("train", epoch.number, epoch.of, {"loss": epoch.loss}))
+    with _step("index", seconds, progress):
+        indexed = lake.index()
+    with _step("retrieve", seconds, progress):
         queries = storage.join(folder, QUERIES_FILE)
-        rows = query_list(spark, settings, lake, trained.snapshot)
-        ObjectStore(settings.storage).write_bytes(queries, as_csv(rows))
-        answered = retrieval_job.run(spark, settings)
-    with _step("evaluate", seconds, tell):
-        judged = evaluation_job.run(spark, settings)
+        ObjectStore(settings.storage).write_bytes(queries, as_csv(query_list(lake, trained.snapshot)))
+        answered = lake.search().report
+    with _step("evaluate", seconds, progress):
+        evaluated = lake.evaluate()
     return Story(
         folder=folder,
         lake=lake.uri,
@@ -106,7 +115,7 @@ def run(spark: SparkSession, settings: Settings, progress: Progress | None = Non
         training=trained,
         index=indexed,
         retrieval=answered,
-        evaluation=judged,
+        evaluation=evaluated,
         queries=queries,
         gallery=answered.gallery,
         mlflow_command=f"mlflow ui --backend-store-uri {trained.tracking_uri}",
@@ -114,51 +123,36 @@ def run(spark: SparkSession, settings: Settings, progress: Progress | None = Non
     )
 
 
-def inside(settings: Settings, folder: str) -> Settings:
-    """The same settings with lake, vault, archive, queries and results below the demo's folder."""
-    return settings.override(
-        {
-            "lake": {"uri": storage.join(folder, "lake"), "vault": None},
-            "ingest.archive": storage.join(folder, "archive"),
-            "index.model": None,
-            "retrieval": {"model": None, "queries": storage.join(folder, QUERIES_FILE), "out": None},
-            "evaluation.out": None,
-        }
-    )
+def query_list(lake: Lake, snapshot: str) -> list[dict[str, str]]:
+    """Choose queries as a user might: files of test patients, one image by its id, one file that does not exist.
 
-
-def query_list(spark: SparkSession, settings: Settings, lake: LakePaths, snapshot: str) -> list[dict[str, str]]:
-    """Queries as somebody would hand them in: files of test patients, one image by its id, one file that is not there.
-
-    Rows of query_id, uri, image_id; one of the last two is empty. Runs on the driver: a snapshot of the demo has
-    some seventy test images.
+    Rows have query_id, uri and image_id; one of the last two is empty.
     """
-    uri = storage.join(lake.snapshots, snapshot)
-    held = Snapshot.from_json(ObjectStore(settings.storage).read_bytes(storage.join(uri, "manifest.json")), uri)
-    files = [storage.join(uri, file.path) for file in held.files[TEST]]
-    tested = spark.read.parquet(*files).select(cols.IMAGE_ID, LABEL)
-    pinned = publication.require_published(spark, lake)
-    sources = delta.read(spark, lake.path(schemas.SOURCES), pinned.sources).where(F.col(cols.OUTCOME) == cols.INGESTED)
-    found = tested.join(sources.select(cols.IMAGE_ID, cols.URI), on=cols.IMAGE_ID, how="inner").orderBy(LABEL, cols.URI)
+    uri = LakePaths.of(lake.settings.lake).snapshot(snapshot)
+    manifest = Snapshot.from_json(ObjectStore(lake.settings.storage).read_bytes(storage.join(uri, MANIFEST)), uri)
+    files = [storage.join(uri, file.path) for file in manifest.files[TEST]]
+    tested = lake.spark.read.parquet(*files).select(cols.IMAGE_ID, LABEL)
+    ingested = lake.sources.where(F.col(cols.OUTCOME) == cols.INGESTED).select(cols.IMAGE_ID, cols.URI)
+    found = tested.join(ingested, on=cols.IMAGE_ID, how="inner").orderBy(LABEL, cols.URI)
     by_label: dict[str, list[tuple[str, str]]] = {}
     for row in found.collect():
         by_label.setdefault(row[LABEL], []).append((row[cols.URI], row[cols.IMAGE_ID]))
     rows = []
     for label, images in by_label.items():
-        # Apart from each other, so that two patients are asked about where there are two.
+        # Far apart in the list, so that they show two patients where there are two.
         for number, (uri, _) in enumerate(images[:: max(1, len(images) - 1)][:_QUERIES_PER_CLASS], start=1):
-            rows.append(
-                {cols.QUERY_ID: f"{label.lower().replace('/', '-')}-{number}", cols.URI: uri, cols.IMAGE_ID: ""}
-            )
+            query_id = f"{label.lower().replace('/', '-')}-{number}"
+            rows.append({cols.QUERY_ID: query_id, cols.URI: uri, cols.IMAGE_ID: ""})
     of_some_label = list(by_label.values())[len(by_label) // 2]
-    rows.append({cols.QUERY_ID: "by-image-id", cols.URI: "", cols.IMAGE_ID: of_some_label[len(of_some_label) // 2][1]})
-    missing = storage.join(storage.canonical(settings.ingest.archive or ""), "not", "there.dcm")
+    image_id = of_some_label[len(of_some_label) // 2][1]
+    rows.append({cols.QUERY_ID: "by-image-id", cols.URI: "", cols.IMAGE_ID: image_id})
+    missing = storage.join(storage.canonical(lake.settings.ingest.archive or ""), "not", "there.dcm")
     rows.append({cols.QUERY_ID: "missing-file", cols.URI: missing, cols.IMAGE_ID: ""})
     return rows
 
 
 def as_csv(rows: list[dict[str, str]]) -> bytes:
-    """A query list as CSV."""
+    """Format a query list as CSV."""
     text = io.StringIO()
     writer = csv.DictWriter(text, (cols.QUERY_ID, cols.URI, cols.IMAGE_ID), lineterminator="\n")
     writer.writeheader()
@@ -167,8 +161,8 @@ def as_csv(rows: list[dict[str, str]]) -> bytes:
 
 
 @contextmanager
-def _step(name: str, seconds: dict[str, float], tell: Progress) -> Iterator[None]:
-    tell(name, 0, 0, {})
+def _step(name: str, seconds: dict[str, float], progress: Progress) -> Iterator[None]:
+    progress(name, 0, 0, {})
     began = time.monotonic()
     yield
     seconds[name] = time.monotonic() - began

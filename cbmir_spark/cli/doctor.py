@@ -1,4 +1,4 @@
-"""What this machine and these settings lack, found before a job does: one line for each check."""
+"""Find what this machine and these settings lack before a job does: one line per check."""
 
 import importlib.metadata
 import os
@@ -25,7 +25,7 @@ from cbmir_spark import storage
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import CbmirError, EnvironmentProblem, InputError
 from cbmir_spark.lake import pseudonyms
-from cbmir_spark.lake.open import has_tables
+from cbmir_spark.lake.open import check_roots, has_tables, locate
 from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.spark import session
 from cbmir_spark.storage import ObjectStore
@@ -47,7 +47,7 @@ FREE_GIB = 5
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at: what was found, or what is wrong and what to do."""
+    """One check: what was found, or what is wrong and what to do."""
 
     name: str
     ok: bool
@@ -55,7 +55,7 @@ class Check:
 
 
 def run(settings: Settings) -> list[Check]:
-    """Every check, none of which changes anything. Runs on the driver, without Spark."""
+    """Run every check; none changes anything. Runs on the driver, without Spark."""
     return [
         _check(name, look)
         for name, look in (
@@ -88,54 +88,54 @@ def _python() -> str:
 
 def _jars() -> str:
     if session.has_delta_jars():
-        return "part of Spark's own folder"
-    return "not in Spark's folder: resolved at each start (deploy/fetch_jars.py puts them there once)"
+        return "in Spark's folder"
+    return "not in Spark's folder: resolved at each start; deploy/fetch_jars.py puts them there once"
 
 
 def _decoders() -> str:
     missing = [uid.name for uid in SYNTAXES if not get_decoder(uid).is_available]
     if missing:
         raise EnvironmentProblem(f"no decoder for {', '.join(missing)}: install the package's dependencies again")
-    return f"{len(SYNTAXES)} transfer syntaxes looked at, each has one"
+    return f"decoders found for all {len(SYNTAXES)} transfer syntaxes"
 
 
 def _lake(settings: Settings) -> str:
-    lake = LakePaths.of(settings.lake)
-    found = ObjectStore(settings.storage).kind(lake.uri)
+    lake, store = locate(settings)
+    check_roots(lake, store)
+    found = store.kind(lake.uri)
     if not lake.is_local:
-        return f"{lake.uri}: {'reached' if found == 'folder' else 'nothing there yet'}"
+        return f"{lake.uri}: {'reachable' if found == 'folder' else 'does not exist yet'}"
     path = storage.local_path(lake.uri)
     while not os.path.exists(path):
         path = os.path.dirname(path)
     if not os.access(path, os.W_OK):
-        raise InputError(f"{path} cannot be written: give a lake elsewhere, with --lake")
+        raise InputError(f"{path} is not writable: give a lake elsewhere, with --lake")
     free = shutil.disk_usage(path).free / 2**30
     if free < FREE_GIB:
-        raise EnvironmentProblem(f"only {free:.1f} GiB are free at {path}: {FREE_GIB} GiB are the least to work with")
-    return f"{lake.uri}: {'is there' if found == 'folder' else 'nothing there yet'}, {free:.0f} GiB free"
+        raise EnvironmentProblem(f"only {free:.1f} GiB are free at {path}: at least {FREE_GIB} GiB are needed")
+    return f"{lake.uri}: {'exists' if found == 'folder' else 'does not exist yet'}, {free:.0f} GiB free"
 
 
 def _archive(settings: Settings) -> str:
     if settings.ingest.archive is None:
-        return "none named (--archive, or ingest.archive)"
+        return "not set (--archive, or ingest.archive)"
     archive = storage.canonical(settings.ingest.archive)
     if ObjectStore(settings.storage).kind(archive) != "folder":
-        raise InputError(f"{archive} is not there, or is no folder: give the folder or prefix of the .dcm objects")
+        raise InputError(f"{archive} is not an existing folder: give the folder or prefix of the .dcm objects")
     return archive
 
 
 def _key(settings: Settings) -> str:
-    lake = LakePaths.of(settings.lake)
-    local = storage.local_path(lake.vault) if storage.is_local(lake.vault) else None
+    lake, store = locate(settings)
+    folder = lake.vault_folder
     if (
-        settings.privacy.key is None
-        and settings.privacy.key_file is None
-        and local is not None
-        and not os.path.exists(os.path.join(local, pseudonyms.KEY_FILE))
-        and not has_tables(lake, ObjectStore(settings.storage))
+        not pseudonyms.is_configured(settings.privacy)
+        and folder is not None
+        and not os.path.exists(os.path.join(folder, pseudonyms.KEY_FILE))
+        and not has_tables(lake, store)
     ):
-        return "none yet: the first ingest makes one in the lake's vault"
-    return f"key id {pseudonyms.load(settings.privacy, local).key_id}"
+        return "none yet: the first ingest generates one in the lake's vault"
+    return f"key id {pseudonyms.load(settings.privacy, folder).key_id}"
 
 
 def _mlflow(settings: Settings) -> str:

@@ -5,27 +5,20 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from pyspark.sql import SparkSession
 
-from cbmir_spark import config
-from cbmir_spark.cli import app as app_module
-from cbmir_spark.cli import console, doctor
+from cbmir_spark.api import Lake
+from cbmir_spark.cli import command, console, doctor
 from tests.conftest import REPO, Cbmir
 
 
 @pytest.fixture
 def on_the_tests_session(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextmanager
-    def shared(settings: config.Settings, job: str) -> Iterator[SparkSession]:
-        yield spark
-
-    monkeypatch.setattr(app_module, "_session", shared)
+    monkeypatch.setattr(command, "lake_for", lambda settings: Lake(settings, spark))
 
 
 def _snapshot(folder: Path) -> list[str]:
@@ -37,7 +30,7 @@ def _snapshot(folder: Path) -> list[str]:
     [
         (("config", "--set", "retrieval.kk=1"), 2, "unknown key retrieval.kk; did you mean retrieval.k?"),
         (("retrieve", "--k", "0", "--queries", "q.csv"), 2, "retrieval.k must be at least 1, not 0"),
-        (("retrieve", "--k", "many", "--queries", "q.csv"), 2, "valid integer"),
+        (("retrieve", "--k", "many", "--queries", "q.csv"), 2, "must be a whole number, not"),
         (
             ("retrieve", "--prefilter", "all", "--queries", "q.csv"),
             2,
@@ -124,7 +117,7 @@ def test_doctor_says_that_a_disk_is_nearly_full(cbmir: Cbmir, monkeypatch: pytes
     wrong = [check for check in json.loads(out)["checks"] if not check["ok"]]
     assert ended == 1
     assert [check["name"] for check in wrong] == ["Lake"]
-    assert f"only 2.5 GiB are free at {tmp_path}: {doctor.FREE_GIB} GiB are the least" in wrong[0]["found"]
+    assert f"only 2.5 GiB are free at {tmp_path}: at least {doctor.FREE_GIB} GiB are needed" in wrong[0]["found"]
 
 
 def test_ingest_prints_one_json_object(cbmir: Cbmir, on_the_tests_session: None, tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ def test_everything_stays_below_the_demo_folder(make_settings: MakeSettings) -> 
         "index.model=runs:/abc",
         "evaluation.out=s3a://hospital/evaluation",
         "training.epochs=2",
+        "demo.folder=/tmp/demo",
     )
-    inside = demo.inside(given, "file:///tmp/demo")
+    inside = demo.inside(given)
     assert inside.lake.uri == "file:///tmp/demo/lake" and inside.lake.vault is None
     assert inside.ingest.archive == "file:///tmp/demo/archive"
     assert inside.retrieval.queries == "file:///tmp/demo/queries.csv"
@@ -33,7 +34,7 @@ def test_everything_stays_below_the_demo_folder(make_settings: MakeSettings) -> 
 
 def test_a_demo_in_object_storage_is_refused(make_settings: MakeSettings) -> None:
     with pytest.raises(InputError, match="local folder"):
-        demo.run(None, make_settings("demo.folder=s3a://bucket/demo"))  # type: ignore[arg-type]
+        demo.inside(make_settings("demo.folder=s3a://bucket/demo"))
 
 
 def test_a_query_list_is_csv_that_reads_back() -> None:

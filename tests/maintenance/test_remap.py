@@ -12,7 +12,7 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from cbmir_spark import config, storage
-from cbmir_spark.cli import console
+from cbmir_spark.cli import views
 from cbmir_spark.config import Settings
 from cbmir_spark.dicom.preprocessing import Preprocessing
 from cbmir_spark.dicom.vocabulary import Vocabulary
@@ -259,7 +259,7 @@ def test_gaps_are_printed_as_settings_that_close_them(
 ) -> None:
     gaps = remap.unmapped(spark, lakes.before)
     assert {row.raw: row.modalities for row in gaps.body_parts} == {"SCHAEDEL NATIV": {"CT": 2}, "STUDIE 3": {"MR": 1}}
-    console.print_gaps(gaps)
+    views.gaps(gaps)
     printed = capsys.readouterr().out
     assert [line.split("#")[1].strip() for line in printed.splitlines() if ": UNKNOWN" in line] == ["CT 2", "MR 1"]
     pasted = tmp_path / "site.yaml"
@@ -269,7 +269,7 @@ def test_gaps_are_printed_as_settings_that_close_them(
     assert Vocabulary(settings.vocabulary.body_parts).body_part("Schaedel nativ") == "HEAD"
     closed = remap.unmapped(spark, settings)
     assert (closed.body_parts, closed.images) == ([], gaps.images)
-    console.print_gaps(closed)
+    views.gaps(closed)
     assert "body_parts: {}" in capsys.readouterr().out
 
 

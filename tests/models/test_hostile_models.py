@@ -5,8 +5,6 @@ import hashlib
 import io
 import os
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,8 @@ import torch
 from pyspark.sql import SparkSession
 
 from cbmir_spark import config
-from cbmir_spark.cli import app as app_module
+from cbmir_spark.api import Lake
+from cbmir_spark.cli import command
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import ModelError
 from cbmir_spark.index import job as index_job
@@ -60,11 +59,7 @@ def lake(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Setti
 def index(spark: SparkSession, lake: Settings, cbmir: Cbmir, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`cbmir index` on that lake, over the tests' session."""
 
-    @contextmanager
-    def shared(settings: Settings, job: str) -> Iterator[SparkSession]:
-        yield spark
-
-    monkeypatch.setattr(app_module, "_session", shared)
+    monkeypatch.setattr(command, "lake_for", lambda settings: Lake(settings, spark))
     return lambda *arguments: cbmir("index", "--lake", lake.lake.uri, *arguments)
 
 

@@ -21,7 +21,7 @@ from pydicom.uid import UID
 from pyspark.sql import SparkSession
 
 from cbmir_spark import config, storage
-from cbmir_spark.cli import console
+from cbmir_spark.cli import views
 from cbmir_spark.config import RetrievalSettings, Settings
 from cbmir_spark.errors import InputError, ModelError
 from cbmir_spark.index import job as index_job
@@ -682,7 +682,7 @@ def test_sixty_texts_are_shown_and_run_nowhere(
             for cell in cells:
                 assert not cell.strip().startswith(("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")), cell
                 assert not set(cell) & {chr(code) for code in range(32)}, cell
-    console.print_report("QueryStatus", told)
+    views.report("Answered", told)
     assert "\x1b[31m" not in capsys.readouterr().out
     page = Path(storage.local_path(str(told.gallery))).read_text("utf-8")
     assert "<script" not in page
