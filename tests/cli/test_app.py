@@ -76,12 +76,14 @@ def test_a_machine_without_java_is_told_so(tmp_path: Path) -> None:
     """In a process of its own: the session of these tests has long started its Java."""
     environment = {k: v for k, v in os.environ.items() if k not in ("JAVA_HOME", "SPARK_HOME")}
     environment["PATH"] = str(tmp_path)
-    command = [sys.executable, "-m", "cbmir_spark", "ingest", "--archive", str(tmp_path), "--lake", str(tmp_path / "l")]
+    archive = tmp_path / "archive"
+    archive.mkdir()
+    command = [sys.executable, "-m", "cbmir_spark", "ingest", "--archive", str(archive), "--lake", str(tmp_path / "l")]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert ended.returncode == 1
     assert ended.stderr.startswith("cbmir: Java is missing")
     assert "install OpenJDK 17" in ended.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [archive]
 
 
 def test_config_prints_the_effective_settings_with_secrets_masked(
