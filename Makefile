@@ -5,9 +5,11 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 LAKE   ?= bench
+# Two processes, a file at a time: one computes while the other waits for Spark.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check-machine demo test soak bench bench-retrieval lint settings notebook clean
+.PHONY: help setup check-machine demo test test-fast test-more soak bench bench-retrieval lint settings notebook clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -17,8 +19,14 @@ setup: $(READY) ## create .venv, install the locked dependencies, resolve Delta'
 demo: $(READY) ## make a small archive and run ingest, train, index, retrieve, evaluate over it
 	$(BIN)/cbmir demo
 
-test: lint ## ruff, mypy and every test
-	$(BIN)/python -m pytest
+test: lint ## ruff, mypy and the tests, but for those of test-more and soak; at most 15 minutes on two cores
+	$(PYTEST)
+
+test-fast: $(READY) ## the tests without servers, clusters and training, for the loop of a change; 4 minutes
+	$(PYTEST) -m "not soak and not more and not slow and not server"
+
+test-more: $(READY) ## clusters, kills and whole chains of commands: with `make test`, what a submission must pass
+	$(PYTEST) -m "more and not soak"
 
 soak: $(READY) ## the tests that take hours: more mutants, cuts, kills and nights
 	$(BIN)/python -m pytest -m soak

@@ -34,6 +34,8 @@ from tests.support import tiny_lake
 from tests.support.models import open_index
 from tests.support.tiny_lake import Drawn, draw, pseudonym, publish
 
+pytestmark = pytest.mark.slow
+
 
 def figures_of(ranks: list[int], relevant: int, k: int, depth: int) -> dict[str, float]:
     return {name: column[0] for name, column in measures.ranking([ranks], [relevant], k, depth).items()}

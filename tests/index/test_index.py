@@ -33,6 +33,8 @@ from tests.conftest import MakeSettings
 from tests.support.models import open_index, registry_of, save_model
 from tests.support.tiny_lake import PREPROCESSING, Drawn, draw, pseudonym, publish
 
+pytestmark = pytest.mark.slow
+
 IMAGES = [
     Drawn("a", "p1", "CT", "CHEST"),
     Drawn("b", "p1", "CT", "HEAD", frames=3),

@@ -33,6 +33,8 @@ from tests.support.cluster import DRIVER_OPTIONS, environment
 from tests.support.models import open_index, save_model
 from tests.support.tiny_lake import Drawn, publish
 
+pytestmark = pytest.mark.more
+
 PLACES = (("CT", "CHEST"), ("MR", "BRAIN"))
 
 

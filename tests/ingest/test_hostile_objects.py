@@ -24,7 +24,7 @@ from tests.support import codec_plugin, damaged, traps
 from tests.support.dicom_files import PREPROCESSING, VOCABULARY, real
 
 # pydicom warns about most of these files when they are built; nothing of ours does.
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
+pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning:pydicom"), pytest.mark.slow]
 
 # reliability.md: what a worker and the process that decodes for it may take together.
 MOST_BYTES = 5 * 2**29

@@ -23,6 +23,8 @@ from tests.support import boundary
 from tests.support.archives import at, sample
 from tests.support.dicom_index import predicted
 
+pytestmark = pytest.mark.slow
+
 
 def _fill(folder: Path) -> Path:
     """Twelve objects: three images in five objects, a non-image, and six that cannot be used."""

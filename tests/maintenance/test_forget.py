@@ -32,6 +32,8 @@ from tests.support.leaks import contents
 from tests.support.models import save_model
 from tests.support.tiny_lake import PREPROCESSING, Drawn, draw, identifiers, owners, publish
 
+pytestmark = pytest.mark.slow
+
 PATIENT = "PATIENT-7531"
 IMAGES = [
     Drawn(f"1.2.{patient}.{number}", PATIENT if patient == 3 else f"PATIENT-{patient}", *place)

@@ -31,6 +31,8 @@ from tests.support.dicom_files import made
 from tests.support.models import save_model
 from tests.support.tiny_lake import Drawn, key_of, pseudonym, publish
 
+pytestmark = pytest.mark.slow
+
 # Raw values, the window that was used, and the batch: what a lake keeps of its archive.
 BY_RAW = [
     (Drawn("head", "p1", "CT", "", body_part_raw="SCHAEDEL NATIV", window=(-160.0, 240.0)), 1),

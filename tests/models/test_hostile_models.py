@@ -24,6 +24,8 @@ from tests.conftest import Cbmir
 from tests.support.models import registry_of, save_model
 from tests.support.tiny_lake import Drawn, publish
 
+pytestmark = pytest.mark.slow
+
 IMAGES = [Drawn("a", "p", "CT", "CHEST"), Drawn("b", "q", "MR", "BRAIN")]
 
 

@@ -28,6 +28,8 @@ from tests.support.models import open_index, registry_of
 from tests.support.tiny_lake import Drawn, publish
 from tests.support.training import images, settings_for
 
+pytestmark = pytest.mark.server
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:

@@ -41,6 +41,8 @@ from tests.conftest import MakeSettings
 from tests.support.browser import RUN, dom_in_browser
 from tests.support.models import open_index, save_model
 
+pytestmark = pytest.mark.slow
+
 PLACES = [("CT", "CHEST"), ("CT", "HEAD"), ("CT", "UNKNOWN"), ("MR", "BRAIN"), ("MR", "UNKNOWN"), ("US", "LIVER")]
 
 

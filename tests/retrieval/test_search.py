@@ -33,6 +33,8 @@ from tests.support.fault_proxy import FaultProxy
 from tests.support.s3_server import S3Server
 from tests.support.tiny_lake import pseudonym
 
+pytestmark = pytest.mark.slow
+
 Floats = NDArray[np.float32]
 Hit = tuple[str, int, float, str, int]
 

@@ -27,6 +27,8 @@ from tests.support.models import save_model
 from tests.support.processes import below
 from tests.support.tiny_lake import Drawn, publish
 
+pytestmark = pytest.mark.slow
+
 Batches = Iterable[pa.RecordBatch]
 # The JVM says so of itself at its start, before Spark is there.
 OF_THE_JVM = ("WARNING: Using incubator modules", "Picked up JAVA_TOOL_OPTIONS")

@@ -28,6 +28,8 @@ def serve(folder: Path) -> Iterator[str]:
         "--artifacts-destination", str(folder / "artifacts"),
     ]  # fmt: skip
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "PYTHONWARNINGS": "ignore"}
+    # Ten processes that poll for jobs which nothing here submits.
+    quiet["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     with (folder / "server.log").open("wb") as log:
         # A group of its own: the server has workers, and all of them end with it.
         server = subprocess.Popen(

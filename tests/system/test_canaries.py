@@ -25,6 +25,8 @@ from tests.support import canaries
 from tests.support.canaries import KANJI, KEPT, LATIN, Scanner, Tokens
 from tests.support.leaks import contents
 
+pytestmark = pytest.mark.more
+
 FILES = [pytest.param(24, id="ci"), pytest.param(200, id="soak", marks=pytest.mark.soak)]
 
 

@@ -32,7 +32,7 @@ from cbmir_spark.synthetic import archive as synthetic_archive
 from tests.support.cluster import SPARK_HOME, Cluster, environment
 from tests.support.search_job import searched
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.more]
 
 REPO = Path(__file__).resolve().parents[2]
 JOB_SECONDS = 240

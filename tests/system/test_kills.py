@@ -31,7 +31,7 @@ from cbmir_spark.lake import columns as cols
 from tests.support.cluster import DRIVER_OPTIONS, SPARK_HOME, Cluster, environment
 from tests.support.processes import below
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.more]
 
 OBJECTS = 320
 OF_A_BATCH = 60

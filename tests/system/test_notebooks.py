@@ -14,7 +14,7 @@ from cbmir_spark import config
 from cbmir_spark.cli import demo
 from cbmir_spark.synthetic import archive
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.more]
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 

@@ -21,7 +21,7 @@ import pytest
 import cbmir_spark
 
 # A minute on an idle machine, for whichever test comes first.
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
 DATA = Path(__file__).parent.parent / "data"
 ROOT = "/proc/self/cwd"

@@ -24,6 +24,8 @@ from cbmir_spark.training.course import Fitting
 from cbmir_spark.training.history import Epoch
 from cbmir_spark.training.loop import Batch, Loaders
 
+pytestmark = pytest.mark.slow
+
 LOCAL = StorageSettings(endpoint=None, region="eu-central-1", path_style=False, attempts=1)
 
 

@@ -28,7 +28,7 @@ from tests.support.s3_server import S3Server
 from tests.support.tiny_lake import publish
 from tests.support.training import images
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.more]
 
 # Small row groups, so that an epoch has five steps rather than one.
 HOW = ("dataset.min_images=3", "dataset.validation_fraction=0.25", "dataset.rows_per_group=2", "training.batch_size=8")

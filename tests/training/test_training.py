@@ -30,6 +30,8 @@ from tests.support.processes import below
 from tests.support.tiny_lake import publish
 from tests.support.training import IMAGES_EACH, PATIENTS, images, settings_for
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def trained(
