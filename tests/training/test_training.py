@@ -24,7 +24,9 @@ from cbmir_spark.models import registry
 from cbmir_spark.training import job as training_job
 from cbmir_spark.training.history import Epoch
 from cbmir_spark.training.job import TrainingReport
+from cbmir_spark.training.manifest import MANIFEST
 from tests.conftest import Cbmir
+from tests.support import boundary
 from tests.support.models import registry_of
 from tests.support.processes import below
 from tests.support.tiny_lake import publish
@@ -238,7 +240,13 @@ def test_a_sweep_is_one_run_with_a_run_for_each_training(spark: SparkSession, tr
         for rate in rates
     ]
     counted: list[int] = []
-    reports = training_job.sweep(spark, variants, "rates.yaml", counted.append)
+    with boundary.counted() as asked:
+        reports = training_job.sweep(spark, variants, "rates.yaml", counted.append)
+    # The lake is opened once for all of them, and each training finds its snapshot's manifest.
+    lake = LakePaths.of(settings.lake)
+    assert asked.opened == {(lake.path(each), report.versions[each.name]): 1 for each in (schemas.TAGS, schemas.PIXELS)}
+    assert asked.histories == {lake.path(schemas.SOURCES): 1}
+    assert asked.objects["read_bytes", storage.join(lake.snapshot(report.snapshot), MANIFEST)] == len(variants)
     assert counted == [1, 2] and reports[0].model_id == report.model_id != reports[1].model_id
     client = MlflowClient(tracking_uri=tracking_uri)
     children = [client.get_run(each.run_id).data for each in reports]
