@@ -45,8 +45,7 @@ def two(
     publish(spark, settings, images())
     reports = []
     for rate in (1e-3, 1e-4):
-        own = settings.training.model_copy(update={"learning_rate": rate})
-        reports.append(training_job.run(spark, settings.model_copy(update={"training": own})))
+        reports.append(training_job.run(spark, settings.override({"training.learning_rate": rate})))
     return settings, reports
 
 
@@ -143,7 +142,7 @@ def assert_one_index(spark: SparkSession, server: str, settings: Settings) -> No
 BUSY = r"lease index of this lake is held by process \d+ on host .+: wait for that job, or end it"
 
 
-def test_an_index_job_beside_another_one_is_told_to_wait(
+def test_an_index_job_beside_another_one_has_to_wait(
     spark: SparkSession, server: str, two: tuple[Settings, list[TrainingReport]]
 ) -> None:
     settings, _ = two
