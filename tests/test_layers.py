@@ -1,6 +1,5 @@
 """The packages form layers that import downwards only, read from the sources so that no arrow goes unseen."""
 
-import ast
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 
 import cbmir_spark
 from tests.conftest import REPO
+from tests.support.sources import imported, modules
 
 ROOT = Path(cbmir_spark.__file__).parent
 
@@ -64,26 +64,6 @@ ONLY_IN = {
     "typer": {"cli.app", "cli.command", "cli.jobs", "cli.upkeep"},
     "rich": {"cli.console", "cli.views"},
 }
-
-
-def modules(root: Path) -> dict[str, Path]:
-    """Modules of the package below `root` by dotted name without the package's own, `__init__` under its folder's."""
-    found = {}
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).with_suffix("").parts
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        if name and name != "__main__":
-            found[name] = path
-    return found
-
-
-def imported(path: Path) -> Iterator[tuple[str, int]]:
-    """Full names that a file imports, inside functions and for type checking too, with their lines."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, node.lineno) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
 
 
 def ours(path: Path, known: dict[str, Path]) -> Iterator[tuple[str, int]]:

@@ -77,7 +77,7 @@ def test_the_bait_is_a_real_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("make", [by_torch, by_pickle])
 @pytest.mark.parametrize(
-    ("where", "said"),
+    ("where", "message"),
     [
         ("weights", "the weights have SHA-256"),
         # Whoever can put weights there can also write their digest into the manifest.
@@ -86,7 +86,7 @@ def test_the_bait_is_a_real_one(tmp_path: Path) -> None:
     ],
 )
 def test_a_pickle_in_a_model_s_folder_is_refused_and_not_run(
-    lake: Settings, index: Any, tmp_path: Path, make: Any, where: str, said: str
+    lake: Settings, index: Any, tmp_path: Path, make: Any, where: str, message: str
 ) -> None:
     folder, bait = tmp_path / "model", tmp_path / "ran"
     saved = save_model(folder)
@@ -95,10 +95,10 @@ def test_a_pickle_in_a_model_s_folder_is_refused_and_not_run(
     if where == "weights and digest":
         digest = hashlib.sha256(content).hexdigest()
         (folder / "manifest.json").write_text(dataclasses.replace(saved.manifest, weights_sha256=digest).to_json())
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=message):
         registry_of(lake).resolve(str(folder)).load()
     status, out, err = index("--set", f"index.model={folder}")
-    assert (status, out, err.count("\n")) == (1, "", 1) and said in err
+    assert (status, out, err.count("\n")) == (1, "", 1) and message in err
     assert not bait.exists()
 
 
@@ -118,9 +118,9 @@ def registered(lake: Settings, tmp_path_factory: pytest.TempPathFactory) -> tupl
 def test_pickles_beside_a_registered_model_are_never_loaded(
     spark: SparkSession, lake: Settings, registered: tuple[Saved, Path, list[Path]], tmp_path: Path
 ) -> None:
-    """Where MLflow's own loaders look: `mlflow.pytorch` for data/model.pth, `mlflow.pyfunc` for python_model.pkl."""
-    saved, own, places = registered
-    for number, folder in enumerate([*places, places[0] / "model", own]):
+    """Where MLflow's loaders look: `mlflow.pytorch` for data/model.pth, `mlflow.pyfunc` for python_model.pkl."""
+    saved, files, places = registered
+    for number, folder in enumerate([*places, places[0] / "model", files]):
         (folder / "data").mkdir(parents=True, exist_ok=True)
         for name in ("python_model.pkl", "model.pkl", "data/model.pth", "data/pickle_module_info.txt"):
             (folder / name).write_bytes(by_torch(tmp_path / f"ran {number} {Path(name).name}"))

@@ -144,7 +144,7 @@ def assert_one_index(spark: SparkSession, server: str, settings: Settings) -> No
 BUSY = r"lease index of this lake is held by process \d+ on host .+: wait for that job, or end it"
 
 
-def test_an_index_job_beside_another_one_is_told_to_wait(
+def test_an_index_job_beside_another_one_has_to_wait(
     spark: SparkSession, server: str, two: tuple[Settings, list[TrainingReport]]
 ) -> None:
     settings, _ = two

@@ -1,4 +1,4 @@
-"""The gate for `candidate`: what is compared, and what is said of it."""
+"""The gate for `candidate`: what is compared, and the reason that is given."""
 
 import pytest
 

@@ -66,7 +66,7 @@ def write_split(folder: Path, files: list[list[int]]) -> Snapshot:
 
 
 def numbers(loader: Loader, epoch: int = 0) -> list[list[int]]:
-    """The row numbers of each batch, after a check that each row came with its own class."""
+    """The row numbers of each batch, after a check that each row came with its class."""
     batches = []
     for pixels, targets in loader.epoch(epoch):
         assert pixels.shape[1:] == (256, 256) and len(pixels) == len(targets)
@@ -138,7 +138,7 @@ def test_uneven_shards_have_equal_steps_and_lose_no_row(tmp_path: Path) -> None:
     shards = [Loader(snapshot, TRAIN, ObjectStore(LOCAL), batch_size=46, seed=1, rank=rank, world=2) for rank in (0, 1)]
     assert [loader.rows for loader in shards] == [100, 37]
     batches = [numbers(loader) for loader in shards]
-    assert [len(own) for own in batches] == [3, 3] == [loader.steps for loader in shards]
+    assert [len(each) for each in batches] == [3, 3] == [loader.steps for loader in shards]
     assert sorted(flat(batches[0]) + flat(batches[1])) == list(range(137))
 
 

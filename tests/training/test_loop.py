@@ -80,19 +80,19 @@ def test_training_twice_with_one_seed_gives_the_same_weights() -> None:
 
 
 def test_training_learns_and_leaves_the_callers_random_numbers_alone() -> None:
-    network, source, told = small(), InMemory(), []
+    network, source, epochs = small(), InMemory(), []
     torch.manual_seed(9)
     expected = torch.rand(3)
     torch.manual_seed(9)
-    history = loop.fit(network, Loaders(source, None), course(epochs=6), told.append)
+    history = loop.fit(network, Loaders(source, None), course(epochs=6), epochs.append)
     assert torch.equal(torch.rand(3), expected)
-    assert list(history.epochs) == told and [epoch.number for epoch in told] == [1, 2, 3, 4, 5, 6]
-    assert told[-1].loss < 0.5 * told[0].loss and history.best_epoch == 6
+    assert list(history.epochs) == epochs and [epoch.number for epoch in epochs] == [1, 2, 3, 4, 5, 6]
+    assert epochs[-1].loss < 0.5 * epochs[0].loss and history.best_epoch == 6
     _, confusion = loop.confusion_of(network, source, torch.ones(2))
     assert confusion.tolist() == [[8, 0], [0, 8]]
 
 
-def test_the_epoch_that_validates_best_is_kept() -> None:
+def test_the_model_gets_the_weights_of_the_epoch_that_validates_best() -> None:
     network, source = small(), InMemory()
     states, scores = [], []
 
@@ -102,8 +102,8 @@ def test_the_epoch_that_validates_best_is_kept() -> None:
 
     history = loop.fit(network, Loaders(source, InMemory(rows=8)), course(epochs=4), remember)
     assert history.best_epoch == max(range(1, 5), key=lambda number: (scores[number - 1], number))
-    kept = states[history.best_epoch - 1]
-    assert all(torch.equal(kept[name], tensor) for name, tensor in network.state_dict().items())
+    best = states[history.best_epoch - 1]
+    assert all(torch.equal(best[name], tensor) for name, tensor in network.state_dict().items())
 
 
 def test_a_loss_that_is_not_a_number_stops_the_training_and_names_the_learning_rate() -> None:
@@ -137,11 +137,11 @@ def test_curves_of_precision_and_recall_by_hand() -> None:
     assert second.precision.tolist() == [0.5, 2 / 3, 0.5] and second.recall.tolist() == [0.5, 1.0, 1.0]
 
 
-# Stopped and gone on
+# Stopped and resumed
 
 
 class Stopped(Exception):
-    """What a kill does to the loop: it ends between two steps, and nothing is tidied up."""
+    """What a kill does to the loop: it ends between two steps, without any cleaning up."""
 
 
 class Stopping(InMemory):
@@ -172,17 +172,17 @@ def test_a_training_that_was_stopped_ten_times_ends_in_the_same_weights(tmp_path
     chance = random.Random(3)
     steps = 3 * 4
     for _ in range(10):
-        kept = folder(tmp_path / "kept", every=chance.randint(1, 3))
+        left = folder(tmp_path / "checkpoints", every=chance.randint(1, 3))
         with pytest.raises(Stopped):
             # Most of them are too short to finish; none may be long enough, or there would be nothing to stop.
-            before = kept.newest()
-            left = steps - (before.position["steps"] if before else 0)
+            before = left.newest()
+            remaining = steps - (before.position["steps"] if before else 0)
             skipped = before.position["done"] if before else 0
-            after = skipped + chance.randrange(max(1, left))
-            loop.fit(small(), Loaders(Stopping(after, rows=24), InMemory(rows=8)), how, checkpoints=kept)
+            after = skipped + chance.randrange(max(1, remaining))
+            loop.fit(small(), Loaders(Stopping(after, rows=24), InMemory(rows=8)), how, checkpoints=left)
     resumed = small()
     history = loop.fit(
-        resumed, Loaders(InMemory(rows=24), InMemory(rows=8)), how, checkpoints=folder(tmp_path / "kept")
+        resumed, Loaders(InMemory(rows=24), InMemory(rows=8)), how, checkpoints=folder(tmp_path / "checkpoints")
     )
     assert history.resumed is not None and history.resumed > 0
     assert history.best_epoch == expected.best_epoch
@@ -210,17 +210,17 @@ def test_a_training_that_was_stopped_after_its_last_step_is_summed_up(tmp_path: 
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
-    kept = folder(tmp_path, every=1)
+    left = folder(tmp_path, every=1)
     with pytest.raises(Stopped):
-        loop.fit(small(), Loaders(Stopping(3), None), course(), checkpoints=kept)
+        loop.fit(small(), Loaders(Stopping(3), None), course(), checkpoints=left)
     older, newer = sorted(tmp_path.iterdir())
     content = bytearray(newer.read_bytes())
     content[len(content) // 2] ^= 1
     newer.write_bytes(content)
-    found = kept.newest()
+    found = left.newest()
     assert found is not None and found.position["steps"] == 2
     older.write_bytes(older.read_bytes()[:-1])
-    assert kept.newest() is None
+    assert left.newest() is None
 
 
 def test_a_checkpoint_runs_no_code_that_was_put_into_it(tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("preset", presets.PRESETS)
 def test_every_preset_learns_two_kinds_of_picture(preset: str) -> None:
-    """A few steps by its own recipe, but for the paper's rate, which needs more pictures than these."""
+    """A few steps by its recipe, but for the paper's rate, which needs more pictures than these."""
     recipe = presets.PRESETS[preset].recipe
     torch.manual_seed(1)
     network = networks.build(preset, 2)

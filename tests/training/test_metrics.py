@@ -21,14 +21,14 @@ def test_a_ranking_worked_by_hand() -> None:
 def test_many_random_rankings_against_the_definitions() -> None:
     chance = np.random.default_rng(4)
     gallery, queries = (chance.normal(size=(n, 6)).astype(np.float32) for n in (300, 600))
-    held, asked = chance.integers(0, 5, 300), chance.integers(0, 5, 600)
+    gallery_labels, asked = chance.integers(0, 5, 300), chance.integers(0, 5, 600)
     averages, precisions = [], []
     for query, label in zip(queries, asked, strict=True):
-        right = held[np.argsort(((gallery.astype(float) - query) ** 2).sum(1), kind="stable")] == label
+        right = gallery_labels[np.argsort(((gallery.astype(float) - query) ** 2).sum(1), kind="stable")] == label
         hits = np.flatnonzero(right)
         averages.append(np.mean([(i + 1) / (place + 1) for i, place in enumerate(hits)]))
         precisions.append(right[: min(PRECISION_AT, len(hits))].mean())
-    found = ranking_figures(queries, asked, gallery, held)
+    found = ranking_figures(queries, asked, gallery, gallery_labels)
     assert found.mean_average_precision == pytest.approx(np.mean(averages))
     assert found.precision == pytest.approx(np.mean(precisions))
     by_class = [np.mean([a for a, other in zip(averages, asked, strict=True) if other == label]) for label in range(5)]

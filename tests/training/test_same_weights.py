@@ -104,7 +104,7 @@ def test_training_from_object_storage_is_training_from_disk(
 
 
 def start(overrides: Sequence[str], output: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
-    """`cbmir train` in a process group of its own, JVM and all."""
+    """`cbmir train` in a new process group, JVM and all."""
     command = [sys.executable, "-m", "cbmir_spark", "train", "--json"]
     command += [f"--set={each}" for each in (*overrides, "training.checkpoint_steps=1", *DRIVER_OPTIONS)]
     return subprocess.Popen(
@@ -119,7 +119,7 @@ def newest_step(overrides: Sequence[str]) -> int:
 
 
 def kill_within_the_fit(overrides: Sequence[str], further: int, later: float) -> int:
-    """Start the job and kill it some seconds after it took so many steps; the step that the next one goes on from."""
+    """Start the job and kill it some seconds after it took so many steps; the step that the next one resumes at."""
     before = newest_step(overrides)
     job = start(overrides)
     try:
@@ -135,7 +135,7 @@ def kill_within_the_fit(overrides: Sequence[str], further: int, later: float) ->
     return newest_step(overrides)
 
 
-def test_a_job_that_was_killed_goes_on_to_the_same_weights(
+def test_a_job_that_was_killed_resumes_to_the_same_weights(
     spark: SparkSession, overrides: list[str], from_disk: TrainingReport
 ) -> None:
     at = kill_within_the_fit(overrides, further=3, later=0.0)
@@ -159,8 +159,8 @@ def test_ten_kills_at_random_steps_end_in_the_same_weights(
     killed = [kill_within_the_fit(how, draws.randint(1, 4), draws.uniform(0.0, 0.3)) for _ in range(10)]
     assert killed == sorted(set(killed)) and killed[-1] < STEPS * LONG, killed
     last = start(how, subprocess.PIPE)
-    said, _ = last.communicate(timeout=JOB_SECONDS)
-    report = json.loads(said)
+    printed, _ = last.communicate(timeout=JOB_SECONDS)
+    report = json.loads(printed)
     assert report["history"]["resumed"] == killed[-1]
     assert report["history"]["curve"][-1]["loss"] == whole.history.curve[-1].loss
     assert report["model_id"] == whole.model_id

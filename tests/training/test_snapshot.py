@@ -37,14 +37,14 @@ def some_images() -> list[Drawn]:
         for patient in range(patients)
         for number in range(3)
     ]
-    kept_out = [
+    left_out = [
         Drawn("burned", "x", "CT", "CHEST", burned_in="YES", text_risk=True),
         Drawn("of an older row", "x", "CT", "CHEST", burned_in="UNKNOWN", text_risk=None),
         Drawn("scout", "x", "CT", "CHEST", kind="localizer"),
         Drawn("untagged", "x", "MR", "UNKNOWN"),
         Drawn("rare", "x", "CT", "KNEE"),
     ]
-    return [*plain, Drawn("volume", "CTCHEST0", "CT", "CHEST", frames=5), *kept_out]
+    return [*plain, Drawn("volume", "CTCHEST0", "CT", "CHEST", frames=5), *left_out]
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_snapshot_errors_name_the_cause(
     _, settings = lake_and_settings
 
     def ask(settings: Settings, **changes: object) -> None:
-        make(spark, settings.override({"dataset": changes}))
+        make(spark, settings.override({f"dataset.{name}": value for name, value in changes.items()}))
 
     with pytest.raises(TrainingError, match=r"1 class\(es\).*\(CT/CHEST\).*MR/HEAD \(9\).*Two are needed"):
         ask(settings, min_images=10)
@@ -205,8 +205,8 @@ def test_rows_of_files_that_delta_removed_are_in_no_snapshot_and_in_no_batch(
     for number in range(8):
         for part in ("CHEST", "HEAD"):
             write_slice(archive, number, part)
-    own = [f"lake.uri={tmp_path / 'lake'}", f"ingest.archive={archive}"]
-    settings = config.load(overrides=[*own, "dataset.min_images=2", "dataset.rows_per_group=2", *SPLIT], environ={})
+    places = [f"lake.uri={tmp_path / 'lake'}", f"ingest.archive={archive}"]
+    settings = config.load(overrides=[*places, "dataset.min_images=2", "dataset.rows_per_group=2", *SPLIT], environ={})
     ingest_job.run(spark, settings)
     lake = LakePaths.of(settings.lake)
     before = digests(make(spark, settings))

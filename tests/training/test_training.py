@@ -24,7 +24,9 @@ from cbmir_spark.models import registry
 from cbmir_spark.training import job as training_job
 from cbmir_spark.training.history import Epoch
 from cbmir_spark.training.job import TrainingReport
+from cbmir_spark.training.manifest import MANIFEST
 from tests.conftest import Cbmir
+from tests.support import boundary
 from tests.support.models import registry_of
 from tests.support.processes import below
 from tests.support.tiny_lake import publish
@@ -192,8 +194,8 @@ def test_an_object_store_lake_needs_a_tracking_server() -> None:
     settings = config.load(overrides=["lake.uri=s3a://bucket/lake"], environ={})
     with pytest.raises(ConfigError, match=r"mlflow\.tracking_uri is not set.*s3a://bucket/lake"):
         _ = registry_of(settings).tracking
-    given = settings.override({"mlflow.tracking_uri": "http://127.0.0.1:5000"})
-    assert registry_of(given).tracking.uri == "http://127.0.0.1:5000"
+    served = settings.override({"mlflow.tracking_uri": "http://127.0.0.1:5000"})
+    assert registry_of(served).tracking.uri == "http://127.0.0.1:5000"
 
 
 # pyspark does not close the pipe on which it reads what torchrun prints.
@@ -204,7 +206,7 @@ leaves_pipe = pytest.mark.filterwarnings(r"ignore:unclosed file <_io\.BufferedRe
 def test_two_processes_train_one_model(
     spark: SparkSession, trained: Trained, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Through TorchDistributor, each process on its own shards: the steps that one process takes, but for rounding."""
+    """Through TorchDistributor, each process on its shards: the steps that one process takes, but for rounding."""
     settings, report, _, _ = trained
     two = settings.override({"training.processes": 2})
     second = training_job.run(spark, two)
@@ -237,7 +239,13 @@ def test_a_sweep_is_one_run_with_a_run_for_each_training(spark: SparkSession, tr
     rates = (1e-3, 1e-4)
     variants = [settings.override({"training.learning_rate": rate}) for rate in rates]
     counted: list[int] = []
-    reports = training_job.sweep(spark, variants, "rates.yaml", counted.append)
+    with boundary.counted() as asked:
+        reports = training_job.sweep(spark, variants, "rates.yaml", counted.append)
+    # The lake is opened once for all of them, and each training finds its snapshot's manifest.
+    lake = LakePaths.of(settings.lake)
+    assert asked.opened == {(lake.path(each), report.versions[each.name]): 1 for each in (schemas.TAGS, schemas.PIXELS)}
+    assert asked.histories == {lake.path(schemas.SOURCES): 1}
+    assert asked.objects["read_bytes", storage.join(lake.snapshot(report.snapshot), MANIFEST)] == len(variants)
     assert counted == [1, 2] and reports[0].model_id == report.model_id != reports[1].model_id
     client = MlflowClient(tracking_uri=tracking_uri)
     children = [client.get_run(each.run_id).data for each in reports]
