@@ -163,7 +163,7 @@ def test_a_page_that_ends_within_a_vector_is_not_taken_for_the_only_one(tmp_path
 
 
 def test_a_few_files_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vector_files, "_OPEN_FILES", 2)
+    monkeypatch.setattr(vector_files, "OPEN_FILES", 2)
     vectors = np.random.default_rng(4).standard_normal((5, 3, 8)).astype(np.float32)
     files = {}
     for number, part in enumerate(vectors):

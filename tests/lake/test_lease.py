@@ -18,24 +18,24 @@ from cbmir_spark import config, storage
 from cbmir_spark.errors import Busy, EnvironmentProblem, StorageError
 from cbmir_spark.lake import lease
 from cbmir_spark.storage import ObjectStore
-from tests.storage.test_storage import Place, bucket, place, s3_settings
 from tests.support.fault_proxy import Answer, DropReply, FaultProxy, Request, each
+from tests.support.places import Place, s3_settings
 from tests.support.s3_server import S3Server
-
-__all__ = ["bucket", "place"]  # fixtures
 
 pytestmark = pytest.mark.timeout(900)
 
 # A job in another process: at each line it takes the lease, at the next one it checks it and gives it back.
 JOB = """
 import json, sys
-from cbmir_spark import config, lease
+from cbmir_spark.config import StorageSettings
 from cbmir_spark.errors import Busy
-files = config.StorageSettings(**json.loads(sys.argv[2]))
+from cbmir_spark.lake import lease
+from cbmir_spark.storage import ObjectStore
+store = ObjectStore(StorageSettings(**json.loads(sys.argv[2])))
 print("ready", flush=True)
 while sys.stdin.readline():
     try:
-        with lease.hold(sys.argv[1], "tables", files, float(sys.argv[3])) as held:
+        with lease.hold(sys.argv[1], "tables", store, float(sys.argv[3])) as held:
             print("held", flush=True)
             sys.stdin.readline()
             held.check()
@@ -190,13 +190,14 @@ def test_renewal_keeps_the_lease_for_longer_than_it_lasts(bucket: Place) -> None
 def test_a_holder_elsewhere_is_waited_for_until_its_lease_runs_out(bucket: Place) -> None:
     """A holder of another machine, or of another container on this one, cannot be seen: only time tells."""
     uri = f"{bucket.uri}/leases/tables.json"
-    gone = lease._Holder.this_process(2.0)
-    elsewhere = json.loads(gone.to_json()) | {"system": "another boot pid:[1]", "pid": 2**30}
+    with lease.hold(bucket.uri, "tables", ObjectStore(bucket.settings), seconds=2.0):
+        ours = json.loads(ObjectStore(bucket.settings).read_bytes(uri))
+    elsewhere = ours | {"system": "another boot pid:[1]", "pid": 2**30}
     ObjectStore(bucket.settings).write_bytes(uri, json.dumps(elsewhere).encode())
     with pytest.raises(Busy), lease.hold(bucket.uri, "tables", ObjectStore(bucket.settings)):
         pass
     # The same process id, given to another process since.
-    here = json.loads(gone.to_json()) | {"started": "1"}
+    here = ours | {"started": "1"}
     ObjectStore(bucket.settings).write_bytes(uri, json.dumps(here).encode())
     with lease.hold(bucket.uri, "tables", ObjectStore(bucket.settings)) as held:
         held.check()
