@@ -161,7 +161,7 @@ def test_traces_are_shown_to_who_asks_for_them(
     status, out, err = cbmir("index", *damaged)
     assert (status, out) == (1, "")
     assert err.splitlines()[-1].startswith("cbmir: Spark aborted the index job: the weights have SHA-256 ")
-    assert "PythonException" in err and "model.load(" in err, "driver and worker"
+    assert "PythonException" in err and "index/embed.py" in err, "driver and worker"
 
 
 @pytest.mark.usefixtures("on_one_session")
