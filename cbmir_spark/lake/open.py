@@ -39,7 +39,7 @@ class OpenLake:
     def versions(self) -> Published:
         """The published versions. Raises TableError where no image has been ingested."""
         if self.published is None or self.published.batch == 0:
-            raise TableError(no_images(self.paths))
+            raise TableError(publication.no_images(self.paths))
         return self.published
 
     @property
@@ -109,7 +109,7 @@ def open_for_writing(
     check_roots(paths, store)
     # Before the leases, since taking one creates the vault's folder.
     if not may_be_new and not has_tables(paths, store):
-        raise TableError(no_images(paths))
+        raise TableError(publication.no_images(paths))
     with ExitStack() as stack:
         acquired = tuple(stack.enter_context(lease.acquire(paths.vault, name, store)) for name in leases)
         published = publication.published(spark, paths)
@@ -122,11 +122,6 @@ def has_tables(paths: LakePaths, store: ObjectStore) -> bool:
     return store.kind(storage.join(paths.path(SOURCES), "_delta_log")) == "folder"
 
 
-def no_images(paths: LakePaths) -> str:
-    """The message for a lake without images."""
-    return f"lake {paths.uri} holds no images yet: run `cbmir ingest` first"
-
-
 def check_roots(paths: LakePaths, store: ObjectStore) -> None:
     """Raise InputError where a file stands in the place of the lake or its vault."""
     for root in (paths.uri, paths.vault):
@@ -135,7 +130,7 @@ def check_roots(paths: LakePaths, store: ObjectStore) -> None:
 
 
 def _pseudonyms(paths: LakePaths, privacy: PrivacySettings, published: Published | None) -> Pseudonyms | None:
-    """The key that the lake was made with, where there is one to check or to find."""
+    """Load the key and check that it made the lake's pseudonyms; None if neither the settings nor a vault give one."""
     if not pseudonyms.is_configured(privacy) and (published is None or paths.vault_folder is None):
         return None
     names = pseudonyms.load(privacy, paths.vault_folder)

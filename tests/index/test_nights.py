@@ -32,7 +32,7 @@ from cbmir_spark.retrieval.query import Query
 from cbmir_spark.storage import ObjectStore
 from tests.support.cluster import DRIVER_OPTIONS, environment
 from tests.support.models import open_index, save_model
-from tests.support.tiny_lake import Drawn, publish
+from tests.support.tiny_lake import Drawn, live_files, publish
 
 PLACES = (("CT", "CHEST"), ("MR", "BRAIN"))
 
@@ -48,7 +48,7 @@ def overrides_for(folder: Path) -> list[str]:
 
 
 def files_of(spark: SparkSession, report: index_job.Report) -> Counter[tuple[str, str]]:
-    return Counter(place_of(uri) for uri in delta.live_files(spark, report.table, report.version))
+    return Counter(place_of(uri) for uri in live_files(spark, report.table, report.version))
 
 
 def test_nights_are_followed_by_what_changed_and_small_files_become_few(

@@ -26,6 +26,7 @@ from cbmir_spark.lake import delta
 from cbmir_spark.spark import session
 from cbmir_spark.spark.python_workers import without_archives
 from cbmir_spark.storage import ObjectStore
+from tests.support.tiny_lake import live_files
 
 LOCAL = StorageSettings(endpoint=None, region="us-east-1", path_style=True, attempts=2)
 PLAIN: dict[str, Any] = {"compression": "none", "use_dictionary": False, "data_page_size": 2**30}
@@ -102,7 +103,7 @@ def test_what_spark_writes_for_the_index_is_read_by_place(spark: SparkSession, t
             yield pa.RecordBatch.from_arrays([batch.column(0), vectors], names=schema.names)
 
     def files_at(version: int) -> list[Path]:
-        return [Path(storage.local_path(uri)) for uri in delta.live_files(spark, path, version)]
+        return [Path(storage.local_path(uri)) for uri in live_files(spark, path, version)]
 
     path = storage.canonical(str(tmp_path / "written"))
     delta.ensure(spark, table, path)
