@@ -25,17 +25,17 @@ LAKE, VAULT = "lake", "vault"
 
 
 def required(name: str, kind: DataType) -> StructField:
-    """A column without nulls."""
+    """Declare a column without nulls."""
     return StructField(name, kind, nullable=False)
 
 
 def optional(name: str, kind: DataType) -> StructField:
-    """A column that may hold nulls."""
+    """Declare a column that may hold nulls."""
     return StructField(name, kind, nullable=True)
 
 
 def one_of(column: str, values: Iterable[str]) -> str:
-    """The constraint that a column holds one of some values, in SQL."""
+    """Write the constraint, in SQL, that a column holds one of some values."""
     return f"{column} IN ({', '.join(repr(value) for value in sorted(values))})"
 
 

@@ -23,8 +23,6 @@ from cbmir_spark.index.layout import FEATURES
 from cbmir_spark.index.parquet_pages import page_values
 from cbmir_spark.index.vector_files import DataFile, Floats, OpenFiles, VectorFile
 from cbmir_spark.lake import delta
-from cbmir_spark.spark import session
-from cbmir_spark.spark.python_workers import without_archives
 from cbmir_spark.storage import ObjectStore
 from tests.support.tiny_lake import live_files
 
@@ -212,20 +210,3 @@ def test_near_ranges_are_one_request() -> None:
     assert merge([(0, 10), (10 + near, 10), (far, 5)]) == [(0, 20 + near), (far, 5)]
     assert merge([(0, 2**22), (2**22, 1)]) == [(0, 2**22), (2**22, 1)]
     assert merge([]) == []
-
-
-def test_workers_do_not_look_for_modules_in_archives(spark: SparkSession) -> None:
-    def path(_: int) -> list[str]:
-        import sys
-
-        return sys.path
-
-    (found,) = spark.sparkContext.parallelize([0], 1).map(path).collect()
-    assert found and not [entry for entry in found if entry.endswith((".zip", ".jar"))]
-
-
-def test_archives_stay_where_pyspark_is_nowhere_else() -> None:
-    only = ["/opt/spark/python/lib/pyspark.zip", "/opt/empty"]
-    assert without_archives(only) == only
-    installed = str(Path(session.pyspark.__file__).parent.parent)
-    assert without_archives([*only, installed]) == ["/opt/empty", installed]

@@ -1,4 +1,4 @@
-"""What Spark gives up on ends in one line that names it, whatever it says itself; CBMIR_DEBUG shows the rest."""
+"""A job that Spark aborts ends in one line with the cause, however Spark reports it; CBMIR_DEBUG shows the rest."""
 
 import contextlib
 import os
@@ -190,10 +190,10 @@ def test_a_job_that_spark_gives_up_on_ends_in_one_line(damaged: list[str]) -> No
     job = start(damaged)
     out, err = job.communicate(timeout=200)
     assert job.returncode == 1 and out == ""
-    told = lines(err)
-    assert len(told) == 1, told
-    assert told[0].startswith("cbmir: Spark aborted the index job: the weights have SHA-256 ")
-    assert told[0].endswith("fetch the model again (CBMIR_DEBUG=1 shows the whole trace)")
+    printed = lines(err)
+    assert len(printed) == 1, printed
+    assert printed[0].startswith("cbmir: Spark aborted the index job: the weights have SHA-256 ")
+    assert printed[0].endswith("fetch the model again (CBMIR_DEBUG=1 shows the whole trace)")
 
 
 @pytest.mark.soak

@@ -28,7 +28,7 @@ NAMES = ["a.dcm", ".hidden", "_underscore", "space and %20+&.dcm", "ünïcode.dc
 
 @pytest.fixture
 def new_clients() -> Iterator[None]:
-    """Clients are kept by settings; what a test does to credentials must not outlive it."""
+    """Clients are cached by settings; a test's changes of credentials must not outlive it."""
     storage_s3.client_of.cache_clear()
     yield
     storage_s3.client_of.cache_clear()
