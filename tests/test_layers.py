@@ -59,7 +59,7 @@ WITHOUT = {
 ONLY_IN = {
     "petastorm": {"training.loader"},
     "mlflow": {"models.registry", "models.tracking", "training.run_log"},
-    "delta": {"lake.delta", "lake.publication", "lake.identity"},
+    "delta": {"lake.delta"},
     "py4j": {"lake.delta", "spark.session", "spark.failures", "ingest.listing"},
     "typer": {"cli.app", "cli.command", "cli.jobs", "cli.upkeep"},
     "rich": {"cli.console", "cli.views"},

@@ -171,7 +171,7 @@ def _changed_batches(lake: OpenLake, path: str) -> frozenset[int] | None:
     message = delta.last_message(lake.spark, path)
     if message is None:
         return None
-    followed = json.loads(message)
+    followed = json.loads(message.text)
     found = [
         delta.changed_batches(lake.table(table, followed[table.name]), lake.table(table, version))
         for table, version in ((TAGS, lake.versions.tags), (PIXELS, lake.versions.pixels))

@@ -26,7 +26,7 @@ from cbmir_spark.storage import ObjectStore
 Floats = NDArray[np.float32]
 Numbers = NDArray[np.int64]
 # Open files per task; each takes two descriptors.
-_OPEN_FILES = 128
+OPEN_FILES = 128
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class OpenFiles:
     def __getitem__(self, number: int) -> VectorFile:
         """The open file; using other files may close it."""
         if number not in self._open:
-            if len(self._open) == _OPEN_FILES:
+            if len(self._open) == OPEN_FILES:
                 self._close_oldest()
             self._open[number] = VectorFile(self._files[number], self._store)
         self._open.move_to_end(number)

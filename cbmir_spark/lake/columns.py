@@ -1,9 +1,9 @@
-"""Names of columns and their closed sets of values."""
+"""Names of columns, which every table shares, and their closed sets of values."""
 
 SIDE = 256
 FRAME_BYTES = SIDE * SIDE
 
-# Columns, by the name that every table uses for them.
+# Columns.
 IMAGE_ID = "image_id"
 SERIES_ID = "series_id"
 STUDY_ID = "study_id"
@@ -81,8 +81,7 @@ IMAGE_KIND = "image"
 KINDS = (IMAGE_KIND, "localizer", "screen", "whole_slide")
 FROM_TAG, FROM_PREDICTION, FROM_NOTHING = "tag", "predicted", "unknown"
 
-# Reasons for which an object is read again although storage holds what it held: its pixels have to be made anew, or
-# storage refused it.
+# Reasons to read an unchanged object again: its pixels have to be computed again, or storage refused it.
 REREAD, UNREADABLE = "REREAD", "UNREADABLE"
-# Why nothing is kept of an object: its image, series, study or patient was erased.
+# The reason why nothing of an object is stored: its image, series, study or patient was erased.
 ERASED = "FORGOTTEN"

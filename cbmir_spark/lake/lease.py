@@ -1,12 +1,12 @@
-"""One writer at a time: who holds a lake's lease may commit to its tables, and everyone else is told who does.
+"""Leases: one job at a time writes to the tables of a lake. Runs on the driver; no Spark.
 
-Two drivers that append to one Delta table in object storage can lose each other's commits, so a job holds a lease
-while it writes, and checks it before each commit. Runs on the driver; no Spark.
+Two drivers that append to one Delta table in object storage can lose each other's commits, so a job acquires a lease
+before it writes, and checks it before each commit.
 
-Below `file:` the lease is a lock on a file, which the kernel gives back when its process ends, however it ends. Below
-`s3a:` it is an object that is only ever written on condition that nobody else wrote it: its holder renews it, and it
-is free once it was not renewed for a minute by the storage's own clock, or at once where its holder is known to have
-died on this very machine. A holder that stood still for longer finds out at its next check.
+Below `file:` a lease is a lock on a file, which the kernel releases when its process ends, however it ends. Below
+`s3a:` it is an object that is written only on condition that nobody else wrote it: its holder renews it. It is free
+once it was not renewed for a minute by the storage's clock, or at once if its holder is known to have died on this
+very machine. A holder that was suspended for longer finds out at its next check.
 """
 
 import fcntl
@@ -28,30 +28,29 @@ from cbmir_spark.storage import ObjectStore
 
 SECONDS = 60.0
 FOLDER = "leases"
-# What a job holds: TABLES to write SOURCES, TAGS and PIXELS, INDEX to write FEATURES.
+# TABLES covers SOURCES, TAGS and PIXELS; INDEX covers FEATURES.
 TABLES, INDEX = "tables", "index"
-# The storage's two clocks, of an object's time and of an answer's, may differ by as much.
+# The clocks of the storage, in an object's time and in an answer's header, may differ by so much.
 _CLOCK_SECONDS = 2.0
-_RENEWALS_IN_LEASE = 4
-# Rounds against others who take and give back the lease in between.
+_RENEWALS_PER_LEASE = 4
+# Attempts, while others acquire and release the lease in between.
 _TRIES = 5
 
 
-class Held(ABC):
-    """A lease that this process holds."""
+class Lease(ABC):
+    """A lease that this process has acquired."""
 
     @abstractmethod
     def check(self) -> None:
-        """Make sure that the lease is still held. Raises Busy where another job took it over meanwhile.
+        """Raise Busy if another job has taken the lease over; call it right before a commit.
 
-        To be called right before a commit. Below `s3a:` this renews the lease, and raises StorageError where that
-        cannot be done.
+        Below `s3a:` this renews the lease, and raises StorageError if that fails.
         """
 
 
 @dataclass(frozen=True)
 class _Holder:
-    """What a lease says of who holds it; `host` is for people, `system` names the kernel and its process table."""
+    """The content of a lease; `host` is for people, `system` identifies the kernel and its table of processes."""
 
     host: str
     system: str
@@ -77,7 +76,7 @@ class _Holder:
 
     @classmethod
     def from_json(cls, content: bytes) -> "_Holder | None":
-        """What a lease says, None where it says nothing that can be understood."""
+        """Parse the content of a lease, None if it is malformed."""
         try:
             return cls(**json.loads(content))
         except (ValueError, TypeError):
@@ -87,7 +86,7 @@ class _Holder:
         return json.dumps(asdict(self)).encode()
 
     def is_dead(self) -> bool:
-        """Whether the holder ran on this very system and is gone; False where that cannot be known from here."""
+        """True if the holder ran on this very system and has ended; False if that cannot be known from here."""
         if not self.system or self.system != _system():
             return False
         try:
@@ -101,40 +100,40 @@ class _Holder:
 
 
 @contextmanager
-def hold(vault: str, name: str, store: ObjectStore, seconds: float = SECONDS) -> Iterator[Held]:
-    """Hold the lease `name` of a vault (canonical URI) while the block runs.
+def acquire(vault: str, name: str, store: ObjectStore, seconds: float = SECONDS) -> Iterator[Lease]:
+    """Acquire the lease `name` of a vault (canonical URI), and release it at the end of the block.
 
-    Raises Busy where another job holds it, saying which one and since when. `seconds` is for how long a lease below
-    `s3a:` outlives its last renewal. A process that is forked inside the block must end before it.
+    Raises Busy, naming process, host and time, if another job has it. A lease below `s3a:` expires `seconds` after its
+    last renewal. A process that is forked inside the block must end before it.
     """
     if storage.is_local(vault):
         folder = os.path.join(storage.local_path(vault), FOLDER)
-        with _locked(folder, name) as held:
-            yield held
+        with _locked(folder, name) as lease:
+            yield lease
         return
     uri = storage.join(vault, FOLDER, f"{name}.json")
     _check_conditions(vault, store)
-    renewed = _acquire(uri, name, store, seconds)
+    renewed = _take(uri, name, store, seconds)
     renewed.start()
     try:
         yield renewed
     finally:
-        renewed.end()
+        renewed.release()
 
 
 @dataclass(frozen=True)
-class _Locked(Held):
+class _FileLease(Lease):
     path: str
     descriptor: int
     name: str
 
     def check(self) -> None:
         if not _is_at(self.path, self.descriptor):
-            raise Busy(f"the file of lease {self.name} was removed from the vault while it was held: run this again")
+            raise Busy(f"the lock file of lease {self.name} was deleted from the vault during this job: run it again")
 
 
 @contextmanager
-def _locked(folder: str, name: str) -> Iterator[Held]:
+def _locked(folder: str, name: str) -> Iterator[Lease]:
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"{name}.lock")
     while True:
@@ -148,31 +147,31 @@ def _locked(folder: str, name: str) -> Iterator[Held]:
                 continue
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, _Holder.this_process(0.0).to_json(), 0)
-            yield _Locked(path, descriptor, name)
+            yield _FileLease(path, descriptor, name)
             return
         finally:
-            # The file stays: were it removed, one job could lock the old file and another one the new.
+            # The file stays: if it were deleted, one job could lock the old file and another one the new.
             os.close(descriptor)
 
 
 def _is_at(path: str, descriptor: int) -> bool:
-    """Whether an open file is still the one that its path names."""
+    """True if an open file is still the one at its path."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
         return False
 
 
-class _Renewed(Held):
-    """A lease below `s3a:`, written anew several times in its length by a thread of its own."""
+class _ObjectLease(Lease):
+    """A lease below `s3a:`, renewed several times per its length by a thread."""
 
     def __init__(self, uri: str, name: str, store: ObjectStore, holder: _Holder, etag: str) -> None:
         self._uri, self._name, self._store = uri, name, store
         self._holder, self._etag = holder, etag
         self._lock = threading.Lock()
-        self._ended = threading.Event()
+        self._released = threading.Event()
         self._lost: Busy | None = None
-        self._thread = threading.Thread(target=self._renew_until_ended, name=f"lease {name}", daemon=True)
+        self._thread = threading.Thread(target=self._renew_until_released, name=f"lease {name}", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
@@ -180,15 +179,15 @@ class _Renewed(Held):
     def check(self) -> None:
         self._write(released=False)
 
-    def end(self) -> None:
-        """Give the lease back. Where that fails it runs out by itself."""
-        self._ended.set()
+    def release(self) -> None:
+        """Release the lease; if that fails, it expires."""
+        self._released.set()
         with suppress(OSError, Busy):
             self._write(released=True)
         self._thread.join()
 
-    def _renew_until_ended(self) -> None:
-        while not self._ended.wait(self._holder.seconds / _RENEWALS_IN_LEASE):
+    def _renew_until_released(self) -> None:
+        while not self._released.wait(self._holder.seconds / _RENEWALS_PER_LEASE):
             try:
                 self._write(released=False)
             except OSError:
@@ -200,10 +199,10 @@ class _Renewed(Held):
         with self._lock:
             if self._lost is not None:
                 raise self._lost
-            if self._ended.is_set() and not released:
+            if self._released.is_set() and not released:
                 return
             following = replace(self._holder, renewals=self._holder.renewals + 1, released=released)
-            # Should the answer be lost for good, the next try must know this content for its own.
+            # If the answer is lost, the next attempt must recognise this content as its own.
             self._holder = following
             etag = self._store.replace_if_match(self._uri, following.to_json(), self._etag)
             if etag is None:
@@ -214,7 +213,7 @@ class _Renewed(Held):
             self._etag = etag
 
     def _recovered(self) -> str | None:
-        """The new ETag, where what stands there is ours after all: an earlier write whose failure was only reported."""
+        """The new ETag, if the object is ours after all: an earlier write succeeded, and its answer was lost."""
         try:
             content, found = self._store.read(self._uri)
         except FileNotFoundError:
@@ -230,12 +229,12 @@ class _Renewed(Held):
         except FileNotFoundError:
             holder = None
         return Busy(
-            f"lease {self._name} of this lake ran out while this job stood still, and {_described(holder)} took it: "
-            "nothing more was committed; run this again once that job is done"
+            f"lease {self._name} of this lake expired while this job was suspended, and {_described(holder)} has it "
+            "now: nothing more was committed; run this again when that job is done"
         )
 
 
-def _acquire(uri: str, name: str, store: ObjectStore, seconds: float) -> _Renewed:
+def _take(uri: str, name: str, store: ObjectStore, seconds: float) -> _ObjectLease:
     holder = _Holder.this_process(seconds)
     for _ in range(_TRIES):
         try:
@@ -247,8 +246,8 @@ def _acquire(uri: str, name: str, store: ObjectStore, seconds: float) -> _Renewe
         except FileNotFoundError:
             etag = store.create_if_absent(uri, holder.to_json())
         if etag is not None:
-            return _Renewed(uri, name, store, holder, etag)
-    raise Busy(f"lease {name} of this lake changes hands all the time: try again later")
+            return _ObjectLease(uri, name, store, holder, etag)
+    raise Busy(f"lease {name} of this lake is in use by one job after the other: try again later")
 
 
 def _is_free(uri: str, holder: _Holder | None, store: ObjectStore) -> bool:
@@ -259,19 +258,19 @@ def _is_free(uri: str, holder: _Holder | None, store: ObjectStore) -> bool:
 
 
 def _check_conditions(vault: str, store: ObjectStore) -> None:
-    """Refuse a server that writes whatever the condition: two jobs would both believe that they hold the lease."""
+    """Refuse a server that ignores conditions on writes: two jobs would both believe that they have the lease."""
     probe = storage.join(vault, FOLDER, "probe")
     store.write_bytes(probe, b"there")
     found = store.find(probe)
     if store.create_if_absent(probe, b"must not be written") is not None or found is None or not found.etag:
         raise EnvironmentProblem(
-            f"the server of vault {vault} ignores conditional writes (If-None-Match) or gives no ETags; both keep two "
-            "jobs from writing to one lake: use a server that knows them, or a vault below file:"
+            f"the server of vault {vault} ignores conditional writes (If-None-Match) or gives no ETags, without which "
+            "two jobs could write to one lake: use a server that supports both, or a vault below file:"
         )
 
 
 def _busy(name: str, holder: _Holder | None) -> Busy:
-    return Busy(f"lease {name} of this lake is held by {_described(holder)}: wait for that job, or end it")
+    return Busy(f"lease {name} of this lake is held by {_described(holder)}: wait for that job, or stop it")
 
 
 def _described(holder: _Holder | None) -> str:
@@ -281,7 +280,7 @@ def _described(holder: _Holder | None) -> str:
 
 
 def _system() -> str:
-    """What names this boot of this kernel and this table of process ids; empty where there is no telling."""
+    """Identify this boot of this kernel and its table of process ids; empty if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -290,9 +289,9 @@ def _system() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process started, in ticks since boot: process ids are used again. Empty once it has ended.
+    """When a process started, in ticks since boot, since process ids are reused. Empty if it has ended.
 
-    None where there is no telling.
+    None if unknown.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()

@@ -23,8 +23,8 @@ class OpenLake:
     """A lake as one job sees it. Constructing one does no I/O; `open_lake` looks up what goes in.
 
     `published` are the versions that belonged together when the lake was opened, None before the first ingest.
-    `pseudonyms` is None where no key is at hand and nothing was asked that needs one. `leases` are those that the job
-    holds while it writes.
+    `pseudonyms` is None where no key is configured and none is needed yet. `leases` are those that the job
+    has acquired to write.
     """
 
     spark: SparkSession
@@ -32,14 +32,14 @@ class OpenLake:
     store: ObjectStore
     published: Published | None = None
     pseudonyms: Pseudonyms | None = None
-    leases: tuple[lease.Held, ...] = ()
+    leases: tuple[lease.Lease, ...] = ()
     _opened: dict[tuple[str, int], TableVersion] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def versions(self) -> Published:
         """The published versions. Raises TableError where no image has been ingested."""
         if self.published is None or self.published.batch == 0:
-            raise TableError(no_images(self.paths))
+            raise TableError(publication.no_images(self.paths))
         return self.published
 
     @property
@@ -100,31 +100,26 @@ def open_lake(spark: SparkSession, settings: Settings) -> OpenLake:
 def open_for_writing(
     spark: SparkSession, settings: Settings, *leases: str, may_be_new: bool = False
 ) -> Iterator[OpenLake]:
-    """Hold the named leases of a lake while the block runs, and open it once they are held.
+    """Acquire the named leases of a lake for the duration of the block, and open it.
 
-    Raises Busy where another job holds one, TableError where the lake has no tables and `may_be_new` is false;
+    Raises Busy where another job has one, TableError where the lake has no tables and `may_be_new` is false;
     otherwise as `open_lake`.
     """
     paths, store = locate(settings)
     check_roots(paths, store)
     # Before the leases, since taking one creates the vault's folder.
     if not may_be_new and not has_tables(paths, store):
-        raise TableError(no_images(paths))
+        raise TableError(publication.no_images(paths))
     with ExitStack() as stack:
-        held = tuple(stack.enter_context(lease.hold(paths.vault, name, store)) for name in leases)
+        acquired = tuple(stack.enter_context(lease.acquire(paths.vault, name, store)) for name in leases)
         published = publication.published(spark, paths)
         names = _pseudonyms(paths, settings.privacy, published)
-        yield OpenLake(spark, paths, store, published, names, held)
+        yield OpenLake(spark, paths, store, published, names, acquired)
 
 
 def has_tables(paths: LakePaths, store: ObjectStore) -> bool:
     """Tell whether an ingest has created the lake's tables; needs no Spark."""
     return store.kind(storage.join(paths.path(SOURCES), "_delta_log")) == "folder"
-
-
-def no_images(paths: LakePaths) -> str:
-    """The message for a lake without images."""
-    return f"lake {paths.uri} holds no images yet: run `cbmir ingest` first"
 
 
 def check_roots(paths: LakePaths, store: ObjectStore) -> None:
@@ -135,7 +130,7 @@ def check_roots(paths: LakePaths, store: ObjectStore) -> None:
 
 
 def _pseudonyms(paths: LakePaths, privacy: PrivacySettings, published: Published | None) -> Pseudonyms | None:
-    """The key that the lake was made with, where there is one to check or to find."""
+    """Load the key and check that it made the lake's pseudonyms; None if neither the settings nor a vault give one."""
     if not pseudonyms.is_configured(privacy) and (published is None or paths.vault_folder is None):
         return None
     names = pseudonyms.load(privacy, paths.vault_folder)

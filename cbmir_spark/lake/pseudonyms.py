@@ -1,6 +1,6 @@
-"""Keyed hashes in the place of identifiers: HMAC-SHA-256, one domain for each kind of identifier.
+"""Replace identifiers by keyed hashes: HMAC-SHA-256, one domain per kind of identifier.
 
-The key is read from a file or the environment wherever it is used; what travels to tasks is at most the file's path.
+The key is read from a file or the environment wherever it is used; tasks are sent the file's path at most.
 """
 
 import hashlib
@@ -19,16 +19,16 @@ KEY_VARIABLE = "CBMIR_PRIVACY__KEY"
 KEY_FILE = "pseudonym.key"
 SHORTEST_KEY = 16
 NO_KEY = f"privacy: a vault in object storage needs a key; set {KEY_VARIABLE} or privacy.key_file"
-# What identifiers are of, from the smallest to the largest.
+# Kinds of identifiers, from the smallest to the largest entity.
 KINDS = ("image", "series", "study", "patient")
 
 
 @dataclass(frozen=True)
 class Pseudonyms:
-    """Turns identifiers into pseudonyms of 32 hexadecimal digits (128 bits).
+    """Turn identifiers into pseudonyms of 32 hexadecimal digits (128 bits).
 
-    `key_file` is None where the key is in the environment of every driver and worker. `key_id` names the key without
-    telling it: the same key has the same id.
+    `key_file` is None if the key is in the environment of every driver and worker. `key_id` identifies the key without
+    revealing it: equal keys have equal ids.
     """
 
     key_file: str | None
@@ -47,7 +47,7 @@ class Pseudonyms:
         return self._of("patient", patient_id)
 
     def of_kind(self, kind: str, identifier: str) -> str:
-        """The pseudonym of an identifier of one of KINDS."""
+        """Make the pseudonym of an identifier of one of KINDS."""
         if kind not in KINDS:
             raise ValueError(f"{kind!r} is none of {', '.join(KINDS)}")
         return self._of(kind, identifier)
@@ -58,7 +58,7 @@ class Pseudonyms:
 
 @dataclass(frozen=True)
 class Identity:
-    """One pseudonym of an instance; `identifier` is None where it lacks one of its own, and another stands in."""
+    """One pseudonym of an instance; `identifier` is None if the header lacks it and another one is used instead."""
 
     kind: str
     pseudonym: str
@@ -72,19 +72,20 @@ def identities(
     patient_id: str | None,
     names: Pseudonyms,
 ) -> tuple[Identity, ...]:
-    """The pseudonyms of an instance, its image's, series', study's and patient's, in the order of KINDS.
+    """Make the pseudonyms of an instance's image, series, study and patient, in the order of KINDS.
 
-    An empty identifier must not make one patient, study or series of all who lack it: the next one below stands in.
+    Instances without an identifier must not become one patient, study or series: the next smaller one is used instead.
     """
-    found, below = [], sop_instance_uid
-    for kind, own in zip(KINDS, (sop_instance_uid, series_instance_uid, study_instance_uid, patient_id), strict=True):
-        below = own or below
-        found.append(Identity(kind, names.of_kind(kind, below), own or None))
+    found, used = [], sop_instance_uid
+    given = (sop_instance_uid, series_instance_uid, study_instance_uid, patient_id)
+    for kind, identifier in zip(KINDS, given, strict=True):
+        used = identifier or used
+        found.append(Identity(kind, names.of_kind(kind, used), identifier or None))
     return tuple(found)
 
 
 def is_forgotten(owners: Iterable[Identity], tombstones: Collection[str]) -> bool:
-    """Whether something that an instance belongs to was forgotten; `tombstones` are kind:pseudonym."""
+    """True if something that an instance belongs to was forgotten; `tombstones` are kind:pseudonym."""
     return any(f"{owner.kind}:{owner.pseudonym}" in tombstones for owner in owners)
 
 
@@ -100,7 +101,7 @@ def load(privacy: PrivacySettings, vault_folder: str | None) -> Pseudonyms:
     key beside the data it protects protects nothing. Raises ConfigError saying what to set.
     """
     if privacy.key is not None:
-        # Tasks read the same variable; a key that came by another way would not reach them.
+        # Tasks read the same variable: a key from elsewhere would not reach them.
         if os.environ.get(KEY_VARIABLE) != privacy.key.get_secret_value():
             raise ConfigError(f"privacy.key: give the key as environment variable {KEY_VARIABLE}, or privacy.key_file")
         return _from(None)
@@ -133,7 +134,7 @@ def _from(key_file: str | None) -> Pseudonyms:
 
 
 def _digest(key: bytes, domain: str, identifier: str) -> str:
-    # DICOM pads values with spaces or NUL to an even length (PS3.5 6.2); padding is not part of an identifier.
+    # DICOM pads values with spaces or NUL to an even length (PS3.5 6.2); padding is no part of an identifier.
     message = domain.encode() + b"\0" + identifier.strip(" \0").encode("utf-8", "surrogatepass")
     return hmac.new(key, message, hashlib.sha256).hexdigest()[:32]
 

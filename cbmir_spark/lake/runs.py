@@ -1,4 +1,4 @@
-"""What a job did: seconds by stage while it runs, one RUNS row at its end. Runs on the driver."""
+"""Record a run: seconds by stage while the job runs, one row of RUNS at its end. Runs on the driver."""
 
 import logging
 import time
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class Stages:
-    """What stages took: `seconds` of wall-clock time by their names, in the order in which they first began."""
+    """Durations of stages: `seconds` of wall-clock time by name, in the order in which they first began."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -41,7 +41,7 @@ class Stages:
 
 
 class Record(Stages):
-    """One run of a job: its name, its id (32 hexadecimal digits) and what its stages took."""
+    """One run of a job: its name, its id (32 hexadecimal digits) and the durations of its stages."""
 
     def __init__(self, job: str) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Record(Stages):
         versions_read: Mapping[str, int] | None = None,
         versions_written: Mapping[str, int] | None = None,
     ) -> None:
-        """Append the RUNS row of a run that is done."""
+        """Append the row of a run that succeeded."""
         ended = datetime.now(UTC)
         values = {
             cols.RUN_ID: self.run_id,

@@ -19,95 +19,29 @@ from pyspark.sql.types import (
 )
 
 from cbmir_spark.dicom import vocabulary_tables
-from cbmir_spark.lake.columns import (
-    AGE_YEARS,
-    BATCH,
-    BITS_STORED,
-    BODY_PART,
-    BODY_PART_RAW,
-    BODY_PART_SOURCE,
-    BURNED_IN,
-    CANDIDATES,
-    COLUMNS,
-    CONFLICT,
-    DIGEST,
-    DISTANCE,
-    DUPLICATE,
-    ETAG,
-    FORGOTTEN_AT,
-    FRAME,
-    FRAME_BYTES,
-    FRAMES,
-    HITS,
-    IDENTIFIER,
-    IMAGE_ID,
-    INGESTED,
-    JOB,
-    KEY_ID,
-    KIND,
-    KINDS,
-    LATERALITY,
-    MODALITY,
-    MODALITY_RAW,
-    MODIFIED,
-    NOT_AN_IMAGE,
-    OUTCOME,
-    OUTCOMES,
-    PARTITIONS,
-    PATIENT_ID,
-    PHOTOMETRIC,
-    PIXEL_DIGEST,
-    PIXEL_SPACING_COLUMN,
-    PIXEL_SPACING_ROW,
-    PIXELS_COLUMN,
-    PREDICTED,
-    PREPROCESSING,
-    PSEUDONYM,
-    QUERY_ID,
-    RANK,
-    REASON,
-    REJECTED,
-    ROWS,
-    RUN_ID,
-    SAMPLES_PER_PIXEL,
-    SERIES_ID,
-    SEX,
-    SIGNED,
-    SIZE,
-    SLICE_THICKNESS,
-    SOP_CLASS,
-    STATUS,
-    STUDY_ID,
-    TEXT_RISK,
-    TRANSFER_SYNTAX,
-    URI,
-    VIEW_POSITION,
-    WINDOW_HIGH,
-    WINDOW_LOW,
-    YEAR,
-)
+from cbmir_spark.lake import columns as cols
 
 LAKE, VAULT = "lake", "vault"
 
 
 def required(name: str, kind: DataType) -> StructField:
-    """A column without nulls."""
+    """Declare a column without nulls."""
     return StructField(name, kind, nullable=False)
 
 
 def optional(name: str, kind: DataType) -> StructField:
-    """A column that may hold nulls."""
+    """Declare a column that may hold nulls."""
     return StructField(name, kind, nullable=True)
 
 
 def one_of(column: str, values: Iterable[str]) -> str:
-    """The constraint that a column holds one of some values, in SQL."""
+    """Write the constraint, in SQL, that a column holds one of some values."""
     return f"{column} IN ({', '.join(repr(value) for value in sorted(values))})"
 
 
 @dataclass(frozen=True)
 class Table:
-    """One table: its name below the lake or the vault, its columns, its partitions, and the rows that Delta refuses.
+    """One table: its name below the lake or the vault, its columns, its partitions, and what its rows must satisfy.
 
     `write_settings` are the session's settings while one of the table's files is written.
     """
@@ -121,10 +55,10 @@ class Table:
 
 
 _PSEUDONYMS = [
-    required(IMAGE_ID, StringType()),
-    required(SERIES_ID, StringType()),
-    required(STUDY_ID, StringType()),
-    required(PATIENT_ID, StringType()),
+    required(cols.IMAGE_ID, StringType()),
+    required(cols.SERIES_ID, StringType()),
+    required(cols.STUDY_ID, StringType()),
+    required(cols.PATIENT_ID, StringType()),
 ]
 
 TAGS = Table(
@@ -133,42 +67,42 @@ TAGS = Table(
     schema=StructType(
         [
             *_PSEUDONYMS,
-            required(MODALITY, StringType()),
-            required(BODY_PART, StringType()),
-            optional(MODALITY_RAW, StringType()),
-            optional(BODY_PART_RAW, StringType()),
-            required(KIND, StringType()),
-            optional(SEX, StringType()),
-            optional(AGE_YEARS, DoubleType()),
-            optional(YEAR, IntegerType()),
-            optional(LATERALITY, StringType()),
-            optional(VIEW_POSITION, StringType()),
-            required(ROWS, IntegerType()),
-            required(COLUMNS, IntegerType()),
-            required(FRAMES, IntegerType()),
-            optional(PIXEL_SPACING_ROW, DoubleType()),
-            optional(PIXEL_SPACING_COLUMN, DoubleType()),
-            optional(SLICE_THICKNESS, DoubleType()),
-            required(PHOTOMETRIC, StringType()),
-            required(BITS_STORED, IntegerType()),
-            required(SIGNED, BooleanType()),
-            required(SAMPLES_PER_PIXEL, IntegerType()),
-            required(TRANSFER_SYNTAX, StringType()),
-            required(SOP_CLASS, StringType()),
-            required(BURNED_IN, StringType()),
-            optional(TEXT_RISK, BooleanType()),
-            required(BATCH, LongType()),
+            required(cols.MODALITY, StringType()),
+            required(cols.BODY_PART, StringType()),
+            optional(cols.MODALITY_RAW, StringType()),
+            optional(cols.BODY_PART_RAW, StringType()),
+            required(cols.KIND, StringType()),
+            optional(cols.SEX, StringType()),
+            optional(cols.AGE_YEARS, DoubleType()),
+            optional(cols.YEAR, IntegerType()),
+            optional(cols.LATERALITY, StringType()),
+            optional(cols.VIEW_POSITION, StringType()),
+            required(cols.ROWS, IntegerType()),
+            required(cols.COLUMNS, IntegerType()),
+            required(cols.FRAMES, IntegerType()),
+            optional(cols.PIXEL_SPACING_ROW, DoubleType()),
+            optional(cols.PIXEL_SPACING_COLUMN, DoubleType()),
+            optional(cols.SLICE_THICKNESS, DoubleType()),
+            required(cols.PHOTOMETRIC, StringType()),
+            required(cols.BITS_STORED, IntegerType()),
+            required(cols.SIGNED, BooleanType()),
+            required(cols.SAMPLES_PER_PIXEL, IntegerType()),
+            required(cols.TRANSFER_SYNTAX, StringType()),
+            required(cols.SOP_CLASS, StringType()),
+            required(cols.BURNED_IN, StringType()),
+            optional(cols.TEXT_RISK, BooleanType()),
+            required(cols.BATCH, LongType()),
         ]
     ),
-    partitioned_by=(BATCH,),
+    partitioned_by=(cols.BATCH,),
     constraints={
-        "modality_known": one_of(MODALITY, vocabulary_tables.MODALITIES),
-        "body_part_known": one_of(BODY_PART, vocabulary_tables.BODY_PARTS),
-        "kind_known": one_of(KIND, KINDS),
-        "sex_known": f"{SEX} IS NULL OR {one_of(SEX, 'MFO')}",
-        # PS3.15 Annex E and HIPAA alike: nobody is told to be older than 90.
-        "age_possible": f"{AGE_YEARS} IS NULL OR ({AGE_YEARS} >= 0 AND {AGE_YEARS} <= 90)",
-        "burned_in_known": one_of(BURNED_IN, ("YES", "NO", "UNKNOWN")),
+        "modality_known": one_of(cols.MODALITY, vocabulary_tables.MODALITIES),
+        "body_part_known": one_of(cols.BODY_PART, vocabulary_tables.BODY_PARTS),
+        "kind_known": one_of(cols.KIND, cols.KINDS),
+        "sex_known": f"{cols.SEX} IS NULL OR {one_of(cols.SEX, 'MFO')}",
+        # PS3.15 Annex E and HIPAA alike: ages above 90 are stored as 90.
+        "age_possible": f"{cols.AGE_YEARS} IS NULL OR ({cols.AGE_YEARS} >= 0 AND {cols.AGE_YEARS} <= 90)",
+        "burned_in_known": one_of(cols.BURNED_IN, ("YES", "NO", "UNKNOWN")),
     },
 )
 
@@ -177,18 +111,21 @@ PIXELS = Table(
     root=LAKE,
     schema=StructType(
         [
-            required(IMAGE_ID, StringType()),
-            required(FRAME, IntegerType()),
-            required(PIXELS_COLUMN, BinaryType()),
-            required(PREPROCESSING, StringType()),
-            required(WINDOW_LOW, DoubleType()),
-            required(WINDOW_HIGH, DoubleType()),
-            required(PIXEL_DIGEST, StringType()),
-            required(BATCH, LongType()),
+            required(cols.IMAGE_ID, StringType()),
+            required(cols.FRAME, IntegerType()),
+            required(cols.PIXELS_COLUMN, BinaryType()),
+            required(cols.PREPROCESSING, StringType()),
+            required(cols.WINDOW_LOW, DoubleType()),
+            required(cols.WINDOW_HIGH, DoubleType()),
+            required(cols.PIXEL_DIGEST, StringType()),
+            required(cols.BATCH, LongType()),
         ]
     ),
-    partitioned_by=(BATCH,),
-    constraints={"whole_frame": f"octet_length({PIXELS_COLUMN}) = {FRAME_BYTES}", "frame_counted": f"{FRAME} >= 0"},
+    partitioned_by=(cols.BATCH,),
+    constraints={
+        "whole_frame": f"octet_length({cols.PIXELS_COLUMN}) = {cols.FRAME_BYTES}",
+        "frame_counted": f"{cols.FRAME} >= 0",
+    },
 )
 
 SOURCES = Table(
@@ -196,41 +133,46 @@ SOURCES = Table(
     root=VAULT,
     schema=StructType(
         [
-            required(URI, StringType()),
-            required(SIZE, LongType()),
-            required(MODIFIED, TimestampType()),
-            optional(ETAG, StringType()),
-            optional(DIGEST, StringType()),
-            required(OUTCOME, StringType()),
-            optional(REASON, StringType()),
-            optional(IMAGE_ID, StringType()),
-            required(KEY_ID, StringType()),
-            required(BATCH, LongType()),
+            required(cols.URI, StringType()),
+            required(cols.SIZE, LongType()),
+            required(cols.MODIFIED, TimestampType()),
+            optional(cols.ETAG, StringType()),
+            optional(cols.DIGEST, StringType()),
+            required(cols.OUTCOME, StringType()),
+            optional(cols.REASON, StringType()),
+            optional(cols.IMAGE_ID, StringType()),
+            required(cols.KEY_ID, StringType()),
+            required(cols.BATCH, LongType()),
         ]
     ),
     constraints={
-        "outcome_known": one_of(OUTCOME, OUTCOMES),
-        "image_named": f"{OUTCOME} NOT IN ('{INGESTED}', '{DUPLICATE}', '{CONFLICT}') OR {IMAGE_ID} IS NOT NULL",
-        "reason_given": f"{OUTCOME} NOT IN ('{REJECTED}', '{NOT_AN_IMAGE}') OR {REASON} IS NOT NULL",
+        "outcome_known": one_of(cols.OUTCOME, cols.OUTCOMES),
+        "image_named": (
+            f"{cols.OUTCOME} NOT IN ('{cols.INGESTED}', '{cols.DUPLICATE}', '{cols.CONFLICT}') "
+            f"OR {cols.IMAGE_ID} IS NOT NULL"
+        ),
+        "reason_given": (
+            f"{cols.OUTCOME} NOT IN ('{cols.REJECTED}', '{cols.NOT_AN_IMAGE}') OR {cols.REASON} IS NOT NULL"
+        ),
     },
 )
 
-# Whose column holds the pseudonym of each kind of identifier.
-OWNERS = {"image": IMAGE_ID, "series": SERIES_ID, "study": STUDY_ID, "patient": PATIENT_ID}
+# The column of the pseudonym of each kind of identifier.
+OWNERS = {"image": cols.IMAGE_ID, "series": cols.SERIES_ID, "study": cols.STUDY_ID, "patient": cols.PATIENT_ID}
 
 IDENTITY = Table(
     name="identity",
     root=VAULT,
     schema=StructType(
         [
-            required(KIND, StringType()),
-            required(PSEUDONYM, StringType()),
-            required(IDENTIFIER, StringType()),
-            required(KEY_ID, StringType()),
+            required(cols.KIND, StringType()),
+            required(cols.PSEUDONYM, StringType()),
+            required(cols.IDENTIFIER, StringType()),
+            required(cols.KEY_ID, StringType()),
         ]
     ),
-    partitioned_by=(KIND,),
-    constraints={"kind_known": one_of(KIND, OWNERS)},
+    partitioned_by=(cols.KIND,),
+    constraints={"kind_known": one_of(cols.KIND, OWNERS)},
 )
 
 FORGOTTEN = Table(
@@ -238,13 +180,13 @@ FORGOTTEN = Table(
     root=VAULT,
     schema=StructType(
         [
-            required(KIND, StringType()),
-            required(PSEUDONYM, StringType()),
-            required(KEY_ID, StringType()),
-            required(FORGOTTEN_AT, TimestampType()),
+            required(cols.KIND, StringType()),
+            required(cols.PSEUDONYM, StringType()),
+            required(cols.KEY_ID, StringType()),
+            required(cols.FORGOTTEN_AT, TimestampType()),
         ]
     ),
-    constraints={"kind_known": one_of(KIND, OWNERS)},
+    constraints={"kind_known": one_of(cols.KIND, OWNERS)},
 )
 
 RESULTS_HITS = Table(
@@ -252,21 +194,21 @@ RESULTS_HITS = Table(
     root=LAKE,
     schema=StructType(
         [
-            required(QUERY_ID, StringType()),
-            required(RANK, IntegerType()),
-            required(DISTANCE, DoubleType()),
-            required(IMAGE_ID, StringType()),
-            required(FRAME, IntegerType()),
-            required(SERIES_ID, StringType()),
-            required(STUDY_ID, StringType()),
-            required(PATIENT_ID, StringType()),
-            required(MODALITY, StringType()),
-            required(BODY_PART, StringType()),
-            required(BODY_PART_SOURCE, StringType()),
-            required(PREDICTED, StringType()),
-            optional(SEX, StringType()),
-            optional(AGE_YEARS, DoubleType()),
-            optional(YEAR, IntegerType()),
+            required(cols.QUERY_ID, StringType()),
+            required(cols.RANK, IntegerType()),
+            required(cols.DISTANCE, DoubleType()),
+            required(cols.IMAGE_ID, StringType()),
+            required(cols.FRAME, IntegerType()),
+            required(cols.SERIES_ID, StringType()),
+            required(cols.STUDY_ID, StringType()),
+            required(cols.PATIENT_ID, StringType()),
+            required(cols.MODALITY, StringType()),
+            required(cols.BODY_PART, StringType()),
+            required(cols.BODY_PART_SOURCE, StringType()),
+            required(cols.PREDICTED, StringType()),
+            optional(cols.SEX, StringType()),
+            optional(cols.AGE_YEARS, DoubleType()),
+            optional(cols.YEAR, IntegerType()),
         ]
     ),
 )
@@ -276,12 +218,12 @@ RESULTS_STATUSES = Table(
     root=LAKE,
     schema=StructType(
         [
-            required(QUERY_ID, StringType()),
-            required(STATUS, StringType()),
-            optional(REASON, StringType()),
-            required(PARTITIONS, ArrayType(StringType(), containsNull=False)),
-            required(CANDIDATES, LongType()),
-            required(HITS, IntegerType()),
+            required(cols.QUERY_ID, StringType()),
+            required(cols.STATUS, StringType()),
+            optional(cols.REASON, StringType()),
+            required(cols.PARTITIONS, ArrayType(StringType(), containsNull=False)),
+            required(cols.CANDIDATES, LongType()),
+            required(cols.HITS, IntegerType()),
         ]
     ),
 )
@@ -289,7 +231,9 @@ RESULTS_STATUSES = Table(
 RESULTS_QUERIES = Table(
     name="queries",
     root=LAKE,
-    schema=StructType([required(QUERY_ID, StringType()), *[optional(name, StringType()) for name in OWNERS.values()]]),
+    schema=StructType(
+        [required(cols.QUERY_ID, StringType()), *[optional(name, StringType()) for name in OWNERS.values()]]
+    ),
 )
 
 RUNS = Table(
@@ -297,11 +241,11 @@ RUNS = Table(
     root=LAKE,
     schema=StructType(
         [
-            required(RUN_ID, StringType()),
-            required(JOB, StringType()),
+            required(cols.RUN_ID, StringType()),
+            required(cols.JOB, StringType()),
             required("started", TimestampType()),
             required("ended", TimestampType()),
-            required(OUTCOME, StringType()),
+            required(cols.OUTCOME, StringType()),
             required("counts", MapType(StringType(), LongType(), valueContainsNull=False)),
             required("seconds", MapType(StringType(), DoubleType(), valueContainsNull=False)),
             required("versions_read", MapType(StringType(), LongType(), valueContainsNull=False)),

@@ -1,7 +1,7 @@
-"""The gallery of a query list: one HTML file, no script.
+"""Lay out the gallery of a query list: one HTML file, no script. Rows and pictures in, a page out.
 
-Everything that comes from a header or a query list is treated as hostile: jinja2 escapes it, what is invisible or
-reorders text is spelled out, and the page's own policy lets no script, request or form run. Pictures are embedded;
+Everything that comes from a header or a query list is treated as hostile: jinja2 escapes it, invisible and reordering
+characters are spelled out, and the page's policy forbids scripts, requests and forms. Pictures are embedded;
 those that may carry burned-in text (burned_in.py) are withheld.
 """
 
@@ -107,7 +107,7 @@ def rows_of(
 
 
 def render_gallery(rows: Sequence[Row], total: int, facts: Mapping[str, object]) -> str:
-    """The gallery as one HTML document."""
+    """Render the gallery as one HTML document; `total` is the number of queries, shown or not."""
     return render_page(
         "gallery",
         title="Retrieved images",
@@ -119,7 +119,7 @@ def render_gallery(rows: Sequence[Row], total: int, facts: Mapping[str, object])
 
 
 def thumbnail(pixels: bytes, side: int) -> str:
-    """256×256 uint8 pixels as a data: URI of a PNG, `side` pixels wide."""
+    """Scale 256×256 uint8 pixels to a PNG of `side` pixels, as a data: URI."""
     values = np.frombuffer(pixels, np.uint8).reshape(cols.SIDE, cols.SIDE)
     small = Image.fromarray(values).resize(
         (side, side), Image.Resampling.BOX if side < 128 else Image.Resampling.LANCZOS

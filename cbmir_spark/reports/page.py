@@ -1,4 +1,4 @@
-"""HTML pages from templates: autoescaped, self-contained."""
+"""Render HTML pages from templates: autoescaped, self-contained, without scripts."""
 
 import base64
 import unicodedata
@@ -10,13 +10,13 @@ from markupsafe import Markup
 
 
 def render_evaluation(evaluation: Mapping[str, Any], figures: Mapping[str, bytes]) -> str:
-    """An evaluation, as evaluation.py makes it, as one HTML document; `figures` are PNG files by their caption."""
+    """Render an evaluation, with the keys of evaluation.json, as one HTML document; `figures` are PNG by caption."""
     pictures = {caption: data_uri(content) for caption, content in figures.items()}
     return render_page("evaluation", title="Evaluation", e=evaluation, figures=pictures)
 
 
 def visible(text: str) -> str:
-    """`text` with every control, format and bidirectional character spelled out, as ⟨U+202E⟩ is."""
+    """Spell out every control, format and bidirectional character, as in ⟨U+202E⟩."""
     return "".join(f"⟨U+{ord(c):04X}⟩" if unicodedata.category(c) in _INVISIBLE else c for c in text)
 
 
@@ -25,11 +25,12 @@ _INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
 
 def data_uri(png: bytes) -> str:
+    """Encode a PNG file as a data: URI."""
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
 def _age(years: float | None) -> str:
-    """Infants in months or days, everyone else in whole years, as people say it."""
+    """Format an age in years, below two years in months or days."""
     if years is None:
         return ""
     if years >= 2:
@@ -46,13 +47,14 @@ def _figure(value: float | None) -> str:
 
 
 def _safe(value: Any) -> Any:
-    """What every expression on the page passes: no invisible character survives, and None prints nothing."""
+    """Make the value of an expression safe to print: no invisible characters, and nothing for None."""
     if isinstance(value, Markup):
         return value
     return "" if value is None else visible(str(value))
 
 
 def render_page(template: str, **values: object) -> str:
+    """Render a template of this package as one HTML document; every value is escaped."""
     environment = Environment(
         loader=PackageLoader("cbmir_spark.reports"),
         autoescape=True,

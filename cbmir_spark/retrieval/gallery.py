@@ -9,7 +9,8 @@ from cbmir_spark import storage
 from cbmir_spark.config import Choice
 from cbmir_spark.dicom import burned_in
 from cbmir_spark.lake import columns as cols
-from cbmir_spark.lake import delta, schemas
+from cbmir_spark.lake import schemas
+from cbmir_spark.lake.conform import add_missing_columns
 from cbmir_spark.lake.open import OpenLake
 from cbmir_spark.reports.gallery import Picture, ShownQuery, render_gallery, rows_of
 
@@ -78,7 +79,7 @@ def pictures_of(lake: OpenLake, frames: Iterable[tuple[str, int]], choice: Choic
     )
     tags = {
         row[cols.IMAGE_ID]: row.asDict()
-        for row in delta.widened(lake.tags, schemas.TAGS)
+        for row in add_missing_columns(lake.tags, schemas.TAGS)
         .join(F.broadcast(images), on=cols.IMAGE_ID, how="inner")
         .select(*columns)
         .collect()

@@ -51,7 +51,8 @@ def seconds_old(uri: str, storage: StorageSettings) -> float:
 
 
 @lru_cache(maxsize=8)
-def _client_of(storage: StorageSettings, process: int) -> Any:
+def client_of(storage: StorageSettings, process: int) -> Any:
+    """Build the boto3 client of one process, once."""
     return boto3.session.Session().client(
         "s3",
         endpoint_url=storage.endpoint,
@@ -71,7 +72,7 @@ def _client_of(storage: StorageSettings, process: int) -> Any:
 def s3_client(storage: StorageSettings) -> Any:
     """The boto3 client of this process."""
     # A forked process must not share its parent's connections.
-    return _client_of(storage, os.getpid())
+    return client_of(storage, os.getpid())
 
 
 def bucket_and_key(uri: str) -> tuple[str, str]:

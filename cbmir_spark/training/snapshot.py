@@ -16,7 +16,8 @@ from cbmir_spark import storage
 from cbmir_spark.config import Choice, DatasetSettings
 from cbmir_spark.errors import TrainingError
 from cbmir_spark.lake import columns as cols
-from cbmir_spark.lake import delta, schemas
+from cbmir_spark.lake import schemas
+from cbmir_spark.lake.conform import add_missing_columns
 from cbmir_spark.lake.open import OpenLake
 from cbmir_spark.models.artifact import UNKNOWN, LabelKind
 from cbmir_spark.training.manifest import (
@@ -50,7 +51,7 @@ def labelled(tags: DataFrame, label: LabelKind, burned_in: Choice = "exclude") -
     if burned_in == "exclude":
         known &= F.col(cols.TEXT_RISK).eqNullSafe(F.lit(False))
     usable = (
-        delta.widened(tags, schemas.TAGS)
+        add_missing_columns(tags, schemas.TAGS)
         .where((F.col(cols.KIND) == cols.IMAGE_KIND) & known)
         .select(cols.IMAGE_ID, cols.BATCH, *OWNERS, cols.MODALITY, name.alias(LABEL))
     )

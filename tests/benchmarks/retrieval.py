@@ -52,6 +52,7 @@ from cbmir_spark.spark import session
 from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training import augment
 from tests.benchmarks.common import keep, tell
+from tests.support.tiny_lake import live_files
 
 Floats = NDArray[np.float32]
 K = 10
@@ -184,7 +185,7 @@ def store(spark: SparkSession, lake: Path, source: Path, count: int, projection:
 
 def base_at(spark: SparkSession, path: str, projection: Projection, files: config.StorageSettings) -> answers.Base:
     sizes = {found.uri: found.size for found in ObjectStore(files).list_objects(path)}
-    named = [DataFile(n, uri, place_of(uri), sizes[uri]) for n, uri in enumerate(delta.live_files(spark, path))]
+    named = [DataFile(n, uri, place_of(uri), sizes[uri]) for n, uri in enumerate(live_files(spark, path))]
     return answers.Base(tuple(named), 4096, projection, ObjectStore(files))
 
 
@@ -390,7 +391,7 @@ def main() -> None:
         seconds, _ = timed(lambda: store(spark, asked_for.lake, Path(base.filename), asked_for.count, projection, path))
         tell(f"written in {seconds:.0f} s")
     whole = settings.retrieval.replace(prefilter="none", unique="none", exclude_same="none")
-    files = [storage.local_path(uri) for uri in delta.live_files(spark, path)]
+    files = [storage.local_path(uri) for uri in live_files(spark, path)]
     groups = sum(pq.ParquetFile(file).num_row_groups for file in files)
     result: dict[str, Any] = {
         "vectors": f"{asked_for.count} x 4096, {kind}",

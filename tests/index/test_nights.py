@@ -24,6 +24,7 @@ from cbmir_spark.index import verify as index_verify
 from cbmir_spark.index.layout import FEATURES, place_of
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, publication, schemas
+from cbmir_spark.lake.delta import TableVersion
 from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.retrieval import search
 from cbmir_spark.retrieval.answer import base_of
@@ -31,7 +32,7 @@ from cbmir_spark.retrieval.query import Query
 from cbmir_spark.storage import ObjectStore
 from tests.support.cluster import DRIVER_OPTIONS, environment
 from tests.support.models import open_index, save_model
-from tests.support.tiny_lake import Drawn, publish
+from tests.support.tiny_lake import Drawn, live_files, publish
 
 pytestmark = pytest.mark.more
 
@@ -49,38 +50,45 @@ def overrides_for(folder: Path) -> list[str]:
 
 
 def files_of(spark: SparkSession, report: index_job.Report) -> Counter[tuple[str, str]]:
-    return Counter(place_of(uri) for uri in delta.live_files(spark, report.table, report.version))
+    return Counter(place_of(uri) for uri in live_files(spark, report.table, report.version))
 
 
 def test_nights_are_followed_by_what_changed_and_small_files_become_few(
     spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = config.load(overrides=overrides_for(tmp_path), environ={})
-    looked_at: list[frozenset[int] | None] = []
-    plain = index_job._changed_batches
+    found: list[frozenset[int] | None] = []
+    plain = delta.changed_batches
 
-    def spy(*given: object) -> frozenset[int] | None:
-        looked_at.append(plain(*given))  # type: ignore[arg-type]
-        return looked_at[-1]
+    def spy(before: TableVersion, after: TableVersion) -> frozenset[int] | None:
+        found.append(plain(before, after))
+        return found[-1]
 
-    monkeypatch.setattr(index_job, "_changed_batches", spy)
+    def batches_compared() -> frozenset[int] | None:
+        """Those of the run since the last call, from TAGS and PIXELS; None if it compared everything."""
+        taken, found[:] = found[:], []
+        return frozenset().union(*(each for each in taken if each is not None)) if taken else None
+
+    monkeypatch.setattr(delta, "changed_batches", spy)
+    compared = []
     most = []
     for batch in (1, 2, 3, 4):
         publish(spark, settings, night(batch), batch)
         report = index_job.run(spark, settings)
         assert (report.embedded, report.deleted, report.rows) == (4, 0, 4 * batch)
         most.append(max(files_of(spark, report).values()))
-    assert looked_at == [None, frozenset({2}), frozenset({3}), frozenset({4})]
+        compared.append(batches_compared())
+    assert compared == [None, frozenset({2}), frozenset({3}), frozenset({4})]
     # A file a night and partition, until there are more than two beyond the one that is needed.
     assert most == [1, 2, 3, 1]
     before = open_index(spark, settings)
     # Batch 2 is replaced by one that has an image less.
     publish(spark, settings, night(2)[1:], 2)
     report = index_job.run(spark, settings)
-    assert looked_at[-1] == frozenset({2})
+    assert batches_compared() == frozenset({2})
     assert (report.embedded, report.deleted, report.rows) == (0, 1, 15)
     again = index_job.run(spark, settings)
-    assert (looked_at[-1], again.version) == (frozenset(), report.version)
+    assert (batches_compared(), again.version) == (frozenset(), report.version)
     assert index_verify.run(spark, settings).rows == 15
     # The rows of the four nights went through the rewriting as they were.
     after = open_index(spark, settings).rows.toPandas().set_index([cols.IMAGE_ID, cols.FRAME])

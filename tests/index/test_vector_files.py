@@ -23,9 +23,8 @@ from cbmir_spark.index.layout import FEATURES
 from cbmir_spark.index.parquet_pages import page_values
 from cbmir_spark.index.vector_files import DataFile, Floats, OpenFiles, VectorFile
 from cbmir_spark.lake import delta
-from cbmir_spark.spark import session
-from cbmir_spark.spark.python_workers import without_archives
 from cbmir_spark.storage import ObjectStore
+from tests.support.tiny_lake import live_files
 
 LOCAL = StorageSettings(endpoint=None, region="us-east-1", path_style=True, attempts=2)
 PLAIN: dict[str, Any] = {"compression": "none", "use_dictionary": False, "data_page_size": 2**30}
@@ -101,15 +100,15 @@ def test_what_spark_writes_for_the_index_is_read_by_place(spark: SparkSession, t
             vectors = arrays.vector_column(every[batch.column(0).to_numpy()])
             yield pa.RecordBatch.from_arrays([batch.column(0), vectors], names=schema.names)
 
-    def file_at(version: int) -> Path:
-        (uri,) = delta.live_files(spark, path, version)
-        return Path(storage.local_path(uri))
+    def files_at(version: int) -> list[Path]:
+        return [Path(storage.local_path(uri)) for uri in live_files(spark, path, version)]
 
     path = storage.canonical(str(tmp_path / "written"))
     delta.ensure(spark, table, path)
     appended = delta.append(spark.range(0, 1500, 1, 1).mapInArrow(rows, schema), table, path)
     vectors = made()
-    with opened(file_at(appended)) as file:
+    (one,) = files_at(appended)
+    with opened(one) as file:
         found = np.empty((2, 4096), np.float32)
         file.some_vectors("vector", np.array([0, 1]), np.array([5, 0]), found)
         assert file.read.bytes == 2 * 4 * 4096
@@ -119,12 +118,17 @@ def test_what_spark_writes_for_the_index_is_read_by_place(spark: SparkSession, t
         everything = [number for batch in file.batches(0, 1, 100) for number in batch]
         assert (file.vectors("vector", everything, 4096) == vectors).all()
     gone = spark.createDataFrame([(number,) for number in (0, 3, 1499)], "number long")
-    with opened(file_at(delta.delete_rows(spark, table, path, gone, "true"))) as file:
-        number = file.table([0], ["number"]).column("number").to_numpy()
-        before, found = file.read.bytes, np.empty((1, 4096), np.float32)
-        file.some_vectors("vector", np.array([0]), np.array([7]), found)
-        assert file.read.bytes - before == 4 * 4096
-        assert not set(number) & {0, 3, 1499} and (found == vectors[number[7]]).all()
+    left: set[int] = set()
+    for each in files_at(delta.delete_rows(spark, table, path, gone, "true")):
+        with opened(each) as file:
+            everything = [number for batch in file.batches(0, 1, 100) for number in batch]
+            numbers = file.table(everything, ["number"]).column("number").to_numpy()
+            before, found = file.read.bytes, np.empty((1, 4096), np.float32)
+            file.some_vectors("vector", np.array([0]), np.array([7]), found)
+            assert file.read.bytes - before == 4 * 4096
+            assert (found == vectors[numbers[7]]).all()
+        left |= set(numbers.tolist())
+    assert left == set(range(1500)) - {0, 3, 1499}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can be advised")
@@ -163,7 +167,7 @@ def test_a_page_that_ends_within_a_vector_is_not_taken_for_the_only_one(tmp_path
 
 
 def test_a_few_files_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vector_files, "_OPEN_FILES", 2)
+    monkeypatch.setattr(vector_files, "OPEN_FILES", 2)
     vectors = np.random.default_rng(4).standard_normal((5, 3, 8)).astype(np.float32)
     files = {}
     for number, part in enumerate(vectors):
@@ -206,20 +210,3 @@ def test_near_ranges_are_one_request() -> None:
     assert merge([(0, 10), (10 + near, 10), (far, 5)]) == [(0, 20 + near), (far, 5)]
     assert merge([(0, 2**22), (2**22, 1)]) == [(0, 2**22), (2**22, 1)]
     assert merge([]) == []
-
-
-def test_workers_do_not_look_for_modules_in_archives(spark: SparkSession) -> None:
-    def path(_: int) -> list[str]:
-        import sys
-
-        return sys.path
-
-    (found,) = spark.sparkContext.parallelize([0], 1).map(path).collect()
-    assert found and not [entry for entry in found if entry.endswith((".zip", ".jar"))]
-
-
-def test_archives_stay_where_pyspark_is_nowhere_else() -> None:
-    only = ["/opt/spark/python/lib/pyspark.zip", "/opt/empty"]
-    assert without_archives(only) == only
-    installed = str(Path(session.pyspark.__file__).parent.parent)
-    assert without_archives([*only, installed]) == ["/opt/empty", installed]

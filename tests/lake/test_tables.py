@@ -11,6 +11,7 @@ from pyspark.sql import DataFrame, SparkSession
 from cbmir_spark.errors import TableError
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, publication, schemas
+from cbmir_spark.lake.conform import conform
 from cbmir_spark.lake.paths import LakePaths
 from tests.conftest import MakeSettings
 
@@ -29,7 +30,7 @@ def _images(spark: SparkSession, path: str, version: int | None = None) -> list[
 def test_conform_names_missing_extra_and_mistyped_columns(spark: SparkSession) -> None:
     df = spark.range(1).selectExpr("cast(id as string) image_id", "id frame", "1 surplus")
     with pytest.raises(TableError) as caught:
-        delta.conform(df, schemas.PIXELS)
+        conform(df, schemas.PIXELS)
     said = str(caught.value)
     assert "missing pixels, preprocessing" in said
     assert "not in the schema: surplus" in said
@@ -38,7 +39,7 @@ def test_conform_names_missing_extra_and_mistyped_columns(spark: SparkSession) -
 
 def test_conform_puts_columns_in_the_tables_order(spark: SparkSession) -> None:
     df = _pixels(spark, 1, "a")
-    assert delta.conform(df.select(*reversed(df.columns)), schemas.PIXELS).columns == schemas.PIXELS.schema.names
+    assert conform(df.select(*reversed(df.columns)), schemas.PIXELS).columns == schemas.PIXELS.schema.names
 
 
 def test_constraints_refuse_rows_that_no_reader_could_use(spark: SparkSession, make_settings: MakeSettings) -> None:

@@ -141,7 +141,7 @@ def assert_one_index(spark: SparkSession, server: str, settings: Settings) -> No
     assert sorted(map(tuple, rows.select(keys).collect())) == sorted(map(tuple, frames.select(keys).collect()))
 
 
-BUSY = r"lease index of this lake is held by process \d+ on host .+: wait for that job, or end it"
+BUSY = r"lease index of this lake is held by process \d+ on host .+: wait for that job, or stop it"
 
 
 def test_an_index_job_beside_another_one_has_to_wait(

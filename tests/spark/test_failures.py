@@ -1,4 +1,4 @@
-"""What Spark gives up on ends in one line that names it, whatever it says itself; CBMIR_DEBUG shows the rest."""
+"""A job that Spark aborts ends in one line with the cause, however Spark reports it; CBMIR_DEBUG shows the rest."""
 
 import contextlib
 import os
@@ -163,7 +163,7 @@ def test_traces_are_shown_to_who_asks_for_them(
     status, out, err = cbmir("index", *damaged)
     assert (status, out) == (1, "")
     assert err.splitlines()[-1].startswith("cbmir: Spark aborted the index job: the weights have SHA-256 ")
-    assert "PythonException" in err and "model.load(" in err, "driver and worker"
+    assert "PythonException" in err and "index/embed.py" in err, "driver and worker"
 
 
 @pytest.mark.usefixtures("on_one_session")
@@ -192,10 +192,10 @@ def test_a_job_that_spark_gives_up_on_ends_in_one_line(damaged: list[str]) -> No
     job = start(damaged)
     out, err = job.communicate(timeout=200)
     assert job.returncode == 1 and out == ""
-    told = lines(err)
-    assert len(told) == 1, told
-    assert told[0].startswith("cbmir: Spark aborted the index job: the weights have SHA-256 ")
-    assert told[0].endswith("fetch the model again (CBMIR_DEBUG=1 shows the whole trace)")
+    printed = lines(err)
+    assert len(printed) == 1, printed
+    assert printed[0].startswith("cbmir: Spark aborted the index job: the weights have SHA-256 ")
+    assert printed[0].endswith("fetch the model again (CBMIR_DEBUG=1 shows the whole trace)")
 
 
 @pytest.mark.soak

@@ -1,4 +1,4 @@
-"""The session: what a missing or wrong Java gets told, and what reaches Spark."""
+"""The session: how a missing or wrong Java is reported, and which settings reach Spark."""
 
 import os
 import subprocess

@@ -9,57 +9,29 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
 import pytest
 
-from cbmir_spark import config, storage
-from cbmir_spark.config import StorageSettings
+from cbmir_spark import storage
 from cbmir_spark.errors import AccessDenied, InputError, StorageError
 from cbmir_spark.storage import ObjectStore
 from cbmir_spark.storage import s3 as storage_s3
 from tests.support.fault_proxy import Answer, Before, CutReply, DropReply, FaultProxy, Reset, Rule, Stall, each, share
+from tests.support.places import STORAGE, Place, s3_settings
 from tests.support.s3_server import S3Server
 
 # The S3 server may have to be built first.
 pytestmark = pytest.mark.timeout(900)
-STORAGE = config.load(environ={}).storage
 NAMES = ["a.dcm", ".hidden", "_underscore", "space and %20+&.dcm", "ünïcode.dcm", "deep/er/b", "deep/c", "scan.gz"]
-
-
-def s3_settings(endpoint: str, attempts: int = 8) -> StorageSettings:
-    return STORAGE.replace(endpoint=endpoint, attempts=attempts)
 
 
 @pytest.fixture
 def new_clients() -> Iterator[None]:
-    """Clients are kept by settings; what a test does to credentials must not outlive it."""
-    storage_s3._client_of.cache_clear()
+    """Clients are cached by settings; a test's changes of credentials must not outlive it."""
+    storage_s3.client_of.cache_clear()
     yield
-    storage_s3._client_of.cache_clear()
-
-
-class Place(NamedTuple):
-    uri: str
-    settings: StorageSettings
-
-
-@pytest.fixture
-def bucket(s3: S3Server, request: pytest.FixtureRequest) -> Place:
-    """A folder in an empty bucket of a real S3 server."""
-    name = "t-" + hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:20]
-    s3.bucket(name)
-    return Place(f"s3a://{name}/archive", s3_settings(s3.endpoint))
-
-
-@pytest.fixture(params=["file", "s3a"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    """An empty folder of either kind of storage."""
-    if request.param == "file":
-        return Place(storage.canonical(str(tmp_path)), STORAGE)
-    found: Place = request.getfixturevalue("bucket")
-    return found
+    storage_s3.client_of.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from cbmir_spark.config import Settings
 from cbmir_spark.errors import ConfigError
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, pseudonyms, publication, schemas
+from cbmir_spark.lake.delta import TableVersion
 from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.lake.pseudonyms import Pseudonyms
 
@@ -81,6 +82,11 @@ def key_of(settings: Settings) -> str:
         return pseudonyms.create(settings.privacy, vault).key_id
     except ConfigError:
         return KEY_ID
+
+
+def live_files(spark: SparkSession, path: str, version: int | None = None) -> list[str]:
+    """URIs of the Parquet files that are live in a Delta table, sorted; at the newest version if none is given."""
+    return list(TableVersion(spark, path, delta.version(spark, path) if version is None else version).files)
 
 
 def publish(

@@ -25,7 +25,7 @@ from cbmir_spark.training import snapshot as snapshots
 from cbmir_spark.training.loader import Loader
 from cbmir_spark.training.manifest import TEST, TRAIN, Snapshot
 from tests.support.archives import at
-from tests.support.tiny_lake import Drawn, draw, pseudonym, publish
+from tests.support.tiny_lake import Drawn, draw, live_files, pseudonym, publish
 
 LOCAL = StorageSettings(endpoint=None, region="us-east-1", path_style=True, attempts=8)
 
@@ -219,7 +219,7 @@ def test_rows_of_files_that_delta_removed_are_in_no_snapshot_and_in_no_batch(
     pinned = publication.require_published(spark, lake)
     pixels = delta.read(spark, lake.path(schemas.PIXELS), pinned.pixels)
     live = sorted(row[cols.PIXEL_DIGEST] for row in pixels.select(cols.PIXEL_DIGEST).collect())
-    named = {storage.local_path(uri) for uri in delta.live_files(spark, lake.path(schemas.PIXELS), pinned.pixels)}
+    named = {storage.local_path(uri) for uri in live_files(spark, lake.path(schemas.PIXELS), pinned.pixels)}
     removed = {str(file) for file in Path(storage.local_path(lake.path(schemas.PIXELS))).rglob("*.parquet")} - named
     left = {digest for file in removed for digest in pq.read_table(file)[cols.PIXEL_DIGEST].to_pylist()}
     dead = left - set(live)

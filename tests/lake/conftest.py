@@ -1,0 +1,3 @@
+from tests.support.places import bucket, place
+
+__all__ = ["bucket", "place"]
