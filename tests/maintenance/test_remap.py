@@ -61,7 +61,7 @@ def make_lake(spark: SparkSession, folder: Path, *overrides: str) -> Settings:
     vocabulary = Vocabulary(settings.vocabulary.body_parts)
     lake = LakePaths.of(settings.lake)
     publication.publish_empty(
-        spark, lake, key_of(settings), parse.preprocessing_of(settings).version, vocabulary.version
+        spark, lake, key_of(settings), parse.preprocessing_of(settings.pixels).version, vocabulary.version
     )
     for batch in (1, 2):
         drawn = [
@@ -76,7 +76,7 @@ def make_lake(spark: SparkSession, folder: Path, *overrides: str) -> Settings:
         ]
         publish(spark, settings, drawn, batch)
     if not (folder.parent / "model").exists():
-        save_model(folder.parent / "model", preprocessing=parse.preprocessing_of(settings).version)
+        save_model(folder.parent / "model", preprocessing=parse.preprocessing_of(settings.pixels).version)
     index_job.run(spark, settings)
     return settings
 

@@ -14,7 +14,7 @@ STORAGE = config.load(environ={}).storage
 
 
 def s3_settings(endpoint: str, attempts: int = 8) -> StorageSettings:
-    return STORAGE.model_copy(update={"endpoint": endpoint, "attempts": attempts})
+    return STORAGE.replace(endpoint=endpoint, attempts=attempts)
 
 
 class Place(NamedTuple):
