@@ -6,6 +6,7 @@ names of FIELDS alone: so no tag value, identifier or name of an archive's objec
 
 import json as jsonlib
 import logging
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,21 @@ from typing import Any
 ROOT = "cbmir_spark"
 
 # What a line may carry beside time, level, logger and message.
-FIELDS = ("run_id", "job", "stage", "seconds", "counts", "error")
+FIELDS = (
+    "run_id",
+    "job",
+    "stage",
+    "batch",
+    "epoch",
+    "lease",
+    "table",
+    "alias",
+    "version",
+    "counts",
+    "figures",
+    "seconds",
+    "error",
+)
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
 _context: ContextVar[Mapping[str, Any]] = ContextVar("cbmir_spark.log", default=_NONE)
@@ -74,7 +89,7 @@ class JsonLines(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
-            **fields_of(record),
+            **{name: _finite(value) for name, value in fields_of(record).items()},
         }
         return jsonlib.dumps(line, default=str)
 
@@ -98,7 +113,14 @@ def fields_of(record: logging.LogRecord) -> dict[str, Any]:
     return {name: fields[name] for name in FIELDS if fields.get(name) is not None}
 
 
+def _finite(value: Any) -> Any:
+    """Replace NaN and infinities by null: JSON has no word for them."""
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _shown(name: str, value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {each}" for key, each in value.items())
+        return ", ".join(_shown(key, each) for key, each in value.items())
     return f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"

@@ -11,6 +11,7 @@ died on this very machine. A holder that stood still for longer finds out at its
 
 import fcntl
 import json
+import logging
 import os
 import secrets
 import socket
@@ -25,6 +26,8 @@ from pathlib import Path
 from cbmir_spark import storage
 from cbmir_spark.errors import Busy, EnvironmentProblem
 from cbmir_spark.storage import ObjectStore
+
+logger = logging.getLogger(__name__)
 
 SECONDS = 60.0
 FOLDER = "leases"
@@ -191,7 +194,8 @@ class _Renewed(Held):
         while not self._ended.wait(self._holder.seconds / _RENEWALS_IN_LEASE):
             try:
                 self._write(released=False)
-            except OSError:
+            except OSError as error:
+                logger.warning("lease not renewed", extra={"lease": self._name, "error": type(error).__name__})
                 continue
             except Busy:
                 return
@@ -210,6 +214,7 @@ class _Renewed(Held):
                 etag = self._recovered()
             if etag is None:
                 self._lost = self._taken_over()
+                logger.error("lease lost", extra={"lease": self._name})
                 raise self._lost
             self._etag = etag
 

@@ -7,6 +7,7 @@ published before it appends a batch, so that none is there twice.
 """
 
 import json
+import logging
 from dataclasses import asdict, dataclass, replace
 
 from delta.tables import DeltaTable
@@ -18,6 +19,8 @@ from cbmir_spark.lake.columns import URI
 from cbmir_spark.lake.delta import append, commit_message, conform, ensure, exists, version
 from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.lake.schemas import PIXELS, SOURCES, TAGS
+
+logger = logging.getLogger(__name__)
 
 # A property of SOURCES: the vocabulary that was last published without rows.
 VOCABULARY_PROPERTY = "cbmir.vocabulary"
@@ -122,5 +125,6 @@ def roll_back(spark: SparkSession, lake: LakePaths, pinned: Published) -> list[s
         path = lake.path(table)
         if version(spark, path) != wanted:
             DeltaTable.forPath(spark, path).restoreToVersion(wanted)
+            logger.warning("unpublished rows rolled back", extra={"table": table.name})
             mended.append(table.name)
     return mended
