@@ -28,10 +28,14 @@ FIELDS = (
     "table",
     "alias",
     "version",
+    "step",
+    "done",
+    "total",
     "counts",
     "figures",
     "seconds",
     "error",
+    "status",
 )
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
@@ -55,6 +59,17 @@ def bind(**fields: Any) -> None:
     _context.set({**_context.get(), **fields})
 
 
+@contextmanager
+def job(name: str) -> Iterator[None]:
+    """Mark what is logged in the block as that of a job, and log by the class of its error if it fails."""
+    with scope(job=name):
+        try:
+            yield
+        except BaseException as error:
+            logging.getLogger(__name__).info("job failed", extra={"error": type(error).__name__})
+            raise
+
+
 def configure(*, json: bool = False, level: int | str | None = None) -> None:
     """Log to stderr: one JSON object per line, or text for people. Replaces what an earlier call configured.
 
@@ -67,6 +82,17 @@ def configure(*, json: bool = False, level: int | str | None = None) -> None:
     handler.setFormatter(JsonLines() if json else Text())
     logger.addHandler(handler)
     logger.setLevel(level if level is not None else logging.INFO if json else logging.WARNING)
+
+
+def is_json() -> bool:
+    """Whether `configure` chose JSON lines, beside which nothing else belongs on stderr."""
+    handlers = logging.getLogger(ROOT).handlers
+    return any(isinstance(each, _Stderr) and isinstance(each.formatter, JsonLines) for each in handlers)
+
+
+def failed(message: str, status: int) -> None:
+    """Log the line that a command ends in; unlike other messages it says what its user named, such as a file."""
+    logging.getLogger(__name__).error(message, extra={"status": status})
 
 
 class _Stderr(logging.Handler):

@@ -83,6 +83,29 @@ def test_a_stage_that_fails_is_logged_by_the_class_of_its_error(capsys: pytest.C
     assert list(stages.seconds) == ["parse"]
 
 
+def test_a_job_that_fails_is_logged_and_its_fields_end(capsys: pytest.CaptureFixture[str]) -> None:
+    log.configure(json=True)
+    with pytest.raises(ValueError, match="DOE"), log.job("index"):
+        record = Record.begin("index")
+        raise ValueError("DOE^JANE")
+    logging.getLogger("cbmir_spark.x").warning("outside")
+    started, failed, outside = lines(capsys)
+    assert started["message"] == "run started"
+    assert (failed["message"], failed["error"], failed["run_id"]) == ("job failed", "ValueError", record.run_id)
+    assert "job" not in outside and "run_id" not in outside
+
+
+def test_the_line_of_a_failed_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not log.is_json()
+    log.configure()
+    assert not log.is_json()
+    log.configure(json=True)
+    assert log.is_json()
+    log.failed("queries.csv: no such file", 1)
+    (line,) = lines(capsys)
+    assert (line["level"], line["message"], line["status"]) == ("error", "queries.csv: no such file", 1)
+
+
 def test_people_see_warnings_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     log.configure()
     with log.scope(job="ingest", stage="parse", run_id="0" * 32):

@@ -19,6 +19,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -175,7 +176,9 @@ class _Renewed(Held):
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._lost: Busy | None = None
-        self._thread = threading.Thread(target=self._renew_until_ended, name=f"lease {name}", daemon=True)
+        self._thread = threading.Thread(
+            target=copy_context().run, args=(self._renew_until_ended,), name=f"lease {name}", daemon=True
+        )
 
     def start(self) -> None:
         self._thread.start()
