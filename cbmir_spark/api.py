@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from cbmir_spark import config, storage
+from cbmir_spark import config, log, storage
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import InputError
 
@@ -392,7 +392,7 @@ class Lake:
         from cbmir_spark.spark import failures
 
         spark = self._spark(name)
-        with failures.translate_errors(spark, name):
+        with log.job(name), failures.translate_errors(spark, name):
             yield spark
 
     def _spark(self, job: str) -> "SparkSession":

@@ -6,6 +6,7 @@ names of FIELDS alone: so no tag value, identifier or name of an archive's objec
 
 import json as jsonlib
 import logging
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,25 @@ from typing import Any
 ROOT = "cbmir_spark"
 
 # What a line may carry beside time, level, logger and message.
-FIELDS = ("run_id", "job", "stage", "seconds", "counts", "error")
+FIELDS = (
+    "run_id",
+    "job",
+    "stage",
+    "batch",
+    "epoch",
+    "lease",
+    "table",
+    "alias",
+    "version",
+    "step",
+    "done",
+    "total",
+    "counts",
+    "figures",
+    "seconds",
+    "error",
+    "status",
+)
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
 _context: ContextVar[Mapping[str, Any]] = ContextVar("cbmir_spark.log", default=_NONE)
@@ -40,6 +59,17 @@ def bind(**fields: Any) -> None:
     _context.set({**_context.get(), **fields})
 
 
+@contextmanager
+def job(name: str) -> Iterator[None]:
+    """Mark what is logged in the block as that of a job, and log by the class of its error if it fails."""
+    with scope(job=name):
+        try:
+            yield
+        except BaseException as error:
+            logging.getLogger(__name__).info("job failed", extra={"error": type(error).__name__})
+            raise
+
+
 def configure(*, json: bool = False, level: int | str | None = None) -> None:
     """Log to stderr: one JSON object per line, or text for people. Replaces what an earlier call configured.
 
@@ -52,6 +82,17 @@ def configure(*, json: bool = False, level: int | str | None = None) -> None:
     handler.setFormatter(JsonLines() if json else Text())
     logger.addHandler(handler)
     logger.setLevel(level if level is not None else logging.INFO if json else logging.WARNING)
+
+
+def is_json() -> bool:
+    """Whether `configure` chose JSON lines, beside which nothing else belongs on stderr."""
+    handlers = logging.getLogger(ROOT).handlers
+    return any(isinstance(each, _Stderr) and isinstance(each.formatter, JsonLines) for each in handlers)
+
+
+def failed(message: str, status: int) -> None:
+    """Log the line that a command ends in; unlike other messages it says what its user named, such as a file."""
+    logging.getLogger(__name__).error(message, extra={"status": status})
 
 
 class _Stderr(logging.Handler):
@@ -74,7 +115,7 @@ class JsonLines(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
-            **fields_of(record),
+            **{name: _finite(value) for name, value in fields_of(record).items()},
         }
         return jsonlib.dumps(line, default=str)
 
@@ -98,7 +139,14 @@ def fields_of(record: logging.LogRecord) -> dict[str, Any]:
     return {name: fields[name] for name in FIELDS if fields.get(name) is not None}
 
 
+def _finite(value: Any) -> Any:
+    """Replace NaN and infinities by null: JSON has no word for them."""
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _shown(name: str, value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {each}" for key, each in value.items())
+        return ", ".join(_shown(key, each) for key, each in value.items())
     return f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"

@@ -63,6 +63,14 @@ def test_json_lines_carry_run_job_and_stage(capsys: pytest.CaptureFixture[str]) 
     assert isinstance(ended["seconds"], float) and str(started["time"]).endswith("+00:00")
 
 
+def test_a_figure_that_is_not_a_number_leaves_the_line_json(capsys: pytest.CaptureFixture[str]) -> None:
+    log.configure(json=True)
+    figures = {"loss": float("nan"), "accuracy": 0.5}
+    logging.getLogger("cbmir_spark.x").info("epoch ended", extra={"epoch": 3, "figures": figures})
+    line = json.loads(capsys.readouterr().err, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert (line["epoch"], line["figures"]) == (3, {"loss": None, "accuracy": 0.5})
+
+
 def test_a_stage_that_fails_is_logged_by_the_class_of_its_error(capsys: pytest.CaptureFixture[str]) -> None:
     log.configure(json=True)
     stages = Stages()
@@ -75,13 +83,36 @@ def test_a_stage_that_fails_is_logged_by_the_class_of_its_error(capsys: pytest.C
     assert list(stages.seconds) == ["parse"]
 
 
+def test_a_job_that_fails_is_logged_and_its_fields_end(capsys: pytest.CaptureFixture[str]) -> None:
+    log.configure(json=True)
+    with pytest.raises(ValueError, match="DOE"), log.job("index"):
+        record = Record.begin("index")
+        raise ValueError("DOE^JANE")
+    logging.getLogger("cbmir_spark.x").warning("outside")
+    started, failed, outside = lines(capsys)
+    assert started["message"] == "run started"
+    assert (failed["message"], failed["error"], failed["run_id"]) == ("job failed", "ValueError", record.run_id)
+    assert "job" not in outside and "run_id" not in outside
+
+
+def test_the_line_of_a_failed_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not log.is_json()
+    log.configure()
+    assert not log.is_json()
+    log.configure(json=True)
+    assert log.is_json()
+    log.failed("queries.csv: no such file", 1)
+    (line,) = lines(capsys)
+    assert (line["level"], line["message"], line["status"]) == ("error", "queries.csv: no such file", 1)
+
+
 def test_people_see_warnings_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     log.configure()
     with log.scope(job="ingest", stage="parse", run_id="0" * 32):
         logging.getLogger("cbmir_spark.x").info("not shown")
         logging.getLogger("cbmir_spark.x").warning("read again", extra={"counts": {"objects": 3}, "seconds": 1.25})
     printed = capsys.readouterr().err
-    assert printed.partition(" ")[2] == "warning ingest/parse: read again, seconds 1.25, objects 3\n"
+    assert printed.partition(" ")[2] == "warning ingest/parse: read again, objects 3, seconds 1.25\n"
 
 
 def test_configured_again_a_line_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cbmir_spark import __version__, config
+from cbmir_spark import __version__, config, log
 from cbmir_spark.cli import console, jobs, upkeep
 from cbmir_spark.errors import CbmirError
 
@@ -73,5 +73,8 @@ def main(job: str | None = None) -> None:
 def _end(line: str, status: int) -> None:
     if config.debugging():
         traceback.print_exc()
-    console.err.print(f"[bold red]cbmir:[/] {console.plain(line)}", soft_wrap=True, highlight=False)
+    if log.is_json():
+        log.failed(line, status)
+    else:
+        console.err.print(f"[bold red]cbmir:[/] {console.plain(line)}", soft_wrap=True, highlight=False)
     raise SystemExit(status) from None

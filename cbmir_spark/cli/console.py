@@ -1,6 +1,7 @@
 """The terminal: progress on stderr, JSON on stdout, and text that cannot steer it."""
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,6 +20,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from cbmir_spark import log
+
+logger = logging.getLogger(__name__)
+
 out = Console()
 err = Console(stderr=True)
 
@@ -29,20 +34,23 @@ Move = Callable[[int, int, Mapping[str, Any]], None]
 def progress(what: str, quiet: bool, every: float = 0.0) -> Iterator[Move]:
     """Show progress: a bar on a terminal, lines in a log, nothing beside JSON; both with the remaining time.
 
-    Lines are at least `every` seconds apart, except the last.
+    Lines are at least `every` seconds apart, except the last. If the log is JSON they are lines of that.
     """
     began = time.monotonic()
-    if quiet or not err.is_terminal:
+    if quiet or log.is_json() or not err.is_terminal:
         printed = -every
 
         def line(done: int, total: int, figures: Mapping[str, Any]) -> None:
             nonlocal printed
             passed = time.monotonic() - began
-            if quiet or (passed - printed < every and done < total):
+            if passed - printed < every and done < total:
                 return
             printed = passed
-            left = f", {duration(passed / done * (total - done))} left" if 0 < done < total else ""
-            err.print(f"{done} of {total} {what}{left}: {detail(figures)}", soft_wrap=True, highlight=False)
+            if log.is_json():
+                logger.info("progress", extra={"done": done, "total": total, "figures": dict(figures)})
+            elif not quiet:
+                left = f", {duration(passed / done * (total - done))} left" if 0 < done < total else ""
+                err.print(f"{done} of {total} {what}{left}: {detail(figures)}", soft_wrap=True, highlight=False)
 
         yield line
         return
@@ -60,10 +68,12 @@ def progress(what: str, quiet: bool, every: float = 0.0) -> Iterator[Move]:
 @contextmanager
 def steps(names: Iterable[str], quiet: bool) -> Iterator[Callable[[str, int, int, Mapping[str, Any]], None]]:
     """Show progress of a job of several steps, one bar per step."""
-    if quiet or not err.is_terminal:
+    if quiet or log.is_json() or not err.is_terminal:
 
         def line(step: str, done: int, total: int, figures: Mapping[str, Any]) -> None:
-            if not quiet:
+            if log.is_json():
+                logger.info("progress", extra={"step": step, "done": done, "total": total, "figures": dict(figures)})
+            elif not quiet:
                 of = f" {done} of {total}" if total else ""
                 err.print(f"{step}{of} {detail(figures)}".rstrip(), soft_wrap=True, highlight=False)
 

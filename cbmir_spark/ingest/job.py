@@ -6,6 +6,7 @@ publishes it, each batch by itself. `progress` reports meanwhile. This module op
 the settings, and runs these steps.
 """
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -31,6 +32,8 @@ from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.lake.publication import Published
 from cbmir_spark.lake.runs import Record
 from cbmir_spark.storage import ObjectStore
+
+logger = logging.getLogger(__name__)
 
 DEFERRED = "deferred"
 
@@ -122,6 +125,7 @@ def _ingest(
             unchanged += batch.unchanged
             frames += batch.frames
             done += 1
+            logger.info("batch published", extra={"batch": published.batch, "counts": dict(batch.outcomes)})
     deferred = plan.deferred(done)
     check_counts(plan.listed, unchanged + deferred + outcomes.total(), "given an outcome")
     return Report(

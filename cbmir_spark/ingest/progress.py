@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import copy_context
 
 from pyspark import AccumulatorParam, SparkContext
 
@@ -46,7 +47,8 @@ def watch(context: SparkContext, total: int, progress: Progress | None) -> Itera
         while not ended.wait(PROGRESS_SECONDS):
             report()
 
-    watcher = threading.Thread(target=report_until_ended, daemon=True)
+    # In this thread's context, so that what is logged there names the run.
+    watcher = threading.Thread(target=copy_context().run, args=(report_until_ended,), daemon=True)
     watcher.start()
     try:
         yield done.add

@@ -11,6 +11,7 @@ very machine. A holder that was suspended for longer finds out at its next check
 
 import fcntl
 import json
+import logging
 import os
 import secrets
 import socket
@@ -18,6 +19,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +27,8 @@ from pathlib import Path
 from cbmir_spark import storage
 from cbmir_spark.errors import Busy, EnvironmentProblem
 from cbmir_spark.storage import ObjectStore
+
+logger = logging.getLogger(__name__)
 
 SECONDS = 60.0
 FOLDER = "leases"
@@ -171,7 +175,9 @@ class _ObjectLease(Lease):
         self._lock = threading.Lock()
         self._released = threading.Event()
         self._lost: Busy | None = None
-        self._thread = threading.Thread(target=self._renew_until_released, name=f"lease {name}", daemon=True)
+        self._thread = threading.Thread(
+            target=copy_context().run, args=(self._renew_until_released,), name=f"lease {name}", daemon=True
+        )
 
     def start(self) -> None:
         self._thread.start()
@@ -190,7 +196,8 @@ class _ObjectLease(Lease):
         while not self._released.wait(self._holder.seconds / _RENEWALS_PER_LEASE):
             try:
                 self._write(released=False)
-            except OSError:
+            except OSError as error:
+                logger.warning("lease not renewed", extra={"lease": self._name, "error": type(error).__name__})
                 continue
             except Busy:
                 return
@@ -209,6 +216,7 @@ class _ObjectLease(Lease):
                 etag = self._recovered()
             if etag is None:
                 self._lost = self._taken_over()
+                logger.error("lease lost", extra={"lease": self._name})
                 raise self._lost
             self._etag = etag
 

@@ -6,6 +6,7 @@ what is published before it appends a batch, so that no row is there twice.
 """
 
 import json
+import logging
 from dataclasses import asdict, dataclass, replace
 
 from pyspark.sql import DataFrame, SparkSession
@@ -15,6 +16,8 @@ from cbmir_spark.lake import delta
 from cbmir_spark.lake.columns import URI
 from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.lake.schemas import PIXELS, SOURCES, TAGS
+
+logger = logging.getLogger(__name__)
 
 # A property of SOURCES: the vocabulary that was last published without rows.
 VOCABULARY_PROPERTY = "cbmir.vocabulary"
@@ -107,5 +110,6 @@ def roll_back(spark: SparkSession, lake: LakePaths, pinned: Published) -> list[s
         path = lake.path(table)
         if delta.version(spark, path) != wanted:
             delta.restore(spark, path, wanted)
+            logger.warning("unpublished rows rolled back", extra={"table": table.name})
             rolled_back.append(table.name)
     return rolled_back

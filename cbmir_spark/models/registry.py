@@ -5,6 +5,7 @@ MLflow is imported where it is used, since training processes on executors do wi
 runs on the driver.
 """
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -26,6 +27,8 @@ from cbmir_spark.models.networks import SIDE, Network
 from cbmir_spark.models.promotion import Incumbent, Promotion, decide
 from cbmir_spark.models.tracking import Tracking
 from cbmir_spark.storage import ObjectStore
+
+logger = logging.getLogger(__name__)
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 
@@ -134,6 +137,7 @@ class Registry:
                 return None
             newest = max(found, key=lambda version: int(version.version))
             client.set_registered_model_alias(self.name, alias, newest.version)
+            logger.info("alias moved", extra={"alias": alias, "version": str(newest.version)})
             return str(newest.version)
 
     def log_evaluation(self, model_id: str, metrics: Mapping[str, float], files: Mapping[str, bytes]) -> str | None:

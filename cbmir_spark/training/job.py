@@ -3,6 +3,7 @@
 The loop is in `loop`, its distribution in `distribute`, what MLflow records in `run_log`.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,8 @@ from cbmir_spark.training.metrics import (
 )
 from cbmir_spark.training.snapshot import write_snapshot
 from cbmir_spark.training.task import TrainingTask, features
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,7 @@ def _train(lake: OpenLake, registry: Registry, sections: Sections, on_epoch: Cal
         run_log.log_inputs(mlflow, lake.paths, versions, snapshot.digest)
 
         def log_epoch(epoch: Epoch) -> None:
+            logger.info("epoch ended", extra={"epoch": epoch.number, "figures": epoch.metrics()})
             mlflow.log_metrics(epoch.metrics(), step=epoch.number)
             on_epoch(epoch)
 

@@ -1,6 +1,7 @@
 """The command line: one-line errors with an exit status that is not 0, secrets masked, JSON for machines."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 from pyspark.sql import SparkSession
 
+from cbmir_spark import log
 from cbmir_spark.api import Lake
 from cbmir_spark.cli import command, console, doctor
 from tests.conftest import REPO, Cbmir
@@ -129,6 +131,39 @@ def test_ingest_prints_one_json_object(cbmir: Cbmir, on_the_tests_session: None,
     ended, out, _ = cbmir("ingest", "--archive", str(archive), "--lake", str(tmp_path / "lake"), "--json")
     assert ended == 0
     assert json.loads(out)["outcomes"] == {"not_an_image": 1}
+
+
+@pytest.fixture
+def log_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = logging.getLogger(log.ROOT)
+    monkeypatch.setattr(logger, "handlers", list(logger.handlers))
+    monkeypatch.setattr(logger, "level", logger.level)
+
+
+@pytest.mark.usefixtures("on_the_tests_session", "log_as_it_was")
+def test_a_run_is_logged_as_json_lines(cbmir: Cbmir, spark: SparkSession, tmp_path: Path) -> None:
+    archive, lake = tmp_path / "archive", tmp_path / "lake"
+    archive.mkdir()
+    (archive / "note.txt").write_text("not DICOM")
+    ended, out, err = cbmir("ingest", "--archive", str(archive), "--lake", str(lake), "--json", "--log-json")
+    assert ended == 0 and json.loads(out)["outcomes"] == {"not_an_image": 1}
+    lines = [json.loads(line) for line in err.splitlines()]
+    (run,) = spark.read.format("delta").load(str(lake / "runs")).collect()
+    # The lease of a new lake is taken by the same run; nothing else is logged.
+    assert {(line.get("run_id"), line["job"]) for line in lines} == {(run["run_id"], "ingest")}
+    assert lines[0]["message"] == "run started"
+    assert lines[-1]["message"] == "run ended" and lines[-1]["counts"] == run["counts"]
+    assert {line["stage"] for line in lines if line["message"] == "stage ended"} == set(run["seconds"])
+    assert [(line["done"], line["total"]) for line in lines if line["message"] == "progress"] == [(1, 1)]
+    assert "note" not in err and str(archive) not in err
+
+
+@pytest.mark.usefixtures("on_the_tests_session", "log_as_it_was")
+def test_a_failure_is_the_last_json_line(cbmir: Cbmir, tmp_path: Path) -> None:
+    ended, out, err = cbmir("ingest", "--archive", str(tmp_path / "absent"), "--lake", str(tmp_path), "--log-json")
+    assert (ended, out) == (1, "")
+    last = json.loads(err.splitlines()[-1])
+    assert (last["level"], last["status"]) == ("error", 1) and "does not exist" in last["message"]
 
 
 def test_text_from_outside_cannot_drive_the_terminal() -> None:

@@ -16,7 +16,6 @@ from cbmir_spark.lake.paths import LakePaths
 from tests.conftest import MakeSettings
 from tests.support import boundary
 from tests.support.archives import at, sample
-from tests.support.dicom_index import predicted
 from tests.support.nights import Night, fill, key_file_of, live_rows, outcomes_of
 
 pytestmark = pytest.mark.slow

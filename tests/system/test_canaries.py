@@ -94,7 +94,7 @@ def chain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     }
     (root / "site.yaml").write_text(yaml.safe_dump(site))
     nights = ["ingest", "train", "index", "retrieve", "evaluate", "forget", "ingest"]
-    commands = [[job, "--config", str(root / "site.yaml")] for job in nights]
+    commands = [[job, "--config", str(root / "site.yaml"), "--log-json"] for job in nights]
     commands[5] += ["--list", str(root / "list.csv"), "--now"]
     ran = subprocess.run(
         [sys.executable, "-m", "tests.support.canary_chain", json.dumps(commands)],
@@ -124,6 +124,9 @@ def test_no_canary_leaves_the_vault(chain: Chain) -> None:
             found[name] = hits[:3]
     assert not found, json.dumps(found, indent=1)
     assert {"lake", "events", "stdout", "stderr"} <= names and size > 10_000_000
+    printed = (chain.open / "stderr").read_text("utf-8", "replace").splitlines()
+    logged = [json.loads(line) for line in printed if '"logger": "cbmir_spark' in line]
+    assert {line.get("job") for line in logged} >= {"ingest", "train", "index", "retrieve", "evaluate", "forget"}
     pages = [path.name for path in (chain.open / "lake").rglob("*.html")]
     assert "gallery.html" in pages and len(pages) > 1
     assert any("SparkListenerTaskEnd" in text.decode("utf-8", "replace") for _, text in contents(chain.open / "events"))
