@@ -185,3 +185,13 @@ def test_jobs_are_a_few_lines_that_only_enter_the_command_line() -> None:
     for job in jobs:
         assert [name for name, _ in imported(job)] == ["cbmir_spark.cli.app.main"]
         assert len(job.read_text().splitlines()) < 10
+
+
+def test_no_test_imports_another() -> None:
+    found = [
+        f"{path.relative_to(REPO)}:{line} {name}"
+        for path in sorted((REPO / "tests").rglob("*.py"))
+        for name, line in imported(path)
+        if name.startswith("tests.") and any(part.startswith("test_") for part in name.split("."))
+    ]
+    assert found == []

@@ -162,14 +162,18 @@ def by_size(folder: Path, sizes: list[int], new: int) -> list[dict[str, object]]
                 "new": new,
                 "list and compare, s": round(compare, 2),
                 "per million known, s": round(compare / known * 1e6, 1),
-                "TAGS bytes": publication.size_of(spark, lake.path(schemas.TAGS)),
-                "PIXELS bytes": publication.size_of(spark, lake.path(schemas.PIXELS)),
+                "TAGS bytes": _bytes_of(settings, lake.path(schemas.TAGS)),
+                "PIXELS bytes": _bytes_of(settings, lake.path(schemas.PIXELS)),
                 "stages": {name: round(value, 2) for name, value in report.seconds.items()},
             }
         )
         tell(str(found[-1]))
     spark.stop()
     return found
+
+
+def _bytes_of(settings: config.Settings, uri: str) -> int:
+    return sum(found.size for found in ObjectStore(settings.storage).list_objects(uri))
 
 
 def seed(spark: SparkSession, settings: config.Settings) -> None:

@@ -113,7 +113,7 @@ def embed(lake: Path, count: int) -> tuple[Floats, Floats]:
                 random = torch.Generator().manual_seed(1 + block)
                 for start in range(begin, end, 64):
                     chosen = pixels[torch.arange(start, min(start + 64, end)) % len(pixels)]
-                    inputs = augment.augmented(network.to_input(chosen), Draw(random, 0, len(chosen)))
+                    inputs = augment.augment_batch(network.to_input(chosen), Draw(random, 0, len(chosen)))
                     base[start : start + len(chosen)] = run(inputs)
                     if (start - begin) % 6400 == 0:
                         tell(f"{start} of {count} embedded")

@@ -14,8 +14,8 @@ from pyspark.sql import SparkSession
 from cbmir_spark import config
 from cbmir_spark.retrieval import search
 from cbmir_spark.spark import session
-from tests.retrieval import test_series as test_volumes
-from tests.retrieval.test_search import DIMENSION, MODES, collected, make, mixed, options
+from tests.support.search_oracle import DIMENSION, MODES, collected, make, mixed, options
+from tests.support.series_oracle import answered, ask_series
 
 
 def searched(spark: SparkSession, folder: Path, seed: int, asked: int) -> dict[str, list[Any]]:
@@ -28,9 +28,9 @@ def searched(spark: SparkSession, folder: Path, seed: int, asked: int) -> dict[s
             answer = search.search(spark, base, queries, options(method=method, **values))
             found[f"{method} {number}"] = collected(answer)
     series = make(np.random.default_rng(seed).standard_normal((300, DIMENSION)).astype(np.float32), seed)
-    wanted, _ = test_volumes.ask(series, 8, seed)
+    wanted, _ = ask_series(series, 8, seed)
     chosen = options(prefilter="none", unknown="include", k=5)
-    hits, _ = test_volumes.answered(spark, series.store(folder / "series", 2), series, wanted, chosen)
+    hits, _ = answered(spark, series.store(folder / "series", 2), series, wanted, chosen)
     found["series"] = hits
     return json.loads(json.dumps(found))  # type: ignore[no-any-return]
 

@@ -11,6 +11,7 @@ from nbclient import NotebookClient
 from pyspark.sql import SparkSession
 
 from cbmir_spark import config
+from cbmir_spark.api import Lake
 from cbmir_spark.cli import demo
 from cbmir_spark.synthetic import archive
 
@@ -32,7 +33,8 @@ def small_demo(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) ->
     # pydicom's own files are the subject of other tests; the demo leaves an archive that is there as it is.
     archive.write_demo_archive(folder / "archive", images_per_class=6, seed=1)
     shutil.rmtree(folder / "archive" / "pydicom")
-    demo.run(spark, config.load(overrides=[f"demo.folder={folder}", *small], environ={}))
+    settings = config.load(overrides=[f"demo.folder={folder}", *small], environ={})
+    demo.run(Lake(demo.inside(settings), spark))
     return folder
 
 
@@ -57,7 +59,7 @@ def test_the_demo_notebook_shows_what_it_says(small_demo: Path, monkeypatch: pyt
         assert reason in shown
     # Of the demo's queries one names a file that is not there; every other one is answered.
     assert "missing-file" in shown
-    assert "'failed': 1" in shown
+    assert "failed=1" in shown
     assert len(re.findall(r"data:image/png;base64,", shown)) >= 5
 
 
