@@ -25,6 +25,7 @@ from tests.support.fault_proxy import FaultProxy
 from tests.support.s3_server import S3Server
 from tests.support.search_oracle import (
     DIMENSION,
+    MODES,
     PLACES,
     Made,
     ask,
@@ -89,15 +90,6 @@ def test_queries_are_byte_for_byte_brute_force_however_the_work_is_cut(
     for status, count in zip(answer.statuses, candidates, strict=True):
         assert (status.status == QueryStatus.ANSWERED) == (count > 0) == (status.hits > 0)
     assert {status.status for status in answer.statuses} == {QueryStatus.ANSWERED, QueryStatus.NO_CANDIDATES}
-
-
-MODES: list[dict[str, Any]] = [
-    {"prefilter": "none", "unique": "none", "k": 20, "unknown": "include", "exclude_same": "none"},
-    {"prefilter": "predicted", "unique": "study", "imputed": "exclude", "exclude_same": "patient"},
-    {"prefilter": "modality", "unique": "patient", "k": 500, "unknown": "include", "exclude_same": "series"},
-    {"prefilter": "tags", "unique": "series", "unknown": "include", "imputed": "exclude", "exclude_same": "study"},
-    {"prefilter": "none", "unique": "series", "metric": "cosine"},
-]
 
 
 @pytest.mark.parametrize("values", MODES)

@@ -37,6 +37,14 @@ WRITERS: list[dict[str, Any]] = [
     {"compression": "none", "use_dictionary": False, "data_page_size": 2**10, "write_batch_size": 4},
 ]
 
+MODES: list[dict[str, Any]] = [
+    {"prefilter": "none", "unique": "none", "k": 20, "unknown": "include", "exclude_same": "none"},
+    {"prefilter": "predicted", "unique": "study", "imputed": "exclude", "exclude_same": "patient"},
+    {"prefilter": "modality", "unique": "patient", "k": 500, "unknown": "include", "exclude_same": "series"},
+    {"prefilter": "tags", "unique": "series", "unknown": "include", "imputed": "exclude", "exclude_same": "study"},
+    {"prefilter": "none", "unique": "series", "metric": "cosine"},
+]
+
 
 def options(**values: Any) -> RetrievalSettings:
     return config.load(environ={}).retrieval.replace(**values)
@@ -126,7 +134,8 @@ def ask(made: Made, vectors: Floats, seed: int) -> list[Query]:
     queries = []
     for number, vector in enumerate(vectors):
         row = int(random.integers(len(made.vectors)))
-        ids = (cols.IMAGE_ID, cols.SERIES_ID, cols.STUDY_ID, cols.PATIENT_ID)
+        names = (cols.IMAGE_ID, cols.SERIES_ID, cols.STUDY_ID, cols.PATIENT_ID)
+        ids: dict[str, Any] = {name: None if number % 3 == 0 else made.columns[name][row] for name in names}
         queries.append(
             Query(
                 query_id=f"q{number:05d}",
@@ -135,7 +144,7 @@ def ask(made: Made, vectors: Floats, seed: int) -> list[Query]:
                 body_part=("CHEST", "HEAD", "BRAIN", "LIVER", "UNKNOWN", "KNEE")[int(random.integers(6))],
                 predicted=("CT/CHEST", "MR/BRAIN", "CT/HEAD", "UNKNOWN")[int(random.integers(4))],
                 probability=float(random.random()),
-                **{name: None if number % 3 == 0 else made.columns[name][row] for name in ids},
+                **ids,
             )
         )
     return queries
