@@ -1,55 +1,59 @@
-"""What a user can mend: each error is one line that says what was wrong, where, and what to do."""
+"""The errors that a user can act on: one line that says what is wrong, where, and what to do.
+
+The command line prints that line without a traceback and ends with the error's exit status: 2 for settings and
+arguments, 75 where trying again later helps, 1 for everything else. Any other exception is a bug.
+"""
 
 
 class CbmirError(Exception):
-    """An error whose message is for the person at the terminal; the CLI prints it without a traceback."""
+    """The base of all errors that this package raises on purpose; catch it to handle every one of them."""
 
     exit_code = 1
 
 
 class ConfigError(CbmirError):
-    """A setting that is unknown, of the wrong type, or out of its range."""
+    """A setting is unknown, renamed, of the wrong type or out of bounds: correct it where the message says."""
 
     exit_code = 2
 
 
 class InputError(CbmirError):
-    """Something handed in (an archive, a query list, a folder of pictures) cannot be used."""
+    """An archive, a query list or another input cannot be used: correct the input, or its path."""
 
 
 class TableError(CbmirError):
-    """A table is missing, of another shape than `tables.py` says, or belongs to another key."""
+    """A table is missing, damaged, of another schema or of another key: run the job that the message names."""
 
 
 class ModelError(CbmirError):
-    """A model cannot be loaded, or does not belong to the table it is used with."""
+    """A model is missing, damaged, or does not belong to the index: train, index or choose another model."""
 
 
 class TrainingError(CbmirError):
-    """Training cannot start, or stopped before it had a usable model."""
+    """Training cannot start, or ended without a usable model: change the data or settings that the message names."""
 
 
 class EnvironmentProblem(CbmirError):
-    """This machine lacks something the jobs need, such as Java 17."""
+    """The machine or its storage lacks what jobs need, such as Java 17: `cbmir doctor` lists what is missing."""
 
 
 class JobFailed(CbmirError):
-    """Spark gave a job up: a task raised, one of its processes died, or what it reads or writes is not to be had."""
+    """Spark aborted a job: a task failed, a process died, or an input or output is unavailable."""
 
 
 class Busy(CbmirError):
-    """Another job writes to this lake, or took its turn while this one stood still; trying again later may help."""
+    """Another job is writing to the lake, or took over its lease: try again later."""
 
-    exit_code = 75  # EX_TEMPFAIL of sysexits.h, which schedulers take for "try again"
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h, which schedulers understand as "try again".
 
 
 class StorageError(CbmirError, OSError):
-    """Object storage does not answer, or not with what was asked for. Names a bucket at most, never an object."""
+    """Object storage is unreachable or gives an unusable answer. Messages name buckets, never objects."""
 
 
-class NotThere(StorageError, FileNotFoundError):
+class NotFound(StorageError, FileNotFoundError):
     """Object storage has no such object or bucket."""
 
 
 class AccessDenied(StorageError, PermissionError):
-    """Object storage refuses these credentials, or there are none."""
+    """Object storage refuses the credentials, or there are none."""

@@ -83,6 +83,7 @@ def test_mappings_of_two_layers_join(tmp_path: Path) -> None:
         ("evaluation.prefilters=[]", "evaluation.prefilters must not be empty"),
         ("retrieval.roots=/data", 'retrieval.roots must be a list, not "/data"'),
         ("retrieval.csv=maybe", 'retrieval.csv must be true or false, not "maybe"'),
+        ("spark.conf={a.b: null}", "spark.conf.a.b must be text, not null"),
         ("spark.conf=4", "spark.conf must be a mapping of names to values, not 4"),
         ("vocabulary.body_parts={5: KNEE}", "vocabulary.body_parts: the name 5 must be text; put it in quotes"),
         ("pixels.frames=0", "pixels.frames must be auto, all, middle or a number of frames from 1, not 0"),

@@ -72,7 +72,8 @@ class SparkSettings(Section):
         """YAML reads `4` and `true` as numbers and booleans; Spark's properties are strings."""
         if not isinstance(value, dict):
             return value
-        return {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in value.items()}
+        texts = {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in value.items() if v is not None}
+        return value | texts
 
 
 class PrivacySettings(Section):

@@ -13,7 +13,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 
 from cbmir_spark.config import StorageSettings
-from cbmir_spark.errors import AccessDenied, InputError, NotThere, StorageError
+from cbmir_spark.errors import AccessDenied, InputError, NotFound, StorageError
 from cbmir_spark.storage.uri import S3A, StoredObject, is_file_uri
 
 # A request that is silent for so long is sent again: servers that stall for half a minute are common.
@@ -155,9 +155,9 @@ def translate_errors(bucket: str) -> Iterator[None]:
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         code = str(error.response.get("Error", {}).get("Code"))
         if code == "NoSuchBucket":
-            raise NotThere(f"bucket {bucket} does not exist: create it, or check the URI") from None
+            raise NotFound(f"bucket {bucket} does not exist: create it, or check the URI") from None
         if status == 404:
-            raise NotThere(f"bucket {bucket}: no such object") from None
+            raise NotFound(f"bucket {bucket}: no such object") from None
         if status in (401, 403):
             raise AccessDenied(
                 f"bucket {bucket}: refused ({code}); check the AWS credentials and their policy"
