@@ -175,9 +175,7 @@ def by_size(folder: Path, sizes: list[int], new: int) -> list[dict[str, object]]
 def seed(spark: SparkSession, settings: config.Settings) -> None:
     """A lake whose SOURCES knows every object of the archive as ingested, though TAGS and PIXELS are empty."""
     (Path(settings.ingest.archive or "") / "empty").mkdir(exist_ok=True)
-    nothing = settings.model_copy(
-        update={"ingest": settings.ingest.model_copy(update={"archive": f"{settings.ingest.archive}/empty"})}
-    )
+    nothing = settings.override({"ingest.archive": f"{settings.ingest.archive}/empty"})
     ingest_job.run(spark, nothing)
     lake = LakePaths.of(settings.lake)
     pinned = publication.published(spark, lake)

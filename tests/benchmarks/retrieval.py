@@ -289,7 +289,7 @@ def by_tags(
     for file in base().files:
         sizes[file.place] += file.bytes
     places = [place for place, _ in sizes.most_common(9)[::4]]
-    tags = chosen.model_copy(update={"prefilter": "tags"})
+    tags = chosen.replace(prefilter="tags")
     contestants: dict[str, Callable[[], Any]] = {
         "/".join(place): lambda place=place: ours(spark, base, asked, tags, place) for place in places
     }
@@ -389,7 +389,7 @@ def main() -> None:
         tell("writing the index")
         seconds, _ = timed(lambda: store(spark, asked_for.lake, Path(base.filename), asked_for.count, projection, path))
         tell(f"written in {seconds:.0f} s")
-    whole = settings.retrieval.model_copy(update={"prefilter": "none", "unique": "none", "exclude_same": "none"})
+    whole = settings.retrieval.replace(prefilter="none", unique="none", exclude_same="none")
     files = [storage.local_path(uri) for uri in delta.live_files(spark, path)]
     groups = sum(pq.ParquetFile(file).num_row_groups for file in files)
     result: dict[str, Any] = {
@@ -414,14 +414,14 @@ def main() -> None:
         asked = np.resize(queries, (number, 4096))
         if asked_for.tags:
             for method in ("scan", "bounds"):
-                by_method = whole.model_copy(update={"method": method})
+                by_method = whole.replace(method=method)
                 told = by_tags(spark, where, files, asked, by_method, asked_for.runs)
                 result[f"{method}, {number} queries"] = told
                 tell(str(told))
             continue
         contestants: dict[str, Callable[[], Any]] = {"bounds": lambda: ours(spark, where, asked, whole)}  # noqa: B023
         if not asked_for.alone:
-            by_scan = whole.model_copy(update={"method": "scan"})
+            by_scan = whole.replace(method="scan")
             contestants["scan"] = lambda: ours(spark, where, asked, by_scan)  # noqa: B023
             contestants["faiss"] = lambda: faiss_search(files, asked_for.count, asked)  # noqa: B023
         seconds, answers = in_turn(contestants, files, prepare, asked_for.runs)

@@ -56,11 +56,7 @@ class Indexed:
     model: Loaded
 
     def with_model(self, folder: Path) -> Settings:
-        sections = {
-            name: getattr(self.settings, name).model_copy(update={"model": str(folder)})
-            for name in ("index", "retrieval")
-        }
-        return self.settings.model_copy(update=sections)
+        return self.settings.override({"index.model": folder, "retrieval.model": folder})
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +118,7 @@ def test_run_again_it_embeds_and_commits_nothing_and_asks_for_the_champion(
     resolved = registry_of(indexed.settings).resolve(str(indexed.settings.index.model))
     monkeypatch.setattr(Registry, "resolve", resolve)
     monkeypatch.setattr(Registry, "move_alias", move)
-    registered = indexed.settings.model_copy(
-        update={"index": indexed.settings.index.model_copy(update={"model": None})}
-    )
+    registered = indexed.settings.override({"index.model": None})
     again = index_job.run(spark, registered)
     assert (again.embedded, again.deleted, again.rows, again.version) == (0, 0, FRAMES, indexed.report.version)
     assert delta.version(spark, again.table) == indexed.report.version

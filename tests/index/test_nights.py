@@ -106,7 +106,7 @@ def test_a_search_keeps_to_the_version_that_it_opened(spark: SparkSession, tmp_p
     base = base_of(index, ObjectStore(settings.storage))
     vectors = [np.array(row[cols.VECTOR], dtype=np.float32) for row in index.rows.limit(3).collect()]
     queries = [Query(f"q{n}", vector) for n, vector in enumerate(vectors)]
-    whole = settings.retrieval.model_copy(update={"prefilter": "none", "unique": "none", "k": 50})
+    whole = settings.retrieval.replace(prefilter="none", unique="none", k=50)
     first = search.search(spark, base, queries, whole)
     for batch in (2, 3, 4):
         publish(spark, settings, night(batch), batch)
@@ -216,7 +216,7 @@ def test_searches_beside_index_jobs_answer_from_one_version_each(spark: SparkSes
     settings = config.load(overrides=overrides, environ={})
     publish(spark, settings, night(1, images=20), 1)
     index_job.run(spark, settings)
-    whole = settings.retrieval.model_copy(update={"prefilter": "none", "unique": "none", "k": 1000})
+    whole = settings.retrieval.replace(prefilter="none", unique="none", k=1000)
     answers: list[tuple[int, set[tuple[str, int]]]] = []
     for batch in range(2, 6):
         publish(spark, settings, night(batch, images=6), batch)

@@ -47,8 +47,7 @@ def two(
     publish(spark, settings, images())
     reports = []
     for rate in (1e-3, 1e-4):
-        own = settings.training.model_copy(update={"learning_rate": rate})
-        reports.append(training_job.run(spark, settings.model_copy(update={"training": own})))
+        reports.append(training_job.run(spark, settings.override({"training.learning_rate": rate})))
     return settings, reports
 
 

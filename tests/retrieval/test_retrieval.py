@@ -47,7 +47,7 @@ PLACES = [("CT", "CHEST"), ("CT", "HEAD"), ("CT", "UNKNOWN"), ("MR", "BRAIN"), (
 
 
 def options(**values: Any) -> RetrievalSettings:
-    return config.load(environ={}).retrieval.model_copy(update=values)
+    return config.load(environ={}).retrieval.replace(**values)
 
 
 EXISTING = {*PLACES, ("US", "CHEST")}
@@ -226,7 +226,7 @@ def archive(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Se
 
 
 def with_retrieval(settings: Settings, **values: Any) -> Settings:
-    return settings.model_copy(update={"retrieval": settings.retrieval.model_copy(update=values)})
+    return settings.override({"retrieval": values})
 
 
 def results(spark: SparkSession, out: str) -> tuple[list[Any], dict[str, Any]]:
@@ -388,7 +388,7 @@ def test_a_file_that_ingest_has_read_may_be_asked_about_without_naming_its_archi
     listed = tmp_path / "queries.csv"
     listed.write_text(f"query_id,uri\nknown,{dcm / 'more1.dcm'}\nlink,{dcm / 'link.dcm'}\nnew,{dcm / 'none.dcm'}\n")
     settings = with_retrieval(archive, queries=str(listed), out=str(tmp_path / "out"))
-    nameless = settings.model_copy(update={"ingest": settings.ingest.model_copy(update={"archive": None})})
+    nameless = settings.override({"ingest.archive": None})
     _, statuses = results(spark, retrieval_job.run(spark, nameless).out)
     found = {name: row[cols.STATUS] for name, row in statuses.items()}
     assert found == {"known": "answered", "link": "bad_row", "new": "bad_row"}
@@ -399,8 +399,8 @@ def test_files_are_refused_where_the_settings_make_other_pixels(
 ) -> None:
     queries = tmp_path / "q.csv"
     queries.write_text(f"query_id,uri\na,{archive.ingest.archive}/MR_small.dcm\n")
-    stretched = with_retrieval(archive, queries=str(queries), out=str(tmp_path / "out")).model_copy(
-        update={"pixels": archive.pixels.model_copy(update={"aspect": "stretch"})}
+    stretched = with_retrieval(archive, queries=str(queries), out=str(tmp_path / "out")).override(
+        {"pixels.aspect": "stretch"}
     )
     with pytest.raises(ModelError, match=r"px\d+-stretch.*px\d+-keep"):
         retrieval_job.run(spark, stretched)

@@ -51,7 +51,7 @@ WRITERS: list[dict[str, Any]] = [
 
 
 def options(**values: Any) -> RetrievalSettings:
-    return config.load(environ={}).retrieval.model_copy(update=values)
+    return config.load(environ={}).retrieval.replace(**values)
 
 
 # --- a made-up index ---
@@ -398,7 +398,7 @@ def test_near_duplicates_are_the_same_bytes_for_any_cut_and_method(spark: SparkS
     found = []
     for cut, method in ((1, "bounds"), (7, "scan"), (17, "bounds")):
         base = made.store(tmp_path / str(cut), cut, seed=cut)
-        found.append(collected(search.search(spark, base, queries, whole.model_copy(update={"method": method}))))
+        found.append(collected(search.search(spark, base, queries, whole.replace(method=method))))
     assert found[0] == found[1] == found[2]
     assert_same(made, queries, whole, found[0])
 
@@ -414,7 +414,7 @@ def test_a_bound_that_helps_reads_few_vectors_and_one_that_does_not_reads_all(
         base = made.store(tmp_path / str(useful), 2)
         queries = ask(made, vectors[:4], 1)
         answer = search.search(spark, base, queries, whole)
-        everything = search.search(spark, base, queries, whole.model_copy(update={"method": "scan"}))
+        everything = search.search(spark, base, queries, whole.replace(method="scan"))
         assert collected(answer) == collected(everything)
         assert everything.scanned.vectors == 2000
         assert answer.scanned.vectors < 400 if useful else answer.scanned.vectors == 2000

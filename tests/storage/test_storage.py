@@ -29,7 +29,7 @@ NAMES = ["a.dcm", ".hidden", "_underscore", "space and %20+&.dcm", "ünïcode.dc
 
 
 def s3_settings(endpoint: str, attempts: int = 8) -> StorageSettings:
-    return STORAGE.model_copy(update={"endpoint": endpoint, "attempts": attempts})
+    return STORAGE.replace(endpoint=endpoint, attempts=attempts)
 
 
 @pytest.fixture

@@ -152,13 +152,13 @@ def test_snapshot_errors_name_the_cause(
     _, settings = lake_and_settings
 
     def ask(settings: Settings, **changes: object) -> None:
-        make(spark, settings.model_copy(update={"dataset": settings.dataset.model_copy(update=changes)}))
+        make(spark, settings.override({"dataset": changes}))
 
     with pytest.raises(TrainingError, match=r"1 class\(es\).*\(CT/CHEST\).*MR/HEAD \(9\).*Two are needed"):
         ask(settings, min_images=10)
     with pytest.raises(TrainingError, match=r"0 class\(es\).*\(none\).*US/LIVER \(3\)"):
         ask(settings, min_images=100)
-    small = settings.model_copy(update={"lake": settings.lake.model_copy(update={"uri": str(tmp_path / "lake")})})
+    small = settings.override({"lake.uri": str(tmp_path / "lake")})
     publish(spark, small, [Drawn(name, name, "CT", "UNKNOWN") for name in "abc"])
     with pytest.raises(TrainingError, match="every body part is UNKNOWN"):
         ask(small)

@@ -192,8 +192,8 @@ def test_an_object_store_lake_needs_a_tracking_server() -> None:
     settings = config.load(overrides=["lake.uri=s3a://bucket/lake"], environ={})
     with pytest.raises(ConfigError, match=r"mlflow\.tracking_uri is not set.*s3a://bucket/lake"):
         _ = registry_of(settings).tracking
-    given = settings.mlflow.model_copy(update={"tracking_uri": "http://127.0.0.1:5000"})
-    assert registry_of(settings.model_copy(update={"mlflow": given})).tracking.uri == "http://127.0.0.1:5000"
+    given = settings.override({"mlflow.tracking_uri": "http://127.0.0.1:5000"})
+    assert registry_of(given).tracking.uri == "http://127.0.0.1:5000"
 
 
 # pyspark does not close the pipe on which it reads what torchrun prints.
@@ -206,7 +206,7 @@ def test_two_processes_train_one_model(
 ) -> None:
     """Through TorchDistributor, each process on its own shards: the steps that one process takes, but for rounding."""
     settings, report, _, _ = trained
-    two = settings.model_copy(update={"training": settings.training.model_copy(update={"processes": 2})})
+    two = settings.override({"training.processes": 2})
     second = training_job.run(spark, two)
     assert second.snapshot == report.snapshot and second.model_uri == "models:/cbmir/2"
     assert second.model_id != report.model_id
@@ -222,9 +222,9 @@ def test_two_processes_train_one_model(
 @leaves_pipe
 def test_a_process_that_fails_names_its_cause(spark: SparkSession, trained: Trained) -> None:
     settings, _, _, _ = trained
-    diverging = settings.training.model_copy(update={"processes": 2, "learning_rate": 1e30, "epochs": 3})
+    diverging = settings.override({"training": {"processes": 2, "learning_rate": 1e30, "epochs": 3}})
     with pytest.raises(TrainingError, match=r"a training process failed: the loss is (nan|inf)"):
-        training_job.run(spark, settings.model_copy(update={"training": diverging}))
+        training_job.run(spark, diverging)
 
 
 # Several trainings at once
@@ -235,10 +235,7 @@ def test_a_sweep_is_one_run_with_a_run_for_each_training(spark: SparkSession, tr
 
     settings, report, _, tracking_uri = trained
     rates = (1e-3, 1e-4)
-    variants = [
-        settings.model_copy(update={"training": settings.training.model_copy(update={"learning_rate": rate})})
-        for rate in rates
-    ]
+    variants = [settings.override({"training.learning_rate": rate}) for rate in rates]
     counted: list[int] = []
     reports = training_job.sweep(spark, variants, "rates.yaml", counted.append)
     assert counted == [1, 2] and reports[0].model_id == report.model_id != reports[1].model_id
@@ -247,10 +244,10 @@ def test_a_sweep_is_one_run_with_a_run_for_each_training(spark: SparkSession, tr
     (parent,) = {child.tags["mlflow.parentRunId"] for child in children}
     assert client.get_run(parent).info.run_name == "rates.yaml"
     assert [child.params["learning_rate"] for child in children] == [str(rate) for rate in rates]
-    elsewhere = settings.model_copy(update={"lake": settings.lake.model_copy(update={"uri": "/nowhere"})})
+    elsewhere = settings.override({"lake.uri": "/nowhere"})
     with pytest.raises(ConfigError, match=r"lake\.uri differs"):
         training_job.sweep(spark, [settings, elsewhere], "both", counted.append)
-    other = settings.model_copy(update={"mlflow": settings.mlflow.model_copy(update={"model_name": "other"})})
+    other = settings.override({"mlflow.model_name": "other"})
     with pytest.raises(ConfigError, match="mlflow differs"):
         training_job.sweep(spark, [settings, other], "both", counted.append)
 
@@ -286,7 +283,7 @@ class Killed(Exception):
 
 def test_a_run_that_was_stopped_resumes_and_ends_in_the_same_model(spark: SparkSession, trained: Trained) -> None:
     settings, report, _, tracking_uri = trained
-    often = settings.model_copy(update={"training": settings.training.model_copy(update={"checkpoint_steps": 1})})
+    often = settings.override({"training.checkpoint_steps": 1})
     checkpoints = Path(storage.local_path(LakePaths.of(settings.lake).checkpoints))
     assert not any(checkpoints.rglob("*.safetensors")), "a training that ended leaves no checkpoint"
 
@@ -324,7 +321,7 @@ def test_runs_are_compared_in_the_terminal(trained: Trained, cbmir: Cbmir, monke
 def test_a_process_that_was_killed_is_started_again_from_the_checkpoint(spark: SparkSession, trained: Trained) -> None:
     settings, _, _, _ = trained
     how = {"processes": 2, "checkpoint_steps": 1, "epochs": 4, "seed": 7}
-    two = settings.model_copy(update={"training": settings.training.model_copy(update=how)})
+    two = settings.override({"training": how})
     checkpoints = Path(storage.local_path(LakePaths.of(settings.lake).checkpoints))
     killed: list[int] = []
 
