@@ -58,7 +58,7 @@ def load(
 
 
 def debugging() -> bool:
-    """Whether CBMIR_DEBUG asks for whole traces beside the one line of an error."""
+    """True if CBMIR_DEBUG asks for whole traces beside the one line of an error."""
     return os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
 
 

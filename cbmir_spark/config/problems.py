@@ -46,14 +46,14 @@ def unknown_key(prefix: str, name: str, known: Iterable[str], elsewhere: Sequenc
 
 
 def invalid_value(section: str, error: ErrorDetails, nullable: bool, secret: bool) -> str:
-    """Say what the first problem is that pydantic found in a section; the value of a secret is left out."""
+    """Say what is wrong with a value, from an error of pydantic; the value of a secret is left out."""
     kind, value = error["type"], error["input"]
     if error["loc"][-1] == "[key]":
         return f"{_dotted(section, error['loc'][:-2])}: the name {_shown(value)} must be text; put it in quotes"
     key = _dotted(section, error["loc"])
     if kind == "missing":
         return f"{key} has no value; conf/base.yaml must set it"
-    must = _requirement(kind, error["msg"], error.get("ctx", {}))
+    must = _requirement(kind, error.get("ctx", {}))
     if must is None:
         return f"{key}: {error['msg'][:1].lower()}{error['msg'][1:]}"
     if nullable and kind.endswith("_type"):
@@ -63,7 +63,7 @@ def invalid_value(section: str, error: ErrorDetails, nullable: bool, secret: boo
     return f"{key} must {must}{found}{advice}"
 
 
-def _requirement(kind: str, message: str, context: Mapping[str, Any]) -> str | None:
+def _requirement(kind: str, context: Mapping[str, Any]) -> str | None:
     if kind == "literal_error":
         return "be " + str(context["expected"]).replace("'", "")
     if kind == "value_error":

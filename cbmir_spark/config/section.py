@@ -71,17 +71,17 @@ def plain(value: Any) -> Any:
 
 
 def is_nullable(annotation: Any) -> bool:
-    """Whether a setting may be null."""
+    """True if a setting may be null."""
     return type(None) in _members(annotation)
 
 
 def is_secret(annotation: Any) -> bool:
-    """Whether a setting must not be shown."""
+    """True if a setting must not be shown."""
     return SecretStr in _members(annotation)
 
 
 def is_text(annotation: Any) -> bool:
-    """Whether a setting holds text, of any kind or one of a few words."""
+    """True if a setting holds text, of any kind or one of a few words."""
     if get_origin(annotation) is Literal:
         return all(isinstance(choice, str) for choice in get_args(annotation))
     return all(member in (str, SecretStr, type(None)) for member in _members(annotation))

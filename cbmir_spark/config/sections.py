@@ -35,7 +35,7 @@ Frames = Annotated[Literal["auto", "all", "middle"] | int, BeforeValidator(_fram
 
 
 class LakeSettings(Section):
-    """Where the tables are."""
+    """Location of the tables."""
 
     uri: Name = Field(description="Folder or s3a: prefix of the de-identified tables")
     vault: str | None = Field(description="Folder or prefix of SOURCES and the pseudonym key; null: <lake>/vault")
@@ -92,7 +92,7 @@ class PrivacySettings(Section):
 
 
 class IngestSettings(Section):
-    """How an archive is read."""
+    """Reading an archive."""
 
     archive: str | None = Field(description="Folder or prefix of the DICOM objects")
     max_files_per_batch: Positive = Field(description="Most objects that are read and published together")
@@ -105,7 +105,7 @@ class IngestSettings(Section):
 
 
 class PixelsSettings(Section):
-    """How a frame becomes a picture of 256x256 pixels."""
+    """Converting a frame to a picture of 256x256 pixels."""
 
     aspect: Literal["keep", "stretch"] = Field(
         description="keep: letterbox; stretch: scale both sides, as the paper did"
@@ -138,7 +138,7 @@ class VocabularySettings(Section):
 
 
 class DatasetSettings(Section):
-    """The training data: labels, and the split by patient."""
+    """Training data: labels, and the split by patient."""
 
     label: Literal["body_part", "modality/body_part"] = Field(
         description="What to learn: body_part (as the paper did) or modality/body_part"
@@ -154,7 +154,7 @@ class DatasetSettings(Section):
 
 
 class TrainingSettings(Section):
-    """How a network is trained."""
+    """Training a network."""
 
     preset: str = Field(
         description="alexnet (the paper's network), alexnet-small, paper (with its training) or retrieval"
@@ -181,7 +181,7 @@ class TrainingSettings(Section):
 
 
 class MlflowSettings(Section):
-    """Where runs and models are recorded."""
+    """Tracking runs and models."""
 
     tracking_uri: str | None = Field(
         description="Tracking server, required by an s3a: lake; null: SQLite beside a local lake"
@@ -191,7 +191,7 @@ class MlflowSettings(Section):
 
 
 class IndexSettings(Section):
-    """How frames are embedded."""
+    """Embedding frames."""
 
     model: str | None = Field(
         description="models:/name@alias, models:/name/version, runs:/id or a folder; null: the candidate"
@@ -203,7 +203,7 @@ class IndexSettings(Section):
 
 
 class RetrievalSettings(Section):
-    """How queries are answered."""
+    """Answering queries."""
 
     model: str | None = Field(description="Model whose index is searched; null: the champion")
     queries: str | None = Field(description="CSV or Parquet with query_id and one of uri, image_id, sop_instance_uid")
@@ -239,7 +239,7 @@ class RetrievalSettings(Section):
 
 
 class EvaluationSettings(Section):
-    """How the test patients are used to measure a model."""
+    """Measuring a model on the test patients."""
 
     k: Annotated[int, Field(ge=1, le=MOST_HITS)] = Field(description="Rank that precision is cut at, up to 10000")
     depth: Annotated[int, Field(ge=1, le=MOST_HITS)] = Field(

@@ -6,8 +6,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyspark
@@ -41,11 +43,9 @@ def build(settings: Settings, job: str) -> SparkSession:
     os.environ.setdefault("PYSPARK_DRIVER_PYTHON", sys.executable)
     if not submitted and settings.spark.master.startswith("local"):
         os.environ.setdefault("SPARK_LOCAL_IP", LOOPBACK)
-    wanted = properties(settings)
-    if submitted:
-        given = dict(SparkConf().getAll())
-        wanted = {key: value for key, value in wanted.items() if key not in given}
-    else:
+    given = _submitted_properties() if submitted else {}
+    wanted = {key: value for key, value in properties(settings, given).items() if key not in given}
+    if not submitted:
         wanted |= {"spark.master": settings.spark.master, "spark.driver.memory": settings.spark.driver_memory}
         wanted |= _jars()
         wanted.setdefault("spark.driver.extraJavaOptions", "")
@@ -81,7 +81,8 @@ def adopt(spark: SparkSession, settings: Settings) -> SparkSession:
             f"the given Spark session has no Delta extension: build it with spark.sql.extensions={_DELTA_EXTENSION} "
             f"and spark.sql.catalog.spark_catalog={_DELTA_CATALOG}, or leave spark out"
         )
-    for key, value in properties(settings).items():
+    given = dict(spark.sparkContext.getConf().getAll())
+    for key, value in properties(settings, given).items():
         if key.startswith(_HADOOP):
             # Reads and writes of a session take Hadoop's properties from its own settings as well.
             derived.conf.set(key.removeprefix(_HADOOP), value)
@@ -90,8 +91,12 @@ def adopt(spark: SparkSession, settings: Settings) -> SparkSession:
     return derived
 
 
-def properties(settings: Settings) -> dict[str, str]:
-    """The Spark properties that the jobs rely on; `spark.conf` of the settings comes last and wins."""
+def properties(settings: Settings, given: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """The Spark properties that the jobs rely on; `spark.conf` of the settings comes last and wins.
+
+    `given` are those of a driver that runs already, started by spark-submit or in a notebook: its master decides
+    whether the defaults of one machine apply, and none of them replaces a property that it has.
+    """
     storage = settings.storage
     wanted = {
         "spark.sql.extensions": _DELTA_EXTENSION,
@@ -135,13 +140,15 @@ def properties(settings: Settings) -> dict[str, str]:
     if storage.endpoint:
         wanted["spark.hadoop.fs.s3a.endpoint"] = storage.endpoint
         wanted["spark.hadoop.fs.s3a.connection.ssl.enabled"] = str(storage.endpoint.startswith("https")).lower()
-    submitted = under_spark_submit()
-    master = SparkConf().get("spark.master", "") if submitted else settings.spark.master
+    master = given.get("spark.master", settings.spark.master)
     if master.startswith("local"):
         # Spark's 200 partitions and Delta's 50 suit clusters. On one machine most of the time goes into starting tasks.
-        wanted["spark.sql.shuffle.partitions"] = str(max(8, _local_cores(master)))
-        wanted["spark.databricks.delta.snapshotPartitions"] = "4"
-    if master.startswith("local") and not submitted:
+        local = {
+            "spark.sql.shuffle.partitions": str(max(8, _local_cores(master))),
+            "spark.databricks.delta.snapshotPartitions": "4",
+        }
+        wanted |= {key: value for key, value in local.items() if key not in given}
+    if master.startswith("local") and not given:
         # Decoding and numpy need the cores more than Java's optimising compiler does. Without it the JVM would reserve
         # only 48 MB for compiled code, and compile nothing more once they are full.
         wanted["spark.driver.extraJavaOptions"] = (
@@ -157,6 +164,12 @@ def _local_cores(master: str) -> int:
     """The cores of `local`, `local[N]` or `local[*]`."""
     number = re.match(r"local\[(\d+)", master)
     return int(number[1]) if number else 1 if master == "local" else os.cpu_count() or 1
+
+
+def _submitted_properties() -> dict[str, str]:
+    # A SparkConf is empty until this process is connected to the JVM of spark-submit.
+    SparkContext._ensure_initialized()
+    return dict(SparkConf().getAll())
 
 
 def _starts_java() -> bool:

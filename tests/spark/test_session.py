@@ -78,23 +78,32 @@ def test_a_local_master_gets_the_defaults_of_one_machine_unless_they_are_set() -
     assert not {partitions, snapshot, java} & chosen("spark.master=spark://head:7077").keys()
 
 
-def test_a_local_master_of_spark_submit_gets_them_too(tmp_path: Path) -> None:
+def test_a_session_of_the_caller_decides_by_its_own_master_and_properties(spark: SparkSession) -> None:
+    settings = config.load(environ={})
+    partitions = "spark.sql.shuffle.partitions"
+    assert partitions not in session.properties(settings, {"spark.master": "spark://head:7077"})
+    assert session.properties(settings, {"spark.master": "local[64]"})[partitions] == "64"
+    # The suite's own number, which is not the default.
+    assert session.adopt(spark, settings).conf.get(partitions) == spark.sparkContext.getConf().get(partitions) == "2"
+
+
+def test_under_spark_submit_a_local_master_gets_them_where_nothing_was_submitted(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
+    names = ("spark.sql.shuffle.partitions", "spark.databricks.delta.snapshotPartitions", "spark.sql.session.timeZone")
     program.write_text(
         "from cbmir_spark import config\n"
         "from cbmir_spark.spark import session\n"
         "spark = session.build(config.load(environ={}), 'test')\n"
-        "print('SEEN', spark.conf.get('spark.sql.shuffle.partitions'),\n"
-        "      spark.conf.get('spark.databricks.delta.snapshotPartitions'))\n"
+        f"print('SEEN', *(spark.conf.get(name) for name in {names}))\n"
         "spark.stop()\n"
     )
     submit = session.spark_home() / "bin" / "spark-submit"
-    asked = ["--master", "local[1]", "--conf", "spark.databricks.delta.snapshotPartitions=9", "--driver-memory", "1g"]
+    asked = ["--master", "local[1]", "--driver-memory", "1g", "--conf", f"{names[1]}=9", "--conf", f"{names[2]}=CET"]
     done = subprocess.run(
         [submit, *asked, program], env=os.environ | {"PYSPARK_PYTHON": sys.executable}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "SEEN 8 9" in done.stdout
+    assert "SEEN 8 9 CET" in done.stdout
 
 
 def test_the_session_is_local_quiet_and_speaks_delta(spark: SparkSession) -> None:
