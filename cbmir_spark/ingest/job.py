@@ -72,7 +72,7 @@ def run(spark: SparkSession, settings: Settings, progress: Progress | None = Non
     record = Record.begin("ingest")
     paths, store = locate(settings)
     archive = _check_archive(settings.ingest, paths, store)
-    preprocessing = preprocessing_of(settings)
+    preprocessing = preprocessing_of(settings.pixels)
     with open_for_writing(spark, settings, lease.TABLES, may_be_new=True) as lake:
         if lake.published is None:
             lake = replace(lake, pseudonyms=pseudonyms.create(settings.privacy, paths.vault_folder))

@@ -21,7 +21,7 @@ from pyspark.sql.pandas.types import to_arrow_schema
 from pyspark.sql.types import IntegerType, MapType, StringType, StructField, StructType
 
 from cbmir_spark import storage
-from cbmir_spark.config import IngestSettings, Settings
+from cbmir_spark.config import IngestSettings, PixelsSettings
 from cbmir_spark.dicom.decoder import Decoder
 from cbmir_spark.dicom.preprocessing import Preprocessing
 from cbmir_spark.dicom.read import Instance, NotAnImage, Rejected
@@ -133,14 +133,14 @@ class _Decoding:
         return hash(self.preprocessing.version)
 
 
-def preprocessing_of(settings: Settings) -> Preprocessing:
+def preprocessing_of(settings: PixelsSettings) -> Preprocessing:
     """Build the preprocessing that the `pixels` settings ask for: the same for archive, queries and training."""
     return Preprocessing(
-        aspect=settings.pixels.aspect,
-        windows=settings.pixels.windows,
-        percentiles=settings.pixels.percentiles,
-        max_frames=settings.pixels.max_frames,
-        frames=settings.pixels.frames,
+        aspect=settings.aspect,
+        windows=settings.windows,
+        percentiles=settings.percentiles,
+        max_frames=settings.max_frames,
+        frames=settings.frames,
     )
 
 

@@ -81,7 +81,7 @@ def run(spark: SparkSession, settings: Settings) -> Report:
     """
     with open_for_writing(spark, settings, lease.TABLES, lease.INDEX) as lake:
         vocabulary = Vocabulary(settings.vocabulary.body_parts)
-        return _run(lake, vocabulary, parse.preprocessing_of(settings), settings.index)
+        return _run(lake, vocabulary, parse.preprocessing_of(settings.pixels), settings.index)
 
 
 def _run(lake: OpenLake, vocabulary: Vocabulary, preprocessing: Preprocessing, settings: IndexSettings) -> Report:

@@ -184,7 +184,7 @@ def file_reader(lake: OpenLake, settings: Settings, index: Index, shown: frozens
 
     Raises ModelError where the `pixels` settings are not those that the model was trained with.
     """
-    preprocessing = parse.preprocessing_of(settings)
+    preprocessing = parse.preprocessing_of(settings.pixels)
     manifest = index.manifest
     if preprocessing.version != manifest.preprocessing:
         raise ModelError(

@@ -104,7 +104,7 @@ def settings_of(folder: Path, name: str, *more: str) -> config.Settings:
 def throughput(folder: Path, objects: int, rounds: int) -> dict[str, object]:
     """Images a second of the job and of the loop, in turn; the job's first run is in a session that has just begun."""
     settings = settings_of(folder, "lake")
-    preprocessing = parse.preprocessing_of(settings)
+    preprocessing = parse.preprocessing_of(settings.pixels)
     held = fill(folder / "archive", objects, preprocessing)
     spark = session.build(settings, "bench")
     runs = []

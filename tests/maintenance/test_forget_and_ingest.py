@@ -81,7 +81,7 @@ def test_ingest_keeps_identities_while_there_are_images_and_nothing_of_the_forgo
     parser = parse.Parser(
         ObjectStore(settings.storage),
         settings.ingest,
-        parse.preprocessing_of(settings),
+        parse.preprocessing_of(settings.pixels),
         {},
         names,
         identity.tombstones(spark, lake),

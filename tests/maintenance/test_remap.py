@@ -61,7 +61,7 @@ def make_lake(spark: SparkSession, folder: Path, *overrides: str) -> Settings:
     vocabulary = Vocabulary(settings.vocabulary.body_parts)
     lake = LakePaths.of(settings.lake)
     publication.publish_empty(
-        spark, lake, key_of(settings), parse.preprocessing_of(settings).version, vocabulary.version
+        spark, lake, key_of(settings), parse.preprocessing_of(settings.pixels).version, vocabulary.version
     )
     for batch in (1, 2):
         drawn = [
@@ -76,7 +76,7 @@ def make_lake(spark: SparkSession, folder: Path, *overrides: str) -> Settings:
         ]
         publish(spark, settings, drawn, batch)
     if not (folder.parent / "model").exists():
-        save_model(folder.parent / "model", preprocessing=parse.preprocessing_of(settings).version)
+        save_model(folder.parent / "model", preprocessing=parse.preprocessing_of(settings.pixels).version)
     index_job.run(spark, settings)
     return settings
 
@@ -98,8 +98,7 @@ def lakes(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Lake
 def copy(lakes: Lakes, folder: Path) -> Settings:
     """The lake made with the old vocabulary, to be changed, with settings that name the new one."""
     shutil.copytree(storage.local_path(LakePaths.of(lakes.before.lake).uri), folder / "lake")
-    lake = lakes.wanted.lake.model_copy(update={"uri": str(folder / "lake")})
-    return lakes.wanted.model_copy(update={"lake": lake})
+    return lakes.wanted.override({"lake.uri": folder / "lake"})
 
 
 def rows(spark: SparkSession, settings: Settings) -> dict[str, list[str]]:
@@ -157,7 +156,7 @@ def test_it_equals_a_lake_that_was_made_with_the_new_vocabulary(
     assert versions(spark, settings) == made
 
     # And back: no pixels change once more, so no row of SOURCES carries the commit.
-    remap.run(spark, settings.model_copy(update={"vocabulary": lakes.before.vocabulary}))
+    remap.run(spark, settings.override({"vocabulary": lakes.before.vocabulary}))
     assert rows(spark, settings) == lakes.rows_before
 
 
@@ -197,7 +196,7 @@ def test_other_pixels_and_an_empty_lake_are_refused(
 ) -> None:
     with pytest.raises(TableError, match="run `cbmir ingest` first"):
         remap.run(spark, make_settings())
-    other = lakes.before.model_copy(update={"pixels": lakes.before.pixels.model_copy(update={"aspect": "stretch"})})
+    other = lakes.before.override({"pixels.aspect": "stretch"})
     with pytest.raises(TableError, match="preprocessing"):
         remap.run(spark, other)
 

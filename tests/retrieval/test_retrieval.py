@@ -219,7 +219,7 @@ def archive(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Se
         ],
         environ={},
     )
-    save_model(folder / "model", preprocessing=parse.preprocessing_of(settings).version)
+    save_model(folder / "model", preprocessing=parse.preprocessing_of(settings.pixels).version)
     ingest_job.run(spark, settings)
     index_job.run(spark, settings)
     return settings
