@@ -20,6 +20,8 @@ from tests.support.archives import sample
 from tests.support.dicom_index import predicted
 from tests.support.nights import Night, key_file_of, live_rows
 
+pytestmark = pytest.mark.slow
+
 
 def test_real_files_have_the_outcome_that_their_index_predicts(
     spark: SparkSession, make_settings: MakeSettings, shared_data: Path

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
+import pytest
 from pydicom.data import get_testdata_file
 from pydicom.uid import UID
 from pyspark.sql import SparkSession
@@ -19,6 +20,8 @@ from cbmir_spark.maintenance.forget import Request
 from cbmir_spark.retrieval import query_files
 from cbmir_spark.storage import ObjectStore
 from tests.conftest import MakeSettings
+
+pytestmark = pytest.mark.slow
 
 
 def _object(path: Path, number: int, patient: str, shift: int = 0) -> None:
