@@ -1,1 +1,5 @@
-"""One .dcm object → tags and a 256×256 gray picture, after the Standard. Without Spark."""
+"""Read DICOM objects as the Standard prescribes: allow-listed tags and 256×256 gray pictures; no Spark.
+
+`read.read_instance` reads one object, `decoder.Decoder` does so in a child process that may die. `preprocessing` and
+`vocabulary` are their settings. Importing the package changes nothing for pydicom's other users.
+"""

@@ -1,24 +1,25 @@
-"""The policy on text that is burned into pixels: where it has to be expected, and what that keeps a picture from.
+"""The policy on text burned into pixels: which objects are at risk, and what their pictures may be used for.
 
-Text is never removed from pixels here but by the crop of ultrasound to its regions. So a picture in which it has to
-be expected is kept out of training snapshots and off pages, unless `privacy.burned_in` says `include`. Expected it is
+Nothing here removes text from pixels, except for the crop of ultrasound to its regions. Pictures at risk therefore stay
+out of training snapshots and HTML pages, unless `privacy.burned_in` is `include`. An object is at risk
 
-- where BurnedInAnnotation (PS3.3 section C.7.6.1) is YES, and in captured screens, whatever their headers say;
-- unless BurnedInAnnotation is NO: in ultrasound from which no region was cut out; in Secondary Capture, and wherever
-  ConversionType tells of a scanner, a grabber or a camera; in pictures of visible light and other kinds that grabbers
-  make; where the modality is not known; and beside overlays, in planes of their own or in unused bits of the pixels.
+- where BurnedInAnnotation (PS3.3 section C.7.6.1) is YES, and where it is a captured screen, whatever its header says;
+- unless BurnedInAnnotation is NO: ultrasound that was not cropped; Secondary Capture; any object with a ConversionType,
+  so from a film scanner, a frame grabber or a camera; visible light and other modalities that frame grabbers produce;
+  an unknown modality; and any object with overlays, in separate planes or in unused bits of the pixels.
 
-No Spark and no pydicom: parsing decides it for each object, readers ask `allowed` of what was decided.
+Parsing decides it once for each object (`expected`); readers of the tables apply the setting (`allowed`).
 """
 
 from typing import Literal
 
+from cbmir_spark.dicom.sop_classes import SECONDARY_CAPTURE, STORAGE_ROOT
 from cbmir_spark.dicom.vocabulary_tables import UNKNOWN
 
-_STORAGE = "1.2.840.10008.5.1.4.1.1."
-# Secondary Capture, ultrasound (the retired classes too) and visible light, with all classes below them (PS3.4 B.5).
-_RISKY_CLASSES = tuple(_STORAGE + end for end in ("7", "3", "6", "77"))
-_ULTRASOUND = tuple(_STORAGE + end for end in ("3", "6"))
+# Ultrasound (with the retired classes) and visible light, each with all classes below it (PS3.4 section B.5).
+_ULTRASOUND = (STORAGE_ROOT + "3", STORAGE_ROOT + "6")
+_VISIBLE_LIGHT = STORAGE_ROOT + "77"
+_RISKY_CLASSES = (SECONDARY_CAPTURE, *_ULTRASOUND, _VISIBLE_LIGHT)
 _RISKY_MODALITIES = frozenset({"US", "IVUS", "SC", "OT", "ES", "XC", "DG", "GM", "SM", UNKNOWN})
 _ULTRASOUND_MODALITIES = frozenset({"US", "IVUS"})
 
@@ -26,10 +27,10 @@ _ULTRASOUND_MODALITIES = frozenset({"US", "IVUS"})
 def expected(
     *, burned_in: str, kind: str, modality: str, sop_class: str | None, cropped: bool, converted: bool, overlays: bool
 ) -> bool:
-    """Whether text has to be expected in an object's pixels: `text_risk` of TAGS.
+    """Decide whether an object's pixels may show burned-in text: `text_risk` of TAGS.
 
-    `burned_in` is YES, NO or UNKNOWN, `modality` a term of the vocabulary. `cropped` says that regions of ultrasound
-    were cut out, `converted` that there is a ConversionType, `overlays` that there are elements of groups 60xx.
+    `burned_in` is YES, NO or UNKNOWN, `modality` a term of the vocabulary. `cropped`: the picture shows the regions of
+    an ultrasound alone; `converted`: there is a ConversionType; `overlays`: there are elements of groups 60xx.
     """
     if burned_in == "YES" or kind == "screen":
         return True
@@ -43,7 +44,7 @@ def expected(
 
 
 def allowed(text_risk: bool | None, choice: Literal["include", "exclude"]) -> bool:
-    """Whether a picture may be shown or learned from; null, as older rows have it, counts as a risk."""
+    """Decide whether a picture may be shown and trained on; null, as in rows of older lakes, counts as a risk."""
     return choice == "include" or text_risk is False
 
 

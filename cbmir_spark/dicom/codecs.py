@@ -1,4 +1,4 @@
-"""Pixel Data → stored values: transfer syntaxes, codecs and bit depths (PS3.5 section 8 and Annex A)."""
+"""Decode Pixel Data to stored values: transfer syntaxes, codecs and bit depths (PS3.5 section 8 and Annex A)."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -10,12 +10,23 @@ from pydicom.encaps import get_frame
 from pydicom.pixels.decoders.base import get_decoder
 
 from cbmir_spark.dicom.elements import Array, number, value
-from cbmir_spark.dicom.preflight import DEFLATED, EXPLICIT_LITTLE, PIXEL_DATA_TAGS, Layout, Reason, Rejected
+from cbmir_spark.dicom.preflight import (
+    DEFLATED,
+    EXPLICIT_BIG,
+    EXPLICIT_LITTLE,
+    IMPLICIT_LITTLE,
+    PIXEL_DATA_TAGS,
+    Layout,
+    Reason,
+    Rejected,
+)
+
+__all__ = ["MAX_FRAME_BYTES", "Stored", "decode", "describe"]
 
 MAX_FRAME_BYTES = 512 * 2**20  # of one decoded frame: frames are decoded one at a time
 
 _KEYWORDS = dict(zip(PIXEL_DATA_TAGS, ("PixelData", "FloatPixelData", "DoubleFloatPixelData"), strict=True))
-_NATIVE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2")
+_NATIVE = (IMPLICIT_LITTLE, EXPLICIT_LITTLE, DEFLATED, EXPLICIT_BIG)
 _RLE = "1.2.840.10008.1.2.5"
 _JPEG_EXTENDED = "1.2.840.10008.1.2.4.51"
 _PROGRESSIVE_JPEG = ("1.2.840.10008.1.2.4.53", "1.2.840.10008.1.2.4.55")
@@ -27,7 +38,7 @@ _PHOTOMETRIC = {
 
 @dataclass(frozen=True)
 class Stored:
-    """How the pixel values lie in the file: the Image Pixel module (PS3.3 section C.7.6.3), checked and bounded."""
+    """The Image Pixel module (PS3.3 section C.7.6.3) and its encoding, checked against the bytes and bounded."""
 
     transfer_syntax: str
     little_endian: bool
@@ -52,8 +63,8 @@ class Stored:
 def describe(ds: Dataset, layout: Layout) -> Stored:
     """Check the Image Pixel module against the bytes, before anything is allocated for it; runs per task.
 
-    Raises Rejected: MALFORMED for values that cannot be, UNSUPPORTED for formats that nothing here decodes,
-    TOO_LARGE past MAX_FRAME_BYTES, TRUNCATED where the pixel data is shorter than its own description.
+    Raises Rejected: MALFORMED for impossible values, UNSUPPORTED for formats without a decoder, TOO_LARGE past
+    MAX_FRAME_BYTES, TRUNCATED where the pixel data is shorter than the module declares.
     """
     tags = [tag for tag in PIXEL_DATA_TAGS if tag in layout.elements]
     element = layout.elements[tags[0]]
@@ -104,6 +115,7 @@ def describe(ds: Dataset, layout: Layout) -> Stored:
 
 
 def _count(ds: Dataset, keyword: str, absent: int | None = None) -> int:
+    """Return an integer of the module, `absent` where the element is; raise Rejected where it has no default."""
     found = number(ds, keyword)
     if found is None:
         if absent is None or value(ds, keyword) is not None:
@@ -113,10 +125,11 @@ def _count(ds: Dataset, keyword: str, absent: int | None = None) -> int:
 
 
 def decode(ds: Dataset, layout: Layout, stored: Stored, frames: Iterable[int]) -> Iterator[tuple[int, Array, str]]:
-    """(number, stored values, photometric interpretation after decoding) of each wanted frame, one at a time.
+    """Decode frames one at a time: (number, stored values, photometric interpretation after decoding) of each.
 
-    Integers of at least Bits Stored bits, sign extended, unused bits cleared; float for (Double) Float Pixel Data.
-    Raises Rejected: UNSUPPORTED without a codec for the transfer syntax, UNDECODABLE where the codec fails.
+    Values are (rows, columns), or (rows, columns, 3) of color: integers of at least Bits Stored bits, sign extended,
+    unused bits cleared; floats for (Double) Float Pixel Data. Raises Rejected: UNSUPPORTED without a codec for the
+    transfer syntax, UNDECODABLE where the codec fails.
     """
     element = next(layout.elements[tag] for tag in PIXEL_DATA_TAGS if tag in layout.elements)
     data = layout.data[element.offset : element.offset + element.length]
@@ -131,18 +144,18 @@ def decode(ds: Dataset, layout: Layout, stored: Stored, frames: Iterable[int]) -
             array, photometric = codec(source, frame)
         except (KeyboardInterrupt, SystemExit, MemoryError):
             raise
-        except BaseException:  # a panic in a Rust codec is no Exception
+        except BaseException:  # a panic of a Rust codec is not an Exception
             raise Rejected(Reason.UNDECODABLE) from None
         if (stored.is_native or stored.transfer_syntax == _RLE) and array.dtype.kind in "ui":
             array = _significant_bits(array.astype(array.dtype.newbyteorder("="), copy=False), stored)
         yield frame, array, photometric
 
 
-Codec = Callable[[Any, int], tuple[Array, str]]
+_Codec = Callable[[Any, int], tuple[Array, str]]
 
 
-def _codec(ds: Dataset, stored: Stored) -> Codec:
-    """What decodes one frame of this transfer syntax: pydicom with its plugins, else libjpeg by itself."""
+def _codec(ds: Dataset, stored: Stored) -> _Codec:
+    """Choose the decoder of a transfer syntax: pydicom with its plugins, or libjpeg alone where pydicom has none."""
     if stored.transfer_syntax in _PROGRESSIVE_JPEG and stored.samples == 1:
         return lambda source, frame: (_libjpeg(source, stored, frame), stored.photometric)
     try:
@@ -187,7 +200,7 @@ def _extended_offsets(ds: Dataset) -> tuple[bytes, bytes] | None:
 
 
 def _significant_bits(array: Array, stored: Stored) -> Array:
-    """Keep the bits from High Bit down, sign extended: the others may hold overlays (PS3.5 section 8.1.1)."""
+    """Extract the bits from High Bit down, sign extended: the others may be overlays (PS3.5 section 8.1.1)."""
     size = 8 * array.dtype.itemsize
     if stored.bits_allocated != size or stored.bits_stored == size:
         return array
@@ -196,7 +209,7 @@ def _significant_bits(array: Array, stored: Stored) -> Array:
 
 
 def _unpack_12_bits(data: memoryview, stored: Stored, frame: int) -> Array:
-    """Two samples in three bytes, as ACR-NEMA and early DICOM packed them (PS3.5 section D.1, retired)."""
+    """Unpack two samples from three bytes, the packing of ACR-NEMA and early DICOM (PS3.5 section D.1, retired)."""
     if not stored.is_native or not stored.little_endian or stored.samples != 1:
         raise Rejected(Reason.UNSUPPORTED)
     pixels = stored.rows * stored.columns
@@ -215,17 +228,17 @@ def _unpack_12_bits(data: memoryview, stored: Stored, frame: int) -> Array:
 
 
 def _libjpeg(source: bytes, stored: Stored, frame: int) -> Array:
-    """The retired progressive processes, which pydicom knows no decoder for; libjpeg reads every JPEG."""
+    """Decode the retired progressive processes, for which pydicom has no decoder."""
     from libjpeg.utils import decode as decode_jpeg
 
     array: Array = decode_jpeg(get_frame(source, frame, number_of_frames=stored.frames))
     if array.shape != (stored.rows, stored.columns):
-        raise ValueError("the stream's size is not the header's")
+        raise ValueError("the codestream's size differs from the header's")
     return array
 
 
 def _gdcm_12_bits(source: bytes, stored: Stored, frame: int) -> Array:
-    """12-bit JPEG Extended by GDCM: libjpeg refuses some sound streams, and pydicom's plugin declines them all."""
+    """Decode 12-bit JPEG Extended with GDCM: libjpeg refuses some valid streams, pydicom's GDCM plugin all of them."""
     import gdcm
 
     fragment = gdcm.Fragment()

@@ -1,9 +1,9 @@
-"""`read_instance` in a child process that may die: a hostile file costs itself, never the worker.
+"""Run `read_instance` in a child process that may die: a hostile file is lost alone, without the worker.
 
 Native codecs crash, hang and panic, and small files ask for terabytes; no `except` catches a signal. So each Python
-worker keeps one child (`python -m cbmir_spark.dicom.decoder`, started anew rather than forked from a worker that has
-threads) with an address space limit, a time limit for each file and no core dumps. Files go in and pictures come
-out over two pipes, as a JSON header and raw bytes; nothing that the child sends is ever unpickled. Runs per task.
+worker has one child (`python -m cbmir_spark.dicom.decoder`; a fork of a worker with threads would not be safe) with a
+limit on its address space, a time limit for each file and no core dumps. Files and pictures travel through two pipes,
+as a JSON header and raw bytes; nothing that the child sends is unpickled. Runs per task.
 """
 
 import fcntl
@@ -36,13 +36,13 @@ from cbmir_spark.errors import EnvironmentProblem
 
 START_SECONDS = 120.0  # for the interpreter and its imports, on a node whose disk is cold
 FILES_PER_CHILD = 5_000  # codecs leak (GDCM 3.2.2 did); a new child costs less than a second
-SPENT_SHARE = 0.75  # of its address space, still taken after a file: the child has leaked and is replaced
+MAX_SHARE_AFTER_FILE = 0.75  # of the address space: a child that uses more after a file has leaked, and is replaced
 MAX_HEADER_BYTES = 64 * 2**20  # of an answer: about 60 bytes for a frame
 
 _LENGTH = struct.Struct(">Q")
 _FRAME_BYTES = SIDE * SIDE
 _PIPE_BYTES = 2**20
-# What the interpreter and its libraries need; keys and credentials of the worker stay with the worker.
+# Variables that the interpreter and its libraries need: the child gets none of the worker's keys and credentials.
 _ENVIRONMENT = (
     "PATH",
     "LD_LIBRARY_PATH",
@@ -59,10 +59,10 @@ _ENVIRONMENT = (
 
 
 class Decoder:
-    """A child process that reads instances, replaced whenever it dies; not for use by several threads."""
+    """A child process that reads instances, replaced whenever it dies; for one thread at a time."""
 
     def __init__(self, preprocessing: Preprocessing, vocabulary: Vocabulary, memory_mb: int, seconds: float) -> None:
-        """`memory_mb` bounds the child's address space, `seconds` the wall clock of one file."""
+        """Limit the child's address space to `memory_mb` and each file to `seconds`; `read` starts the child."""
         plain = {field.name: getattr(preprocessing, field.name) for field in fields(preprocessing)}
         self._setup = {
             "preprocessing": {**plain, "windows": {k: dict(v) for k, v in preprocessing.windows.items()}},
@@ -93,16 +93,16 @@ class Decoder:
             self._child = None
 
     def read(self, content: bytes) -> Instance:
-        """As dicom.read_instance, with the reasons CRASHED, TIMEOUT, TOO_LARGE and INTERNAL beside its own.
+        """Read an object as `read_instance` does; CRASHED, TIMEOUT, TOO_LARGE and INTERNAL are further reasons.
 
-        Raises NotAnImage or Rejected; EnvironmentProblem where no child can be started at all.
+        Raises NotAnImage or Rejected; EnvironmentProblem where no child can be started.
         """
         while True:
             if self._child is not None and self._child.files >= FILES_PER_CHILD:
                 self.close()
             if self._child is None:
                 self._child = _Child(self._setup)
-            # What a fresh child dies of is this file; an old one may carry leaks and damage from files before it.
+            # A fresh child dies of this file; an older one may suffer from leaks and damage of earlier files.
             fresh = self._child.files == 0
             try:
                 header, pixels = self._child.ask(content, self._seconds)
@@ -111,7 +111,7 @@ class Decoder:
                 if lost.reason == Reason.CRASHED and not fresh:
                     continue
                 raise Rejected(lost.reason) from None
-            if header.get("spent"):
+            if header.get("exhausted"):
                 self.close()
                 if "rejected" in header and not fresh:
                     continue
@@ -136,7 +136,7 @@ def _instance(header: Mapping[str, Any], pixels: bytes) -> Instance:
 
 
 class _Lost(Exception):
-    """The child is gone, or has to go; `reason` is what its file gets."""
+    """The child died or must be ended; `reason` applies to its file."""
 
     def __init__(self, reason: Reason) -> None:
         super().__init__(reason.value)
@@ -144,6 +144,8 @@ class _Lost(Exception):
 
 
 class _Child:
+    """The process and its pipes; starts at once, and reads its settings with the first file."""
+
     def __init__(self, setup: Mapping[str, Any]) -> None:
         environment = {key: os.environ[key] for key in _ENVIRONMENT if key in os.environ}
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
@@ -161,17 +163,20 @@ class _Child:
                 bufsize=0,
             )
         except OSError as error:
-            raise EnvironmentProblem(f"the decoder process does not start: {error.strerror}") from None
+            raise EnvironmentProblem(
+                f"cannot start the process that decodes images: {error.strerror}: raise this machine's limits, or run "
+                "fewer tasks at a time"
+            ) from None
         assert self._process.stdin and self._process.stdout
         self._in, self._out = self._process.stdin.fileno(), self._process.stdout.fileno()
         for pipe in (self._in, self._out):
             os.set_blocking(pipe, False)
-            with suppress(OSError):  # a system may grant less; it is only faster
+            with suppress(OSError):  # the system may refuse; larger pipes are only faster
                 fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         self._setup = json.dumps(setup).encode()
 
     def ask(self, content: bytes, seconds: float) -> tuple[dict[str, Any], bytes]:
-        """The child's answer to one file: its JSON header and the pixels of all frames. Raises _Lost."""
+        """Send one file; return the JSON header and the pixels of all frames. Raises _Lost."""
         if not self._ready:
             self._wait_until_ready()
         self.files += 1
@@ -194,15 +199,18 @@ class _Child:
             self._exchange(self._setup, time.monotonic() + START_SECONDS)
         except _Lost:
             self._process.kill()
-            said = self._process.stderr.read().decode("utf-8", "replace") if self._process.stderr else ""
-            last = said.strip().splitlines()[-1] if said.strip() else f"exit code {self._process.wait()}"
-            raise EnvironmentProblem(f"the decoder process does not start on this machine: {last}") from None
+            printed = self._process.stderr.read().decode("utf-8", "replace") if self._process.stderr else ""
+            last = printed.strip().splitlines()[-1] if printed.strip() else f"exit code {self._process.wait()}"
+            raise EnvironmentProblem(
+                f"cannot start the process that decodes images: {last}: check this machine's Python environment "
+                "with `cbmir doctor`"
+            ) from None
         if self._process.stderr:
             self._process.stderr.close()
         self._ready = True
 
     def _exchange(self, message: bytes, deadline: float) -> tuple[dict[str, Any], bytes]:
-        """Send while listening: a child that answers, or dies, before it has read everything must not block us."""
+        """Send a message and receive the answer at once: the child may answer, or die, before it has read it all."""
         out = [memoryview(_LENGTH.pack(len(message))), memoryview(message)]
         answer = bytearray()
         wanted = _LENGTH.size
@@ -241,12 +249,12 @@ class _Child:
         except BlockingIOError:
             return out
         except BrokenPipeError:
-            return []  # its last words, or the end of file, are still to be read
+            return []  # an answer, or the end of file, is still to be read
         return [rest for rest in (out[0][sent:], *out[1:]) if len(rest)]
 
 
 def main() -> None:
-    """The child: one setup message, then files until the pipe closes."""
+    """Run the child: read the settings, then answer files until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     source, sink = FileIO(os.dup(0), "rb"), FileIO(os.dup(1), "wb")
@@ -257,30 +265,30 @@ def main() -> None:
     vocabulary = Vocabulary(setup["vocabulary"])
     limit = setup["memory_mb"] * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    # Codecs write to the standard streams; the answers have pipes of their own.
+    # Codecs write to the standard streams: `source` and `sink` are copies of the pipes.
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nowhere, stream)
     _answer(sink, {}, ())
-    # The parent's clock decides; this one is for a parent that died while a codec hangs.
-    patience = math.ceil(setup["seconds"]) + 5
+    # The parent's clock decides; the alarm ends a child whose parent died while a codec hangs.
+    alarm_seconds = math.ceil(setup["seconds"]) + 5
     while True:
         try:
             content = _receive(source)
         except EOFError:
             return
         except MemoryError:
-            _answer(sink, {"rejected": Reason.TOO_LARGE, "spent": True}, ())
+            _answer(sink, {"rejected": Reason.TOO_LARGE, "exhausted": True}, ())
             return
-        signal.alarm(patience)
+        signal.alarm(alarm_seconds)
         header, frames = _read(content, preprocessing, vocabulary)
         del content
         signal.alarm(0)
-        # Codecs hide a failed allocation behind any error of theirs; little room left says what it was.
-        if _address_space() > SPENT_SHARE * resource.getrlimit(resource.RLIMIT_AS)[0]:
-            header["spent"] = True
+        # Codecs report a failed allocation as any error; little room left shows that memory was the cause.
+        if _address_space() > MAX_SHARE_AFTER_FILE * resource.getrlimit(resource.RLIMIT_AS)[0]:
+            header["exhausted"] = True
         _answer(sink, header, frames)
-        if header.get("spent"):
+        if header.get("exhausted"):
             return
 
 
@@ -294,11 +302,11 @@ def _read(
     except Rejected as error:
         return {"rejected": error.reason}, ()
     except MemoryError:
-        return {"rejected": Reason.TOO_LARGE, "spent": True}, ()
+        return {"rejected": Reason.TOO_LARGE, "exhausted": True}, ()
     except RecursionError:
         return {"rejected": Reason.TOO_LARGE}, ()
     except Exception as error:
-        return {"rejected": Reason.INTERNAL, "detail": _place(error)}, ()
+        return {"rejected": Reason.INTERNAL, "detail": _location(error)}, ()
     except BaseException:
         return {"rejected": Reason.CRASHED}, ()
     frames = [{"number": f.number, "low": f.low, "high": f.high} for f in instance.frames]
@@ -310,8 +318,8 @@ def _address_space() -> int:
         return int(statm.read().split()[0]) * resource.getpagesize()
 
 
-def _place(error: Exception) -> str:
-    """Type and line of an error of ours; never its message, which may quote the file."""
+def _location(error: Exception) -> str:
+    """Describe an error by its type and line alone: its message may quote the file."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__} at {os.path.basename(last.filename)}:{last.lineno}"
 

@@ -1,4 +1,4 @@
-"""Typed values of DICOM data elements."""
+"""Typed values of data elements; one that is absent, empty or malformed gives None or nothing, never an error."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ Floats = NDArray[np.float32]
 
 
 def value(ds: Dataset, keyword: str) -> Any:
-    """An element's value, None where it is absent, empty or not of its VR: a header may hold anything."""
+    """Return an element's value as pydicom converts it; None where it is absent, empty or not valid for its VR."""
     try:
         found = ds.get(keyword)
     except Exception:
@@ -22,12 +22,12 @@ def value(ds: Dataset, keyword: str) -> Any:
 
 
 def number(ds: Dataset, keyword: str) -> float | None:
-    """The first value of a numeric element as a finite float, else None."""
+    """Return the first value of a numeric element as a finite float, else None."""
     return next(iter(numbers(ds, keyword)), None)
 
 
 def numbers(ds: Dataset, keyword: str) -> tuple[float, ...]:
-    """All values of a numeric element; empty unless every one is a finite number."""
+    """Return all values of a numeric element; empty unless every one is a finite number."""
     found = value(ds, keyword)
     if found is None or isinstance(found, bytes):
         return ()
@@ -41,7 +41,7 @@ def numbers(ds: Dataset, keyword: str) -> tuple[float, ...]:
 
 
 def items(ds: Dataset, keyword: str) -> list[Dataset]:
-    """The items of a sequence element, empty where it is absent or no sequence."""
+    """Return the items of a sequence element; empty where it is absent or not a sequence."""
     found = value(ds, keyword)
     try:
         return [item for item in found if isinstance(item, Dataset)] if found is not None else []
@@ -50,7 +50,7 @@ def items(ds: Dataset, keyword: str) -> list[Dataset]:
 
 
 def functional_group(ds: Dataset, frame: int, keyword: str) -> Dataset | None:
-    """One functional group of a frame: its own, else the shared one (PS3.3 section C.7.6.16)."""
+    """Return a functional group of a frame, else the shared one (PS3.3 section C.7.6.16); None where neither exists."""
     per_frame = value(ds, "PerFrameFunctionalGroupsSequence")
     groups = [per_frame[frame]] if per_frame is not None and frame < len(per_frame) else []
     for group in groups + items(ds, "SharedFunctionalGroupsSequence")[:1]:

@@ -1,8 +1,8 @@
-"""Arrays of stored pixel values → gray pictures; small pure functions of numpy arrays and header elements.
+"""Turn stored pixel values into gray pictures: small pure functions of numpy arrays and header elements.
 
-The chain is DICOM's own (PS3.4 section N.2, PS3.3 sections C.7.6.3, C.11.1 and C.11.2): stored values, color to
-luma, Modality LUT, a window to the range 0 to 1, inversion of MONOCHROME1. Only the decoding of compressed frames
-is left to pydicom and its codecs. Arrays are (rows, columns), or (rows, columns, 3) before `luminance`.
+They follow the Standard's pipeline (PS3.4 section N.2, PS3.3 sections C.7.6.3, C.11.1 and C.11.2): stored values, color
+to luma, Modality LUT, a window to the range 0 to 1; read.py applies them in this order and inverts MONOCHROME1. Arrays
+are (rows, columns), or (rows, columns, 3) before `luminance`.
 """
 
 import math
@@ -18,13 +18,17 @@ from cbmir_spark.dicom.codecs import Stored
 from cbmir_spark.dicom.elements import Array, Floats, functional_group, items, number, numbers, value
 from cbmir_spark.dicom.preflight import Reason, Rejected
 
-SIDE = 256
-# ITU-R BT.601, the luma that PS3.3 section C.7.6.3.1.2 uses for YBR_FULL: Y needs no conversion back to RGB.
-_LUMA = (np.float32(0.299), np.float32(0.587), np.float32(0.114))
+SIDE = 256  # of a picture, in pixels
+
+
+# --- color to luma ---
 
 
 def luminance(array: Array, photometric: str, ds: Dataset, little_endian: bool) -> Array:
-    """Gray values of one frame: gray as it is, color as luma (float32, 0 to the largest sample value)."""
+    """Convert a decoded frame to (rows, columns): gray unchanged, color as luma (float32, 0 to the largest sample).
+
+    Raises Rejected (MALFORMED) for a palette that cannot be applied.
+    """
     if photometric == "PALETTE COLOR":
         return _palette_luma(array, ds, little_endian)
     if array.ndim == 2:
@@ -39,7 +43,7 @@ def luminance(array: Array, photometric: str, ds: Dataset, little_endian: bool) 
 
 
 def _palette_luma(array: Array, ds: Dataset, little_endian: bool) -> Floats:
-    """PS3.3 section C.7.6.3.1.5 and .6: indices through three tables, those below and above take the ends."""
+    """Apply the palette (PS3.3 sections C.7.6.3.1.5 and .6): indices outside it take its first or last entry."""
     colors = []
     for color in ("Red", "Green", "Blue"):
         descriptor = numbers(ds, f"{color}PaletteColorLookupTableDescriptor")
@@ -64,14 +68,18 @@ def _palette_luma(array: Array, ds: Dataset, little_endian: bool) -> Floats:
     return luma
 
 
+# ITU-R BT.601, the luma of YBR_FULL (PS3.3 section C.7.6.3.1.2): Y needs no conversion back to RGB.
+_RED, _GREEN, _BLUE = np.float32(0.299), np.float32(0.587), np.float32(0.114)
+
+
 def _luma(red: Array, green: Array, blue: Array) -> Floats:
-    """Element by element: a matrix product would sum in an order that depends on the machine's threads."""
-    gray: Floats = red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2]
-    return gray.astype(np.float32, copy=False)
+    # Element by element: the order of sums in a matrix product depends on the machine's threads.
+    luma: Floats = red * _RED + green * _GREEN + blue * _BLUE
+    return luma.astype(np.float32, copy=False)
 
 
 def _table(raw: Any, entries: int | None, bits: int, little_endian: bool) -> Array:
-    """Values of a lookup table, given as bytes (OW) or as numbers (US, SS); unsigned."""
+    """Read the values of a lookup table, from bytes (OW) or numbers (US, SS), as unsigned integers."""
     if raw is None:
         raise Rejected(Reason.MALFORMED)
     if not isinstance(raw, bytes | bytearray | memoryview):
@@ -88,7 +96,7 @@ def _table(raw: Any, entries: int | None, bits: int, little_endian: bool) -> Arr
 
 
 def _segmented(words: Array, entries: int, wide: bool) -> Array:
-    """Expand a segmented palette (PS3.3 section C.7.9.2): discrete, linear and indirect segments."""
+    """Expand the discrete, linear and indirect segments of a palette (PS3.3 section C.7.9.2)."""
     out: list[int] = []
     data = [int(x) for x in words]
     at = 0
@@ -97,11 +105,11 @@ def _segmented(words: Array, entries: int, wide: bool) -> Array:
             if data[at] != 2:
                 at = _segment(data, at, out)
                 continue
-            # Indirect: this many segments again, from a byte offset in 32 bits, low word (or byte) first.
+            # Indirect: repeat so many segments from a byte offset in 32 bits, low word (or byte) first.
             offset = data[at + 2] | data[at + 3] << 16 if wide else sum(data[at + 2 + k] << 8 * k for k in range(4))
             source = offset // 2 if wide else offset
             for _ in range(data[at + 1]):
-                # An indirect segment can name thousands that are 65535 long each: no more than the table holds.
+                # An indirect segment can repeat thousands of 65535 entries each: stop where the table is full.
                 if len(out) >= entries:
                     break
                 source = _segment(data, source, out)
@@ -112,6 +120,7 @@ def _segmented(words: Array, entries: int, wide: bool) -> Array:
 
 
 def _segment(data: list[int], at: int, out: list[int]) -> int:
+    """Append a discrete or linear segment to `out`; return where the next one starts, raise IndexError if malformed."""
     opcode, length = data[at], data[at + 1]
     if opcode == 0:
         values = data[at + 2 : at + 2 + length]
@@ -126,10 +135,13 @@ def _segment(data: list[int], at: int, out: list[int]) -> int:
     return at + 3
 
 
-def padding_mask(array: Array, stored: Stored, ds: Dataset) -> NDArray[np.bool_] | None:
-    """Where a gray frame holds padding and no image (PS3.3 section C.7.5.1.1.2); None where nothing is declared.
+# --- stored values to output values ---
 
-    Pixel Padding Value is a stored value; with a Range Limit everything between the two is padding.
+
+def padding_mask(array: Array, stored: Stored, ds: Dataset) -> NDArray[np.bool_] | None:
+    """Mark the padding of a gray frame (PS3.3 section C.7.5.1.1.2); None where there is none.
+
+    Pixel Padding Value is a stored value; with a Range Limit all values between the two are padding.
     """
     pad = number(ds, "PixelPaddingValue")
     if pad is None or stored.samples != 1 or stored.photometric == "PALETTE COLOR" or array.dtype.kind not in "ui":
@@ -141,7 +153,7 @@ def padding_mask(array: Array, stored: Stored, ds: Dataset) -> NDArray[np.bool_]
 
 
 def _as_stored(padding: int, stored: Stored) -> int:
-    """The padding value read as the pixels are: some writers give -2000 as 63536, or the reverse."""
+    """Convert a padding value to the signedness of the pixels: some writers give -2000 as 63536, or the reverse."""
     span = 1 << stored.bits_allocated
     if stored.signed and padding >= span // 2:
         return padding - span
@@ -149,10 +161,10 @@ def _as_stored(padding: int, stored: Stored) -> int:
 
 
 def rescale(ds: Dataset, frame: int) -> tuple[float, float, str] | None:
-    """Slope, intercept and Rescale Type ("" where absent) of a frame's Modality LUT; None where there is none.
+    """Return slope, intercept and Rescale Type ("" where absent) of a frame; None where it has no rescale.
 
-    Rescale of the Modality LUT module (PS3.3 section C.11.1), or of the Pixel Value Transformation functional
-    group of enhanced objects (section C.7.6.16.2.9).
+    Reads the Modality LUT module (PS3.3 section C.11.1), or the Pixel Value Transformation functional group of
+    enhanced objects (section C.7.6.16.2.9).
     """
     source = functional_group(ds, frame, "PixelValueTransformationSequence") or ds
     slope, intercept = number(source, "RescaleSlope"), number(source, "RescaleIntercept")
@@ -162,19 +174,19 @@ def rescale(ds: Dataset, frame: int) -> tuple[float, float, str] | None:
 
 
 def modality_values(array: Array, ds: Dataset, frame: int, little_endian: bool) -> Floats:
-    """Modality LUT: stored values → output units, such as Hounsfield units (float32)."""
+    """Apply the Modality LUT: stored values to output units such as Hounsfield units (float32)."""
     if lut := items(ds, "ModalityLUTSequence"):
         return _lut(array, lut[0], little_endian)
     transform = rescale(ds, frame)
     if transform is None:
         return array.astype(np.float32)
     slope, intercept, _ = transform
-    # In float64 first: 32-bit stored values do not fit into a float32's 24 bits before the rescale.
+    # In float64: before the rescale, 32-bit stored values do not fit into the 24 bits of a float32.
     return (array * np.float64(slope) + intercept).astype(np.float32)
 
 
 def _lut(array: Array, item: Dataset, little_endian: bool) -> Floats:
-    """A LUT sequence item (PS3.3 sections C.11.1.1 and C.11.2.1.1): values outside take the first or last entry."""
+    """Apply a LUT item (PS3.3 sections C.11.1.1, C.11.2.1.1): values outside the table take the first or last entry."""
     descriptor = numbers(item, "LUTDescriptor")
     if len(descriptor) != 3:
         raise Rejected(Reason.MALFORMED)
@@ -189,11 +201,14 @@ def _lut(array: Array, item: Dataset, little_endian: bool) -> Floats:
     return mapped
 
 
-def percentile_window(values: Floats, mask: NDArray[np.bool_] | None, low: float, high: float) -> tuple[float, float]:
-    """The window between two percentiles of what is not padding, in the values' own units.
+# --- output values to the range 0 to 1 ---
 
-    Every n-th row and column is looked at, so that at most about 2**18 values are sorted. Where the percentiles
-    coincide (a small bright spot on a flat background) the extremes are taken; a flat frame gives (v, v).
+
+def percentile_window(values: Floats, mask: NDArray[np.bool_] | None, low: float, high: float) -> tuple[float, float]:
+    """Return the window between two percentiles of the values outside the mask, in their units.
+
+    Samples every n-th row and column, so that at most about 2**18 values are sorted. Where the percentiles coincide
+    (a small bright spot on a flat background) the extremes count; a flat frame gives (v, v).
     """
     step = max(1, math.isqrt(values.size // 2**18))
     sample = values[::step, ::step]
@@ -206,7 +221,7 @@ def percentile_window(values: Floats, mask: NDArray[np.bool_] | None, low: float
 
 
 def to_unit(values: Floats, low: float, high: float) -> Floats:
-    """Values from `low` to `high` → 0 to 1, clipped; a window without width gives 0."""
+    """Scale values from `low` to `high` to 0 to 1, clipped; a window without width gives 0."""
     if not low < high:
         return np.zeros(values.shape, dtype=np.float32)
     unit = values - np.float32(low)
@@ -216,10 +231,10 @@ def to_unit(values: Floats, low: float, high: float) -> Floats:
 
 
 def voi(values: Floats, mask: NDArray[np.bool_] | None, ds: Dataset, frame: int, little_endian: bool) -> Floats:
-    """The header's own contrast, for pictures that people look at → 0 to 1 (PS3.3 section C.11.2).
+    """Scale values to 0 to 1 with the header's contrast, for people alone (PS3.3 section C.11.2).
 
-    A VOI LUT before a window, of several the first; LINEAR, LINEAR_EXACT or SIGMOID (section C.11.2.1.3). Without
-    either the whole range is shown.
+    Prefers a VOI LUT to a window, and the first of several; the window's function is LINEAR, LINEAR_EXACT or SIGMOID
+    (section C.11.2.1.3). Without either, scales the whole range.
     """
     source = functional_group(ds, frame, "FrameVOILUTSequence") or ds
     if lut := items(ds, "VOILUTSequence"):
@@ -238,11 +253,14 @@ def voi(values: Floats, mask: NDArray[np.bool_] | None, ds: Dataset, frame: int,
     return to_unit(values, center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2)
 
 
-def crop_box(ds: Dataset, rows: int, columns: int) -> tuple[int, int, int, int] | None:
-    """(top, left, bottom, right) around an ultrasound's regions (PS3.3 section C.8.5.5), None where there are none.
+# --- geometry ---
 
-    Two-dimensional regions where there are some, else all of them; what lies outside, burned-in text above all,
-    is left out. Boxes that are too small to be an image are not believed.
+
+def crop_box(ds: Dataset, rows: int, columns: int) -> tuple[int, int, int, int] | None:
+    """Return (top, left, bottom, right) around an ultrasound's regions (PS3.3 section C.8.5.5); None without regions.
+
+    Uses the two-dimensional regions, or all of them where none is two-dimensional; ignores those below 16 pixels a
+    side. Outside lies burned-in text above all.
     """
     boxes: dict[bool, list[tuple[int, int, int, int]]] = {True: [], False: []}
     for region in items(ds, "SequenceOfUltrasoundRegions"):
@@ -253,15 +271,15 @@ def crop_box(ds: Dataset, rows: int, columns: int) -> tuple[int, int, int, int] 
         top, left, bottom, right = max(0, top), max(0, left), min(rows, bottom + 1), min(columns, right + 1)
         if bottom - top >= 16 and right - left >= 16:
             boxes[number(region, "RegionSpatialFormat") == 1].append((top, left, bottom, right))
-    kept = boxes[True] or boxes[False]
-    if not kept:
+    chosen = boxes[True] or boxes[False]
+    if not chosen:
         return None
-    tops, lefts, bottoms, rights = zip(*kept, strict=True)
+    tops, lefts, bottoms, rights = zip(*chosen, strict=True)
     return min(tops), min(lefts), max(bottoms), max(rights)
 
 
 def pixel_spacing(ds: Dataset, frame: int) -> tuple[float, float] | None:
-    """Millimetres between rows and between columns, None where the header gives none that can be."""
+    """Return the millimetres between rows and between columns; None where the header gives no valid ones."""
     measures = functional_group(ds, frame, "PixelMeasuresSequence")
     for source, keyword in ((measures, "PixelSpacing"), (ds, "PixelSpacing"), (ds, "ImagerPixelSpacing")):
         spacing = numbers(source, keyword) if source is not None else ()
@@ -271,19 +289,19 @@ def pixel_spacing(ds: Dataset, frame: int) -> tuple[float, float] | None:
 
 
 def pixel_ratio(ds: Dataset, frame: int) -> float:
-    """Height of a pixel over its width: by spacing, else by Pixel Aspect Ratio (PS3.3 section C.7.6.3.1.7), else 1."""
+    """Return a pixel's height over its width: from spacing, else Pixel Aspect Ratio (PS3.3 C.7.6.3.1.7), else 1."""
     sides = pixel_spacing(ds, frame) or numbers(ds, "PixelAspectRatio")
     if len(sides) != 2 or min(sides) <= 0:
         return 1.0
     ratio = sides[0] / sides[1]
-    # Past this the header is wrong about its pixels; the picture would be a line.
+    # Beyond this the header is wrong about its pixels, and the picture would be a line.
     return ratio if 1 / 16 <= ratio <= 16 else 1.0
 
 
 def resize(unit: Floats, ratio: float, aspect: str) -> Floats:
-    """(rows, columns) → (256, 256), antialiased, in float: a triangle filter as wide as the reduction.
+    """Resize (rows, columns) to (256, 256) in float, antialiased by a triangle filter as wide as the reduction.
 
-    `keep` scales the longer physical side to 256 and centres the other on background 0; `stretch` scales both.
+    `keep` scales the longer physical side to 256 and centers the other on background 0; `stretch` scales both.
     """
     height, width = unit.shape[0] * ratio, float(unit.shape[1])
     rows = columns = SIDE
@@ -301,7 +319,7 @@ def resize(unit: Floats, ratio: float, aspect: str) -> Floats:
     return square
 
 
-def quantise(unit: Floats) -> NDArray[np.uint8]:
-    """0 to 1 → 0 to 255, rounded to nearest; the only place where precision is given up."""
+def quantize(unit: Floats) -> NDArray[np.uint8]:
+    """Round 0 to 1 to the nearest of 0 to 255; no other step loses precision."""
     rounded: NDArray[np.uint8] = np.clip(np.rint(unit * np.float32(255.0)), 0, 255).astype(np.uint8)
     return rounded

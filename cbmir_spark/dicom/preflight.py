@@ -1,9 +1,9 @@
-"""Bytes of a DICOM file → where its elements lie, or the reason why it is not whole; runs before any parser.
+"""Check the structure of a DICOM file before any parser reads it: locate its elements, or find why it is not whole.
 
-pydicom takes a file that ends early for a short one, and inflates a deflated data set without bound. So the
-structure (DICOM PS3.5 sections 7.1, 7.5, A.4 and A.5, PS3.10 section 7.1) is walked here first: every declared
-length has to fit into the bytes that are there, every item list has to be closed, and every count is bounded
-before anything is allocated for it.
+pydicom takes a file that ends early for a short one, and inflates a deflated data set without bound. So this module
+first walks the structure (PS3.5 sections 7.1, 7.5, A.4 and A.5, PS3.10 section 7.1): every declared length must fit
+into the bytes that follow, every list of items must be closed, and every count is bounded before anything is allocated
+for it.
 """
 
 import struct
@@ -12,16 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-MAX_INFLATED_BYTES = 512 * 2**20  # of a deflated data set; a real one with that many pixels is not deflated
+MAX_INFLATED_BYTES = 512 * 2**20  # of a deflated data set; scanners do not deflate that many pixels
 MAX_DEPTH = 64  # of nested sequences; real reports and functional groups stay below 12
 MAX_ELEMENTS = 500_000  # 5,000 frames of an enhanced object carry about 100 elements each
 
 
 class Reason(StrEnum):
-    """Why an object gave no image: the closed list of the column `reason`."""
+    """Reasons why an object has no image; values of the column `reason`."""
 
     # not_an_image
-    NOT_DICOM = "NOT_DICOM"  # no DICOM file, whatever its name says
+    NOT_DICOM = "NOT_DICOM"  # not a DICOM file, whatever its name
     DICOMDIR = "DICOMDIR"  # a media directory
     NOT_IMAGE_CLASS = "NOT_IMAGE_CLASS"  # a report, plan, segmentation, waveform … by its SOP class
     NO_PIXELS = "NO_PIXELS"  # a header without pixel data; rejected where its SOP class is an image's
@@ -30,16 +30,16 @@ class Reason(StrEnum):
     TRUNCATED = "TRUNCATED"  # bytes that the file declares are missing
     MALFORMED = "MALFORMED"  # the structure contradicts itself
     NO_UID = "NO_UID"  # no valid SOP Instance UID
-    UNSUPPORTED = "UNSUPPORTED"  # a transfer syntax or pixel format that nothing here decodes
+    UNSUPPORTED = "UNSUPPORTED"  # a transfer syntax or pixel format without a decoder
     UNDECODABLE = "UNDECODABLE"  # the codec refused the pixel data
     TOO_LARGE = "TOO_LARGE"  # past a bound of size, depth or count, or past the decoder's memory
     TIMEOUT = "TIMEOUT"  # past the decoder's time
     CRASHED = "CRASHED"  # the decoder died
-    INTERNAL = "INTERNAL"  # an error of ours: worth a bug report
+    INTERNAL = "INTERNAL"  # a bug of this package
 
 
 class NotAnImage(Exception):
-    """A sound object that holds no image; `reason` says what it is. The message carries no tag value."""
+    """A valid object that is not an image; `reason` is its kind. The message carries no tag value."""
 
     def __init__(self, reason: Reason) -> None:
         super().__init__(reason.value)
@@ -47,9 +47,9 @@ class NotAnImage(Exception):
 
 
 class Rejected(Exception):
-    """An object that should hold an image and gives none; `reason` says why. The message carries no tag value.
+    """An object that should be an image and cannot be read as one, for `reason`. The message carries no tag value.
 
-    `detail` is the type and place in the code of an INTERNAL error, else "".
+    `detail` is the type and line of code of an INTERNAL error, else "".
     """
 
     def __init__(self, reason: Reason, detail: str = "") -> None:
@@ -60,39 +60,36 @@ class Rejected(Exception):
 
 @dataclass(frozen=True)
 class Element:
-    """One top-level element: `offset` of its value in the data set, `length` in bytes (items and all)."""
+    """One top-level element; offsets in bytes into the data set."""
 
-    tag: int
-    vr: str
-    header: int
-    offset: int
-    length: int
-    encapsulated: bool = False
-    fragments: int = 0
+    tag: int  # group and element in one, such as 0x00080016
+    vr: str  # "" where implicit
+    header: int  # offset of the element
+    offset: int  # of its value
+    length: int  # of its value in bytes, with all items
+    encapsulated: bool = False  # of undefined length
+    fragments: int = 0  # items of an encapsulated value
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A whole data set, walked: its bytes (inflated where they were deflated), from `start`, and its top level.
-
-    `media_class` is the SOP class that the file meta information names, "" where it names none.
-    """
+    """A whole data set: its bytes, inflated where they were deflated, and its top-level elements by tag."""
 
     data: memoryview = field(repr=False)
-    start: int
+    start: int  # offset of the first element
     transfer_syntax: str
-    media_class: str
+    media_class: str  # SOP class of the file meta information, "" where it names none
     implicit: bool
     little_endian: bool
     elements: Mapping[int, Element] = field(repr=False)
 
     def value(self, tag: int) -> bytes:
-        """The raw value of a top-level element, empty where there is none."""
+        """Return the raw value of a top-level element; empty where it is absent."""
         element = self.elements.get(tag)
         return bytes(self.data[element.offset : element.offset + element.length]) if element else b""
 
     def text(self, tag: int) -> str:
-        """The value of a top-level UI or CS element."""
+        """Return the value of a top-level UI or CS element; empty where it is absent."""
         return self.value(tag).decode("ascii", "replace").strip("\0 ")
 
 
@@ -116,8 +113,8 @@ _LONG_VRS = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b
 def examine(content: bytes | bytearray) -> Layout:
     """Walk a file from its first byte to its last.
 
-    Raises Rejected (EMPTY, TRUNCATED, MALFORMED, TOO_LARGE, UNSUPPORTED) or NotAnImage (NOT_DICOM). The 128 bytes
-    of the preamble are never looked at: they may hold anything (PS3.10 section 7.1), an executable's header too.
+    Raises Rejected (EMPTY, TRUNCATED, MALFORMED, TOO_LARGE, UNSUPPORTED) or NotAnImage (NOT_DICOM). Ignores the 128
+    bytes of the preamble, which may be anything (PS3.10 section 7.1), an executable's header too.
     """
     if not content:
         raise Rejected(Reason.EMPTY)
@@ -130,7 +127,7 @@ def examine(content: bytes | bytearray) -> Layout:
 
 
 def _without_preamble(view: memoryview) -> Layout:
-    """A data set that starts at byte 0 (ACR-NEMA heritage): only where a SOP class makes it unmistakable."""
+    """Walk a data set that starts at byte 0, as in ACR-NEMA; accept it only if it has a standard SOP class."""
     if bytes(view[:2]) not in (b"\x02\x00", b"\x08\x00", b"\x00\x08"):
         raise NotAnImage(Reason.NOT_DICOM)
     found: dict[int, Element] = {}
@@ -146,6 +143,7 @@ def _without_preamble(view: memoryview) -> Layout:
 
 
 def _data_set(view: memoryview, start: int, found: dict[int, Element] | None = None) -> Layout:
+    """Walk the file meta information and the data set from `start`; elements also go into `found` as they are met."""
     meta: dict[int, Element] = {}
     # PS3.10 section 7.1: group 0002 is explicit little endian whatever follows it.
     start = _Walker(view, implicit=False, little_endian=True).elements(start, meta, only_group=0x0002)
@@ -155,7 +153,7 @@ def _data_set(view: memoryview, start: int, found: dict[int, Element] | None = N
         view, start = memoryview(_inflate(view[start:])), 0
     elif syntax and not syntax.startswith("1.2.840.10008.1."):
         raise Rejected(Reason.UNSUPPORTED)
-    # Some writers leave the command set (PS3.7 section 6.3) before the data set.
+    # Some writers store the command set (PS3.7 section 6.3) before the data set.
     start = _Walker(view, implicit=True, little_endian=True).elements(start, {}, only_group=0x0000)
     little_endian = syntax != EXPLICIT_BIG
     if not syntax and bytes(view[start : start + 2]) == b"\x00\x08":
@@ -171,7 +169,7 @@ def _data_set(view: memoryview, start: int, found: dict[int, Element] | None = N
 
 
 def _inflate(deflated: memoryview) -> bytes:
-    """PS3.5 section A.5, with a bound: a megabyte of deflate can hold a gigabyte of zeros."""
+    """Inflate a data set (PS3.5 section A.5) up to a bound: a megabyte can inflate to a gigabyte of zeros."""
     stream = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
         data = stream.decompress(deflated, MAX_INFLATED_BYTES)
@@ -183,12 +181,14 @@ def _inflate(deflated: memoryview) -> bytes:
 
 
 def _looks_implicit(view: memoryview, at: int, assumed: bool) -> bool:
-    """Whether two letters stand where an explicit VR would; the file's own word for it is sometimes wrong."""
+    """Tell by the bytes in the place of an explicit VR: some files are encoded in another way than they declare."""
     vr = bytes(view[at + 4 : at + 6])
     return assumed if len(vr) < 2 else not (vr.isalpha() and vr.isupper())
 
 
 class _Walker:
+    """Steps through the elements of a data set in one encoding; counts them against MAX_ELEMENTS."""
+
     def __init__(self, view: memoryview, implicit: bool, little_endian: bool) -> None:
         self.view = view
         self.implicit = implicit
@@ -199,9 +199,9 @@ class _Walker:
         self.long = struct.Struct(f"{order}L").unpack_from
 
     def elements(self, at: int, found: dict[int, Element], only_group: int | None = None) -> int:
-        """Walk top-level elements from `at` into `found`; returns where they end.
+        """Walk top-level elements from `at` into `found`; return where they end.
 
-        With `only_group` stops before the first element of another group.
+        With `only_group`, stops before the first element of another group.
         """
         end = len(self.view)
         while at < end:
@@ -227,13 +227,13 @@ class _Walker:
         return at
 
     def _padding(self, at: int) -> int:
-        """Zeros up to the end of the file are padding; anything else is the start of an element that is gone."""
+        """Accept zeros up to the end of the file as padding; anything else is the start of a missing element."""
         if any(self.view[at:]):
             raise Rejected(Reason.TRUNCATED)
         return at
 
     def _header(self, at: int, implicit: bool) -> tuple[int, str, int, int]:
-        """Tag, VR ("" where implicit), offset of the value and declared length of the element at `at`."""
+        """Read the element at `at`: tag, VR ("" where implicit), offset of the value, declared length."""
         self.count += 1
         if self.count > MAX_ELEMENTS:
             raise Rejected(Reason.TOO_LARGE)
@@ -254,7 +254,7 @@ class _Walker:
         return tag, "", at + 8, length
 
     def _items(self, at: int, implicit: bool, depth: int) -> tuple[int, int]:
-        """Walk the items of an undefined length; returns where the delimiter ends and how many items there were."""
+        """Walk the items of an undefined length; return the end of the delimiter and the number of items."""
         if depth > MAX_DEPTH:
             raise Rejected(Reason.TOO_LARGE)
         end = len(self.view)
@@ -274,6 +274,7 @@ class _Walker:
             at = offset + length
 
     def _item(self, at: int, implicit: bool, depth: int) -> int:
+        """Walk the elements of an item of undefined length; return the end of its delimiter."""
         while True:
             tag, _, offset, length = self._header(at, implicit)
             if tag == _ITEM_END:

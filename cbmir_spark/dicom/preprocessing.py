@@ -1,4 +1,4 @@
-"""Settings of the 256×256 picture, and the version that names them."""
+"""Settings that decide the pixels of the 256×256 picture, and the version that names them."""
 
 import hashlib
 import json
@@ -10,18 +10,20 @@ from typing import Literal
 from cbmir_spark.dicom.vocabulary_tables import BODY_PARTS, MODALITIES
 from cbmir_spark.errors import ConfigError
 
-# Bump with any change of the code that changes a pixel: index, training and queries must agree on it.
+# Increase it with every change of the code that changes a pixel: index, training and queries must agree on it.
 PIXELS_REVISION = 1
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Everything that decides what the network sees of a frame; `version` names it, and travels with models.
+    """Settings that decide what the network sees of a frame; models record their `version`.
 
-    `windows` gives [low, high] by modality and body part, "*" for the rest of a modality: CT in Hounsfield units,
-    PT in SUV by body weight. Everything else takes `percentiles` of what is not padding. `frames` is the policy
-    of multi-frame objects: `auto` is all of enhanced CT, MR and PT and the middle one of everything else; all
-    means at most `max_frames`, evenly spaced. A number is that many of any object, evenly spaced.
+    `windows` gives (low, high) by modality and body part, "*" for all other parts of a modality: CT in Hounsfield
+    units, PT in SUV by body weight. Everything else takes two `percentiles` of the pixels that are not padding.
+    `frames` chooses the frames of multi-frame objects: the `middle` one; `all`, but at most `max_frames`; `auto`, all
+    of enhanced CT, MR and PT and the middle one of everything else; or a number of them. Several are evenly spaced.
+
+    Raises ConfigError for a window of an unknown modality or body part.
     """
 
     aspect: Literal["keep", "stretch"]
@@ -31,16 +33,19 @@ class Preprocessing:
     frames: Literal["auto", "all", "middle"] | int = "auto"
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for a window that no image could ever take: a slip there would pass unseen."""
         for modality, parts in self.windows.items():
             if modality not in MODALITIES:
-                raise ConfigError(f"pixels.windows: {modality!r} is no modality of the vocabulary")
+                raise ConfigError(
+                    f"pixels.windows: {modality!r} is not a known modality: `cbmir vocabulary` lists them"
+                )
             if unknown := [part for part in parts if part != "*" and part not in BODY_PARTS]:
-                raise ConfigError(f"pixels.windows.{modality}: {unknown[0]!r} is no body part of the vocabulary")
+                raise ConfigError(
+                    f"pixels.windows.{modality}: {unknown[0]!r} is not a known body part: `cbmir vocabulary` lists them"
+                )
 
     @cached_property
     def version(self) -> str:
-        """A short name that changes with every value, or line of code, that changes a pixel."""
+        """A short name that changes with every setting, and with PIXELS_REVISION."""
         text = json.dumps(
             [
                 {
@@ -57,12 +62,12 @@ class Preprocessing:
         return f"px{PIXELS_REVISION}-{self.aspect}-{digest[:8]}"
 
     def window(self, modality: str, body_part: str) -> tuple[float, float] | None:
-        """The fixed window of a modality and body part, None where percentiles decide."""
+        """Look up the fixed window of a modality and body part; None where percentiles decide."""
         parts = self.windows.get(modality, {})
         return parts.get(body_part) or parts.get("*")
 
     def chosen(self, frames: int, enhanced: bool) -> list[int]:
-        """Numbers (from 0) of the frames to read of an object that has `frames` of them."""
+        """Choose the frames to read, numbered from 0, of an object that has `frames` of them."""
         if self.frames == "middle" or (self.frames == "auto" and not enhanced):
             return [frames // 2]
         wanted = min(frames, self.frames if isinstance(self.frames, int) else self.max_frames)

@@ -1,24 +1,24 @@
-"""Silence pydicom while an object is parsed: it quotes the values of most real headers that it complains about."""
+"""Silence pydicom while an object is parsed: its warnings and log records quote the values of real headers."""
 
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Every logger of pydicom: a filter on the first one does not see the records of those below it.
+# Every logger of pydicom: a filter on a logger does not apply to the records of its children.
 _LOGGERS = ("pydicom", "pydicom.pixels.decoders.base", "pydicom.pixels.encoders.base", "pydicom.pixels.utils")
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Drop warnings, and the records of pydicom's loggers, within the block; restore both after it.
+    """Drop all warnings and pydicom's log records within the block, whatever levels and handlers the caller has set.
 
-    Works at any level and with any handler of the caller's. Both are properties of the process: what other threads
-    warn of or log through pydicom meanwhile is dropped too.
+    Warnings and loggers belong to the process: the block silences other threads too. Enter it from one thread at a
+    time, or a block that ends may restore warnings while another one still parses.
     """
     loggers = [logging.getLogger(name) for name in _LOGGERS]
 
-    # A filter of this block's own, not a level: blocks that overlap in time do not undo each other's.
+    # A filter, not a level: a child logger with a level of its own ignores its parent's.
     def drop(record: logging.LogRecord) -> bool:
         return False
 

@@ -1,7 +1,7 @@
-"""Bytes of a DICOM object → its tags and its frames as 256×256 gray pictures; pydicom and numpy, no Spark.
+"""Read the bytes of a DICOM object: its tags, and its frames as 256×256 gray pictures.
 
-`read_instance` is the whole way, the same for the archive and for a query. Nothing that it raises or returns
-carries a tag value outside the fields of `Tags`. Runs per task, inside the process of decoder.py.
+`read_instance` does it for the archive and for queries alike. Nothing that it raises, warns of or logs carries a tag
+value; it returns none outside the fields of `Tags`. Runs per task, in the process of decoder.py.
 """
 
 from collections.abc import Iterator
@@ -13,14 +13,13 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
 
-from cbmir_spark.dicom import codecs, suv
-from cbmir_spark.dicom import gray as dicom_gray
+from cbmir_spark.dicom import codecs, gray, suv
 from cbmir_spark.dicom.codecs import Stored
 from cbmir_spark.dicom.elements import Array, Floats
 from cbmir_spark.dicom.preflight import PIXEL_DATA_TAGS, SOP_CLASS, Layout, NotAnImage, Reason, Rejected, examine
 from cbmir_spark.dicom.preprocessing import Preprocessing
 from cbmir_spark.dicom.quiet import quiet
-from cbmir_spark.dicom.sop_classes import DICOMDIR, ENHANCED, NOT_IMAGES, NOT_STORAGE, SPECTROSCOPY, STORAGE
+from cbmir_spark.dicom.sop_classes import ENHANCED_MULTIFRAME, MEDIA_DIRECTORY, STORAGE_ROOT, is_image
 from cbmir_spark.dicom.tags import Tags, read_tags
 from cbmir_spark.dicom.vocabulary import Vocabulary
 
@@ -40,39 +39,42 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Frame:
-    """One frame as the network sees it, and the window used, in output units of the Modality LUT."""
+    """One frame as the network sees it, and its window in the output units of the Modality LUT."""
 
-    number: int
-    pixels: NDArray[np.uint8]
+    number: int  # from 0
+    pixels: NDArray[np.uint8]  # (256, 256)
     low: float
     high: float
 
 
 @dataclass(frozen=True)
 class Instance:
-    """One SOP instance: its tags and those of its frames that the policy chose."""
+    """One SOP instance: its tags and the frames that `Preprocessing.chosen` selects."""
 
     tags: Tags
     frames: tuple[Frame, ...]
 
 
 def read_instance(content: bytes | bytearray, preprocessing: Preprocessing, vocabulary: Vocabulary) -> Instance:
-    """Tags and frames of one object.
+    """Read the tags and frames of one object.
 
-    Raises NotAnImage or Rejected with their reason. Whatever else it raises is an error of ours, but for
-    MemoryError; decoder.py turns both into a rejection of this one file.
+    Raises NotAnImage or Rejected with a reason. Any other exception except MemoryError is a bug of this package;
+    decoder.py turns both into a rejection of this one file.
     """
     with quiet():
         ds, layout, sop_class = _open(content)
         _check_class(sop_class)
         stored = _stored(ds, layout, sop_class)
         tags = read_tags(ds, stored, sop_class, vocabulary)
-        wanted = preprocessing.chosen(stored.frames, sop_class in ENHANCED)
+        wanted = preprocessing.chosen(stored.frames, sop_class in ENHANCED_MULTIFRAME)
         return Instance(tags, tuple(_frames(ds, layout, stored, tags, preprocessing, wanted)))
 
 
 def decode_frames(content: bytes | bytearray) -> Iterator[Array]:
-    """Gray stored values (rows, columns) of every frame of anything with pixel data, whatever its class or UID."""
+    """Decode every frame to gray stored values (rows, columns), whatever the object's class or UID.
+
+    Raises NotAnImage or Rejected.
+    """
     with quiet():
         ds, layout, sop_class = _open(content)
         stored = _stored(ds, layout, sop_class)
@@ -83,15 +85,15 @@ def decode_frames(content: bytes | bytearray) -> Iterator[Array]:
                 _, array, photometric = next(decoded)
             except StopIteration:
                 return
-            gray = dicom_gray.luminance(array, photometric, ds, layout.little_endian)
-        yield gray
+            values = gray.luminance(array, photometric, ds, layout.little_endian)
+        yield values
 
 
 def picture(content: bytes | bytearray, frame: int) -> NDArray[np.uint8]:
-    """(256, 256) uint8 of one frame with the header's own contrast, aspect kept: for people, never for the network.
+    """Render one frame for people, never for the network: (256, 256) uint8 with the header's contrast and aspect ratio.
 
-    Ultrasound is cropped to its regions here too: text burned in around them names patients.
-    Raises NotAnImage or Rejected; IndexError where the object has no such frame.
+    Crops ultrasound to its regions, because text burned in around them names patients. Raises NotAnImage or Rejected;
+    IndexError where the object has no such frame.
     """
     with quiet():
         ds, layout, sop_class = _open(content)
@@ -100,29 +102,29 @@ def picture(content: bytes | bytearray, frame: int) -> NDArray[np.uint8]:
         if not 0 <= frame < stored.frames:
             raise IndexError(f"frame {frame} of {stored.frames}")
         _, array, photometric = next(codecs.decode(ds, layout, stored, [frame]))
-        gray = dicom_gray.luminance(array, photometric, ds, layout.little_endian)
+        stored_gray = gray.luminance(array, photometric, ds, layout.little_endian)
         mask = None
         if photometric in _GRAY:
-            mask = dicom_gray.padding_mask(gray, stored, ds)
-            values = dicom_gray.modality_values(gray, ds, frame, layout.little_endian)
-            unit = dicom_gray.voi(values, mask, ds, frame, layout.little_endian)
+            mask = gray.padding_mask(stored_gray, stored, ds)
+            values = gray.modality_values(stored_gray, ds, frame, layout.little_endian)
+            unit = gray.voi(values, mask, ds, frame, layout.little_endian)
         else:
-            unit = dicom_gray.to_unit(gray.astype(np.float32), 0.0, _full_scale(gray))
-        box = dicom_gray.crop_box(ds, stored.rows, stored.columns)
+            unit = gray.to_unit(stored_gray.astype(np.float32), 0.0, _full_scale(stored_gray))
+        box = gray.crop_box(ds, stored.rows, stored.columns)
         return _finish(unit, mask, ds, stored, frame, "keep", box)
 
 
 _GRAY = ("MONOCHROME1", "MONOCHROME2")
 
 
-def _full_scale(gray: Array) -> float:
-    """The largest value that luma of this depth can have: 8, 16 or 32 bits, whichever holds what is there."""
-    top = float(gray.max())
+def _full_scale(luma: Array) -> float:
+    """Return the maximum of the smallest depth, 8, 16 or 32 bits, that fits the luma."""
+    top = float(luma.max())
     return next((full for full in (255.0, 65535.0, 4294967295.0) if top <= full), top)
 
 
 def _open(content: bytes | bytearray) -> tuple[Dataset, Layout, str]:
-    """The header as pydicom reads it (everything before the pixel data), its layout and its SOP class."""
+    """Parse everything before the pixel data; return it with the object's layout and its SOP class."""
     layout = examine(content)
     end = min((layout.elements[t].header for t in PIXEL_DATA_TAGS if t in layout.elements), default=len(layout.data))
     header = BytesIO(layout.data[layout.start : end])
@@ -136,22 +138,21 @@ def _open(content: bytes | bytearray) -> tuple[Dataset, Layout, str]:
 
 
 def _check_class(sop_class: str) -> None:
-    if sop_class == DICOMDIR:
+    if sop_class == MEDIA_DIRECTORY:
         raise NotAnImage(Reason.DICOMDIR)
-    family = sop_class.removeprefix(STORAGE).split(".")[0] if sop_class.startswith(STORAGE) else ""
-    if family in NOT_IMAGES or sop_class == SPECTROSCOPY or sop_class.startswith(NOT_STORAGE):
+    if not is_image(sop_class):
         raise NotAnImage(Reason.NOT_IMAGE_CLASS)
 
 
 def _stored(ds: Dataset, layout: Layout, sop_class: str) -> Stored:
-    """How the pixels lie in the file. Without any, an object of an image storage class is one that lost them.
+    """Describe the pixel data; raise where there is none, for a reason that depends on the class.
 
-    Every class below the storage root that `_check_class` lets pass has pixels by definition (PS3.4 table B.5-1):
-    a header alone, or a file cut between two elements before the pixel data, is rejected. An object of a private
-    class, or of none, never was an image.
+    Every class below the storage root that `_check_class` accepts has pixels by definition (PS3.4 table B.5-1): a
+    header alone, or a file that was cut between two elements before its pixels, is rejected. An object of a private
+    class, or of none, is not an image.
     """
     if not any(layout.elements[tag].length for tag in PIXEL_DATA_TAGS if tag in layout.elements):
-        raise Rejected(Reason.NO_PIXELS) if sop_class.startswith(STORAGE) else NotAnImage(Reason.NO_PIXELS)
+        raise Rejected(Reason.NO_PIXELS) if sop_class.startswith(STORAGE_ROOT) else NotAnImage(Reason.NO_PIXELS)
     return codecs.describe(ds, layout)
 
 
@@ -159,37 +160,37 @@ def _frames(
     ds: Dataset, layout: Layout, stored: Stored, tags: Tags, preprocessing: Preprocessing, wanted: list[int]
 ) -> Iterator[Frame]:
     factor = suv.suv_factor(ds) if tags.modality == "PT" else None
-    box = dicom_gray.crop_box(ds, stored.rows, stored.columns)
+    box = gray.crop_box(ds, stored.rows, stored.columns)
     for frame, array, photometric in codecs.decode(ds, layout, stored, wanted):
-        gray = dicom_gray.luminance(array, photometric, ds, layout.little_endian)
+        stored_gray = gray.luminance(array, photometric, ds, layout.little_endian)
         mask = None
         values: Floats
         if photometric in _GRAY:
-            mask = dicom_gray.padding_mask(gray, stored, ds)
-            values = dicom_gray.modality_values(gray, ds, frame, layout.little_endian)
+            mask = gray.padding_mask(stored_gray, stored, ds)
+            values = gray.modality_values(stored_gray, ds, frame, layout.little_endian)
             window = _fixed_window(ds, frame, tags, preprocessing, factor)
         else:
-            values, window = gray.astype(np.float32, copy=False), None
+            values, window = stored_gray.astype(np.float32, copy=False), None
         inside = _inside(box)
         if window is None:
-            window = dicom_gray.percentile_window(
+            window = gray.percentile_window(
                 values[inside], None if mask is None else mask[inside], *preprocessing.percentiles
             )
-        unit = dicom_gray.to_unit(values, *window)
+        unit = gray.to_unit(values, *window)
         yield Frame(frame, _finish(unit, mask, ds, stored, frame, preprocessing.aspect, box), *window)
 
 
 def _fixed_window(
     ds: Dataset, frame: int, tags: Tags, preprocessing: Preprocessing, factor: float | None
 ) -> tuple[float, float] | None:
-    """The configured window in the units of this frame's values; None where those units are not known."""
+    """Convert the configured window to the units of this frame's values; None where those units are unknown."""
     window = preprocessing.window(tags.modality, tags.body_part)
     if window is None:
         return None
     if tags.modality == "PT":
         return None if factor is None else (window[0] / factor, window[1] / factor)
     if tags.modality == "CT":
-        transform = dicom_gray.rescale(ds, frame)
+        transform = gray.rescale(ds, frame)
         return window if transform is not None and transform[2] in ("", "HU", "HU_MOD") else None
     return window
 
@@ -207,9 +208,9 @@ def _finish(
     aspect: str,
     box: tuple[int, int, int, int] | None = None,
 ) -> NDArray[np.uint8]:
-    """0 to 1 (rows, columns) → (256, 256) uint8: inversion, padding to background, crop, resize, quantise."""
+    """Turn values from 0 to 1 into the (256, 256) picture: invert, blank the padding, crop, resize, quantize."""
     if stored.photometric == "MONOCHROME1":
         unit = np.float32(1.0) - unit
     if mask is not None:
         unit = np.where(mask, np.float32(0.0), unit)
-    return dicom_gray.quantise(dicom_gray.resize(unit[_inside(box)], dicom_gray.pixel_ratio(ds, frame), aspect))
+    return gray.quantize(gray.resize(unit[_inside(box)], gray.pixel_ratio(ds, frame), aspect))

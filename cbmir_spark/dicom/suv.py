@@ -1,4 +1,4 @@
-"""Standardised uptake values of PET by body weight (PS3.3 C.8.9)."""
+"""Standardized uptake values of PET by body weight (PS3.3 section C.8.9)."""
 
 import math
 from datetime import datetime, timedelta
@@ -10,10 +10,10 @@ from cbmir_spark.dicom.elements import items, number, value
 
 
 def suv_factor(ds: Dataset) -> float | None:
-    """What a PET image's output units are multiplied by to give SUV by body weight (g/ml); None where unknown.
+    """Compute the factor from a PET image's output units to SUV by body weight (g/ml); None where it is unknown.
 
-    The vendor-neutral computation of the Quantitative Imaging Biomarkers Alliance: BQML with decay correction to
-    the start of the scan or to the injection; GML as it is; Philips' CNTS by its private scale factor.
+    Follows the vendor-neutral computation of the Quantitative Imaging Biomarkers Alliance: BQML with decay correction
+    to the start of the scan or to the injection, GML as it is, Philips' CNTS by its private scale factor.
     """
     units = str(value(ds, "Units") or "").strip().upper()
     if units == "GML":
@@ -46,7 +46,7 @@ def _seconds_since_injection(ds: Dataset, drug: Dataset) -> float | None:
     scan = _moment(value(ds, "SeriesDate"), value(ds, "SeriesTime"))
     acquired = _moment(value(ds, "AcquisitionDate"), value(ds, "AcquisitionTime"))
     if scan is None or (acquired is not None and scan > acquired):
-        # A series made anew later carries the time of its making; its scan started no later than this frame.
+        # A derived series carries the time of its creation, later than its frames: the start of the scan is unknown.
         return None
     full = str(value(drug, "RadiopharmaceuticalStartDateTime") or "")
     injected = _moment(full[:8], full[8:]) if len(full) >= 14 else None

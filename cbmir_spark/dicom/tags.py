@@ -1,4 +1,4 @@
-"""Data set → the allow-listed tags, normalised."""
+"""Read the allow-listed tags of a data set, normalized; no other value of a header is stored."""
 
 import re
 from dataclasses import dataclass
@@ -7,47 +7,22 @@ from typing import Any, Literal
 
 from pydicom.dataset import Dataset
 
-from cbmir_spark.dicom import burned_in
-from cbmir_spark.dicom import gray as dicom_gray
+from cbmir_spark.dicom import burned_in, gray
 from cbmir_spark.dicom.codecs import Stored
 from cbmir_spark.dicom.elements import functional_group, items, number, value
 from cbmir_spark.dicom.preflight import Reason, Rejected
-from cbmir_spark.dicom.sop_classes import STORAGE
+from cbmir_spark.dicom.sop_classes import SECONDARY_CAPTURE, WHOLE_SLIDE
 from cbmir_spark.dicom.vocabulary import Vocabulary
 from cbmir_spark.dicom.vocabulary_tables import UNKNOWN
 
+__all__ = ["Kind", "Tags", "read_tags"]
+
 Kind = Literal["image", "localizer", "screen", "whole_slide"]
-_WHOLE_SLIDE = frozenset(STORAGE + end for end in ("77.1.6", "77.1.8", "77.1.9"))
-_SECONDARY_CAPTURE = STORAGE + "7"
-# Overlays (PS3.5 section 7.6): those in unused bits of the pixels are described in these groups too.
-_OVERLAYS = frozenset(range(0x6000, 0x6100, 2))
-
-_UID = re.compile(r"[0-9]+(\.[0-9]+)*")
-_CODE_STRING = re.compile(r"[A-Z0-9 _]{1,16}")
-_AGE = re.compile(r"(\d{1,3})\s*([DWMY])")
-_DATE = re.compile(r"(\d{4})[.\-]?(\d{2})[.\-]?(\d{2})")
-_DAYS_PER_YEAR = 365.25
-_PER_YEAR = {"D": _DAYS_PER_YEAR, "W": _DAYS_PER_YEAR / 7, "M": 12.0, "Y": 1.0}
-# An age above 89 identifies by itself (45 CFR 164.514(b)(2)(i)(C)).
-_OLDEST = 90.0
-
-
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split("|"))
-
-
-_SCREEN_TYPES = _names(
-    "SCREEN SAVE|SCREENSAVE|SCREEN_SAVE|DOSE|DOSE_INFO|DOSEINFO|DOSE REPORT|PATIENT_INFO|REF_SURVIEW|RESULTS|REPORT|"
-    "PROTOCOL|SUMMARY|CT_SOM5 PROT|CSA REPORT"
-)
-_SCREEN_SERIES = re.compile(r"dose (report|info|record)|patient protocol|exam (summary|protocol)|screen ?sav|^report")
-# PS3.3 section C.8.11.5 and CID 4014, 4010: what View Position may say; anything else is dropped.
-_VIEWS = _names("AP|PA|LL|RL|RLD|LLD|RLO|LLO|LAT|OBL|CC|MLO|ML|LM|LMO|SIO|XCC|XCCL|XCCM|FB|ISO|AT|CV|SPECIMEN")
 
 
 @dataclass(frozen=True)
 class Tags:
-    """The allow-list: all that is ever kept of a header. The four identifiers are for the vault and for pseudonyms."""
+    """The allow-list: the only tags that are stored, the three UIDs and the Patient ID as pseudonyms."""
 
     sop_instance_uid: str
     series_instance_uid: str | None
@@ -56,7 +31,7 @@ class Tags:
     modality: str
     body_part: str
     modality_raw: str | None
-    # BodyPartExamined, or a term: of the coded region where that is empty, of itself where it is no code.
+    # BodyPartExamined where it is a code string; else the term of it, or of the coded region where it is empty.
     body_part_raw: str | None
     kind: Kind
     sex: str | None
@@ -75,12 +50,27 @@ class Tags:
     signed: bool
     samples_per_pixel: int
     transfer_syntax: str
-    sop_class: str  # UNKNOWN where the object names none that can be
+    sop_class: str  # UNKNOWN where the object names no valid one
     burned_in: str
-    text_risk: bool  # burned-in text has to be expected: burned_in.py
+    text_risk: bool  # the pixels may show burned-in text: burned_in.py
+
+
+def _terms(text: str) -> frozenset[str]:
+    return frozenset(text.split("|"))
+
+
+# Overlays in unused bits of the pixels are described in these groups too (PS3.5 section 7.6).
+_OVERLAY_GROUPS = frozenset(range(0x6000, 0x6100, 2))
+# Defined terms of View Position (PS3.3 section C.8.11.5, CID 4014 and 4010); any other value is dropped.
+_VIEWS = _terms("AP|PA|LL|RL|RLD|LLD|RLO|LLO|LAT|OBL|CC|MLO|ML|LM|LMO|SIO|XCC|XCCL|XCCM|FB|ISO|AT|CV|SPECIMEN")
 
 
 def read_tags(ds: Dataset, stored: Stored, sop_class: str, vocabulary: Vocabulary) -> Tags:
+    """Read and normalize the tags of a data set whose Image Pixel module is `stored`.
+
+    Raises Rejected (NO_UID) without a valid SOP Instance UID. Every other tag that is absent or invalid is None, or
+    UNKNOWN where the table requires a value.
+    """
     uid = _uid(ds, "SOPInstanceUID")
     if uid is None:
         raise Rejected(Reason.NO_UID)
@@ -90,10 +80,10 @@ def read_tags(ds: Dataset, stored: Stored, sop_class: str, vocabulary: Vocabular
         region = vocabulary.region(_region_codes(ds))
         raw_body_part = None if region == UNKNOWN else region
     body_part = vocabulary.body_part(raw_body_part)
-    spacing = dicom_gray.pixel_spacing(ds, 0)
+    spacing = gray.pixel_spacing(ds, 0)
     measures = functional_group(ds, 0, "PixelMeasuresSequence")
     thickness = number(measures, "SliceThickness") if measures is not None else number(ds, "SliceThickness")
-    said = _one_of(_text(ds, "BurnedInAnnotation"), ("YES", "NO")) or "UNKNOWN"
+    declared = _one_of(_text(ds, "BurnedInAnnotation"), ("YES", "NO")) or "UNKNOWN"
     modality = vocabulary.modality(raw_modality)
     kind = _kind(ds, stored, sop_class, modality)
     return Tags(
@@ -123,27 +113,27 @@ def read_tags(ds: Dataset, stored: Stored, sop_class: str, vocabulary: Vocabular
         samples_per_pixel=stored.samples,
         transfer_syntax=stored.transfer_syntax,
         sop_class=sop_class if _is_uid(sop_class) else UNKNOWN,
-        burned_in=said,
+        burned_in=declared,
         text_risk=burned_in.expected(
-            burned_in=said,
+            burned_in=declared,
             kind=kind,
             modality=modality,
             sop_class=sop_class,
             cropped=_is_cropped(ds, stored),
             converted=_text(ds, "ConversionType") is not None,
-            overlays=any(tag.group in _OVERLAYS for tag in list(ds.keys())),
+            overlays=any(tag.group in _OVERLAY_GROUPS for tag in list(ds.keys())),
         ),
     )
 
 
 def _is_cropped(ds: Dataset, stored: Stored) -> bool:
-    """Whether something was left out around the regions of ultrasound; a region as large as the picture keeps all."""
-    box = dicom_gray.crop_box(ds, stored.rows, stored.columns)
+    """Tell whether the crop to the regions of an ultrasound removes anything."""
+    box = gray.crop_box(ds, stored.rows, stored.columns)
     return box is not None and box != (0, 0, stored.rows, stored.columns)
 
 
 def _text(ds: Dataset, keyword: str) -> str | None:
-    """The first value of a text element, trimmed; None where there is none."""
+    """Return the first value of a text element, trimmed; None where it is absent or empty."""
     found = value(ds, keyword)
     if found is not None and not isinstance(found, str) and hasattr(found, "__getitem__"):
         found = found[0] if len(found) else None
@@ -156,13 +146,20 @@ def _one_of(text: str | None, known: Any) -> str | None:
     return upper if upper in known else None
 
 
+# A Code String (PS3.5 section 6.2): free text, which may name a patient, does not match.
+_CODE_STRING = re.compile(r"[A-Z0-9 _]{1,16}")
+
+
 def _code_string(text: str | None) -> str | None:
     upper = (text or "").upper()
     return upper if _CODE_STRING.fullmatch(upper) else None
 
 
+_UID = re.compile(r"[0-9]+(\.[0-9]+)*")
+
+
 def _is_uid(text: str | None) -> bool:
-    """PS3.5 section 9.1: digits and single dots, none at either end, 64 at most."""
+    """Check a UID (PS3.5 section 9.1): at most 64 digits and single dots, with a digit at each end."""
     return text is not None and len(text) <= 64 and _UID.fullmatch(text) is not None
 
 
@@ -172,10 +169,10 @@ def _uid(ds: Dataset, keyword: str) -> str | None:
 
 
 def _region_codes(ds: Dataset) -> list[str]:
-    """Code values of the Anatomic Region Sequence, of the object or of its first frame's anatomy macro."""
+    """Return the codes of the Anatomic Region Sequence, of the object and of its first frame's anatomy macro."""
     anatomy = functional_group(ds, 0, "FrameAnatomySequence")
-    holders = [ds] + ([anatomy] if anatomy is not None else [])
-    regions = [item for holder in holders for item in items(holder, "AnatomicRegionSequence")]
+    sources = [ds] + ([anatomy] if anatomy is not None else [])
+    regions = [item for source in sources for item in items(source, "AnatomicRegionSequence")]
     return [code for item in regions if (code := _text(item, "CodeValue") or _text(item, "LongCodeValue"))]
 
 
@@ -187,8 +184,15 @@ def _laterality(ds: Dataset) -> str | None:
     return _one_of(found, ("L", "R", "B", "U"))
 
 
+_AGE = re.compile(r"(\d{1,3})\s*([DWMY])")
+_DAYS_PER_YEAR = 365.25
+_PER_YEAR = {"D": _DAYS_PER_YEAR, "W": _DAYS_PER_YEAR / 7, "M": 12.0, "Y": 1.0}
+# An age above 89 identifies by itself (45 CFR 164.514(b)(2)(i)(C)).
+_OLDEST = 90.0
+
+
 def _age_years(ds: Dataset) -> float | None:
-    """Patient's Age (0010,1010) in years, else the years from birth to study; above 89 it is 90."""
+    """Convert Patient's Age (0010,1010) to years, else count from birth to study; every age above 89 becomes 90."""
     match = _AGE.fullmatch((_text(ds, "PatientAge") or "").upper())
     if match:
         years = int(match[1]) / _PER_YEAR[match[2]]
@@ -197,7 +201,7 @@ def _age_years(ds: Dataset) -> float | None:
         if birth is None or study is None or birth > study:
             return None
         years = (study - birth).days / _DAYS_PER_YEAR
-        # By the calendar: on a 90th birthday the days alone may make less than 90 years.
+        # By the calendar too: on a 90th birthday the days alone may add up to less than 90 years.
         if study.year - birth.year - ((study.month, study.day) < (birth.month, birth.day)) >= _OLDEST:
             years = _OLDEST
     return _OLDEST if years >= _OLDEST else years
@@ -208,8 +212,11 @@ def _year(ds: Dataset) -> int | None:
     return next((day.year for day in dates if day is not None), None)
 
 
+_DATE = re.compile(r"(\d{4})[.\-]?(\d{2})[.\-]?(\d{2})")
+
+
 def _date(ds: Dataset, keyword: str) -> date | None:
-    """A DA value, the dotted form of ACR-NEMA too; None for what is no day since X-rays were found."""
+    """Parse a DA value, in the dotted form of ACR-NEMA too; None where it is invalid or outside 1850 to 2200."""
     match = _DATE.fullmatch(_text(ds, keyword) or "")
     try:
         day = date(int(match[1]), int(match[2]), int(match[3])) if match else None
@@ -218,9 +225,16 @@ def _date(ds: Dataset, keyword: str) -> date | None:
     return day if day is not None and 1850 <= day.year <= 2200 else None
 
 
+_SCREEN_TYPES = _terms(
+    "SCREEN SAVE|SCREENSAVE|SCREEN_SAVE|DOSE|DOSE_INFO|DOSEINFO|DOSE REPORT|PATIENT_INFO|REF_SURVIEW|RESULTS|REPORT|"
+    "PROTOCOL|SUMMARY|CT_SOM5 PROT|CSA REPORT"
+)
+_SCREEN_SERIES = re.compile(r"dose (report|info|record)|patient protocol|exam (summary|protocol)|screen ?sav|^report")
+
+
 def _kind(ds: Dataset, stored: Stored, sop_class: str, modality: str) -> Kind:
-    """What sort of picture it is: training and index take `image` only."""
-    if sop_class in _WHOLE_SLIDE or modality == "SM":
+    """Classify the picture; training and index take `image` alone."""
+    if sop_class in WHOLE_SLIDE or modality == "SM":
         return "whole_slide"
     found = value(ds, "ImageType")
     types = {str(part).strip().upper() for part in ([found] if isinstance(found, str) else found or ())}
@@ -228,7 +242,7 @@ def _kind(ds: Dataset, stored: Stored, sop_class: str, modality: str) -> Kind:
         return "localizer"
     series = (_text(ds, "SeriesDescription") or "").lower()
     # A color capture from a scanner is a report, a plan or a rendering, not a slice.
-    rendered = sop_class == _SECONDARY_CAPTURE and stored.samples == 3 and modality in ("CT", "MR", "PT", "NM")
+    rendered = sop_class == SECONDARY_CAPTURE and stored.samples == 3 and modality in ("CT", "MR", "PT", "NM")
     if types & _SCREEN_TYPES or _SCREEN_SERIES.search(series) or rendered:
         return "screen"
     return "image"

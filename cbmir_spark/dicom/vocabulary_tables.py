@@ -1,27 +1,28 @@
-"""Terms and synonyms of modality and body part (PS3.16 CID 29 and 4031, Annex L)."""
+"""Terms and synonyms of Modality and BodyPartExamined (PS3.16 CID 29 and 4031, Annex L); data alone."""
 
 from collections.abc import Mapping
 
 UNKNOWN = "UNKNOWN"
 
-# Bump with any change of the code below that maps a value elsewhere; changes of the tables show by themselves.
-REVISION = 1
+# Increase it with every change of vocabulary.py that maps a value to another term. Changes of the tables change the
+# vocabulary's version by themselves.
+VOCABULARY_REVISION = 1
 
 
-def _names(text: str) -> list[str]:
+def _terms(text: str) -> list[str]:
     return text.split()
 
 
-# PS3.3 C.7.3.1.1.1, the values that an image can carry; anything else is UNKNOWN.
+# Values that an image can have (PS3.3 section C.7.3.1.1.1).
 MODALITIES: frozenset[str] = frozenset(
-    _names(
+    _terms(
         "AR BI BMD CR CT CTPROTOCOL DG DMS DX ECG EPS ES GM HC IO IVOCT IVUS KER LEN LS MG MR NM OAM OCT OP "
         "OPM OPT OPTBSV OPTENF OPV OSS OT PA PT PX RF RG RTDOSE RTIMAGE RTPLAN RTSTRUCT SC SEG SM SR TG US VA "
         "XA XC"
     )
 ) | {UNKNOWN}
 
-# Retired terms (same section) and spellings that other sources use.
+# Retired terms (same section) and spellings of other sources.
 MODALITY_SYNONYMS: Mapping[str, str] = {
     "XR": "DX",
     "XRAY": "DX",
@@ -48,7 +49,7 @@ MODALITY_SYNONYMS: Mapping[str, str] = {
 }
 
 BODY_PARTS: tuple[str, ...] = (
-    *_names(
+    *_terms(
         "ABDOMEN ABDOMENPELVIS ADRENAL ANKLE ANUS AORTA ARM AXILLA BACK BILEDUCT BLADDER BRAIN BREAST "
         "BRONCHUS BUTTOCK CALCANEUS CALF CAROTID CEREBELLUM CERVIX CHEEK CHEST CHESTABDOMEN CHESTABDPELVIS "
         "CIRCLEOFWILLIS CLAVICLE COCCYX COLON CORNEA CORONARYARTERY CSPINE CTSPINE DUODENUM EAR ELBOW "
@@ -65,8 +66,8 @@ BODY_PARTS: tuple[str, ...] = (
     UNKNOWN,
 )
 
-# Keys are folded (upper case, words apart by one space); a phrase is also found with its spaces left out.
-SYNONYMS: Mapping[str, str] = {
+# Keys are upper case, with one space between words; a phrase also matches without its spaces.
+BODY_PART_SYNONYMS: Mapping[str, str] = {
     # trunk
     "ABD": "ABDOMEN",
     "ABDO": "ABDOMEN",
@@ -282,32 +283,32 @@ SYNONYMS: Mapping[str, str] = {
     "WATER PHANTOM": "PHANTOM",
 }
 
-# Words that say how or on which side, never what; they are left out when a phrase as a whole is not known.
-SIDES = frozenset(_names("L R LT RT LEFT RIGHT BI BILAT BILATERAL BOTH UNILATERAL"))
-NOISE = SIDES | frozenset(
-    _names(
+# Words that name no body part: they are dropped where the phrase as a whole is not known.
+LATERALITY_WORDS = frozenset(_terms("L R LT RT LEFT RIGHT BI BILAT BILATERAL BOTH UNILATERAL"))
+FILLER_WORDS = LATERALITY_WORDS | frozenset(
+    _terms(
         "A AND AP C CE CM CON CONTR CONTRAST CR CT CTA DR DX ENHANCED FOR HR IV KM LAT LATERAL MG MR MRA MRI "
         "NM OF PA PET PLAIN POST PRE PT ROUTINE SCAN SERIES STUDY THE US VIEW VIEWS W WITH WITHOUT WO WWO XA "
         "XR"
     )
 )
 
-# A region's own organs: "CHEST LUNG" means the lung. Only plain containment; HEAD, BRAIN stay apart otherwise.
-INSIDE: Mapping[str, str] = {
-    **dict.fromkeys(_names("LUNG HEART CORONARYARTERY MEDIASTINUM ESOPHAGUS RIB STERNUM TRACHEA BRONCHUS"), "CHEST"),
+# Organ or part → the region around it: of "CHEST LUNG" the lung counts. A part alone keeps its own term.
+ENCLOSING_REGION: Mapping[str, str] = {
+    **dict.fromkeys(_terms("LUNG HEART CORONARYARTERY MEDIASTINUM ESOPHAGUS RIB STERNUM TRACHEA BRONCHUS"), "CHEST"),
     **dict.fromkeys(
-        _names("LIVER KIDNEY PANCREAS STOMACH SPLEEN ADRENAL GALLBLADDER BILEDUCT DUODENUM JEJUNUM COLON"), "ABDOMEN"
+        _terms("LIVER KIDNEY PANCREAS STOMACH SPLEEN ADRENAL GALLBLADDER BILEDUCT DUODENUM JEJUNUM COLON"), "ABDOMEN"
     ),
-    **dict.fromkeys(_names("PROSTATE BLADDER UTERUS OVARY CERVIX RECTUM VAGINA"), "PELVIS"),
-    **dict.fromkeys(_names("BRAIN FACE ORBIT SINUS SKULL SELLA IAC EAR EYE JAW"), "HEAD"),
-    **dict.fromkeys(_names("THYROID LARYNX PHARYNX PAROTID CAROTID"), "NECK"),
-    **dict.fromkeys(_names("CSPINE TSPINE LSPINE LSSPINE TLSPINE CTSPINE SSPINE"), "SPINE"),
-    **dict.fromkeys(_names("FINGER THUMB"), "HAND"),
-    **dict.fromkeys(_names("TOE CALCANEUS"), "FOOT"),
+    **dict.fromkeys(_terms("PROSTATE BLADDER UTERUS OVARY CERVIX RECTUM VAGINA"), "PELVIS"),
+    **dict.fromkeys(_terms("BRAIN FACE ORBIT SINUS SKULL SELLA IAC EAR EYE JAW"), "HEAD"),
+    **dict.fromkeys(_terms("THYROID LARYNX PHARYNX PAROTID CAROTID"), "NECK"),
+    **dict.fromkeys(_terms("CSPINE TSPINE LSPINE LSSPINE TLSPINE CTSPINE SSPINE"), "SPINE"),
+    **dict.fromkeys(_terms("FINGER THUMB"), "HAND"),
+    **dict.fromkeys(_terms("TOE CALCANEUS"), "FOOT"),
     "PATELLA": "KNEE",
 }
 
-COMBINATIONS: Mapping[frozenset[str], str] = {
+COMBINED_REGIONS: Mapping[frozenset[str], str] = {
     frozenset({"HEAD", "NECK"}): "HEADNECK",
     frozenset({"ABDOMEN", "PELVIS"}): "ABDOMENPELVIS",
     frozenset({"CHEST", "ABDOMEN"}): "CHESTABDOMEN",
@@ -321,146 +322,4 @@ COMBINATIONS: Mapping[frozenset[str], str] = {
     frozenset({"RADIUS", "ULNA"}): "RADIUSULNA",
     frozenset({"CSPINE", "TSPINE"}): "CTSPINE",
     frozenset({"TSPINE", "LSPINE"}): "TLSPINE",
-}
-
-# Anatomic Region Sequence codes of PS3.16 CID 4, 4030 and 4031: SNOMED CT beside the SRT code it replaced.
-REGION_CODES: Mapping[str, str] = {
-    code: term
-    for term, codes in {
-        "ABDOMEN": "818981001 818983003 113345001 T-D4000",
-        "ABDOMENPELVIS": "818982008 818987002 416949008 R-FAB57",
-        "ADRENAL": "23451007 T-B3000",
-        "ANKLE": "70258002 344001 T-15750",
-        "ANUS": "53505006 T-59900",
-        "AORTA": "15825003 T-42000 113262008 T-42070 7832008 T-42500 57034009 T-42300",
-        "ARM": "40983000 T-D8200",
-        "AXILLA": "91470000 T-D8104 T-D8100",
-        "BACK": "77568009 T-D2100",
-        "BILEDUCT": "28273000 T-60610 34707002 T-60600 79741001 T-64500",
-        "BLADDER": "89837001 T-74000 48367006 T-74250",
-        "BRAIN": "12738006 T-A0100 1101003 T-D1400",
-        "BREAST": "76752008 T-04000",
-        "BRONCHUS": "955009 T-26000",
-        "BUTTOCK": "46862004 T-D2600",
-        "CALCANEUS": "80144004 T-12770",
-        "CALF": "53840002 T-D9440",
-        "CAROTID": "69105007 T-45010 32062004 T-45100 86117002 T-45300",
-        "CEREBELLUM": "113305005 T-A6000",
-        "CERVIX": "71252005 T-83200",
-        "CHEEK": "60819002 T-D1206",
-        "CHEST": "816094009 51185008 T-D3000 43799004 T-D3200",
-        "CHESTABDOMEN": "416550000 R-FAB55",
-        "CHESTABDPELVIS": "416775004 R-FAB56",
-        "CIRCLEOFWILLIS": "11279006 T-45520",
-        "CLAVICLE": "51299004 T-12310",
-        "COCCYX": "64688005 T-11BF0",
-        "COLON": "71854001 T-59300 14742008 T-59000 60184004 T-59470",
-        "CORNEA": "28726007 T-AA200",
-        "CORONARYARTERY": "41801008 T-43000",
-        "CSPINE": "122494005 T-11501",
-        "CTSPINE": "1217257000",
-        "DUODENUM": "38848004 T-58200",
-        "EAR": "117590005 T-AB001 T-AB000",
-        "ELBOW": "16953009 127949000 T-15430 T-D8300",
-        "ESOPHAGUS": "32849002 T-56000",
-        "EXTREMITY": "66019005 T-D0300",
-        "EYE": "81745001 T-AA000 371398005 T-D0801",
-        "EYELID": "80243003 T-AA810",
-        "FACE": "89545001 T-D1200 91397008 T-11196",
-        "FEMUR": "71341001 T-12710",
-        "FIBULA": "87342007 T-12750",
-        "FINGER": "7569003 T-D8800",
-        "FOOT": "56459004 T-D9700",
-        "FOREARM": "14975008 T-D8500",
-        "GALLBLADDER": "28231008 T-63000",
-        "GROIN": "26893007 T-D7000",
-        "HAND": "85562004 T-D8700",
-        "HEAD": "69536005 T-D1100",
-        "HEADNECK": "774007 T-D1000",
-        "HEART": "80891009 T-32000",
-        "HIP": "24136001 T-15710 29836001 T-D2500",
-        "HUMERUS": "85050009 T-12410",
-        "IAC": "361078006 T-AB959",
-        "ILEUM": "34516001 T-58600",
-        "ILIUM": "22356005 T-12340",
-        "JAW": "661005 T-D1213",
-        "JEJUNUM": "21306003 T-58400",
-        "KIDNEY": "64033007 T-71000",
-        "KNEE": "72696002 T-D9200",
-        "LARYNX": "4596009 T-24100",
-        "LEG": "30021000 T-D9400",
-        "LIVER": "10200004 T-62000",
-        "LOWERLIMB": "61685007 T-D9000",
-        "LSPINE": "122496007 T-11503",
-        "LSSPINE": "1217253001",
-        "LUNG": "39607008 T-28000",
-        "MANDIBLE": "91609006 T-11180",
-        "MASTOID": "59066005 T-11133",
-        "MAXILLA": "70925003 T-11170",
-        "MEDIASTINUM": "72410000 T-D3300",
-        "MOUTH": "123851003 T-D0662",
-        "NASOPHARYNX": "360955006 T-2300C",
-        "NECK": "45048000 T-D1600",
-        "NECKCHEST": "417437006 R-FAB52",
-        "NECKCHESTABDOMEN": "416152001 R-FAB53",
-        "NECKCHESTABDPELV": "416319003 R-FAB54",
-        "NOSE": "45206002 T-21000 74386004 T-11149",
-        "OPTICCANAL": "55024004 T-11102",
-        "ORBIT": "363654007 T-D14AE",
-        "OVARY": "15497006 T-87000",
-        "PANCREAS": "15776009 T-65000",
-        "PARATHYROID": "111002 T-B7000",
-        "PAROTID": "45289007 T-61100",
-        "PATELLA": "64234005 T-12730",
-        "PELVIS": "816092008 816989007 12921003 T-D6000",
-        "PENIS": "18911002 T-91000",
-        "PHANTOM": "706342009 R-FE0C7",
-        "PHARYNX": "54066008 T-55000",
-        "PLACENTA": "78067005 T-F1100",
-        "PROSTATE": "41216001 T-92000 181422007",
-        "RADIUS": "62413002 T-12420",
-        "RECTUM": "34402009 T-59600",
-        "RETROPERITONEUM": "82849001 T-D4900",
-        "RIB": "113197003 T-11300",
-        "SCALP": "41695006 T-D1160",
-        "SCAPULA": "79601000 T-12280",
-        "SCLERA": "18619003 T-AA110",
-        "SCROTUM": "20233005 T-98000",
-        "SELLA": "42575006 T-D1460",
-        "SHOULDER": "16982005 T-D2220",
-        "SIJOINT": "39723000 T-15680",
-        "SINUS": "2095001 T-22000",
-        "SKULL": "89546000 T-11100",
-        "SMALLINTESTINE": "30315005 T-58000",
-        "SPINALCORD": "2748008 T-A7010",
-        "SPINE": "421060004 T-D04FF T-11500",
-        "SPLEEN": "78961009 T-C3000",
-        "SSPINE": "54735007 T-11AD0 1217254007",
-        "STERNUM": "56873002 T-11210",
-        "STOMACH": "69695003 T-57000",
-        "SUBMANDIBULAR": "54019009 T-61300 5713008 T-D1603",
-        "TESTIS": "40689003 T-94000",
-        "THIGH": "68367000 T-D9100",
-        "THUMB": "76505004 T-D8810",
-        "THYMUS": "9875009 T-C8000",
-        "THYROID": "69748006 T-B6000",
-        "TIBIA": "12611008 T-12740",
-        "TLSPINE": "1217256009",
-        "TMJ": "53620006 T-15290",
-        "TOE": "29707007 T-D9800",
-        "TONGUE": "21974007 T-53000",
-        "TRACHEA": "44567001 T-25000",
-        "TSPINE": "122495006 T-11502",
-        "ULNA": "23416004 T-12430",
-        "UPPERLIMB": "53120007 T-D8000",
-        "URETER": "87953007 T-73000",
-        "URETHRA": "13648007 T-75000",
-        "UTERUS": "35039007 T-83000",
-        "VAGINA": "76784001 T-82000",
-        "VULVA": "45292006 T-81000",
-        "WHOLEBODY": "38266002 T-D0010",
-        "WRIST": "74670003 T-15460",
-        "ZYGOMA": "13881006 T-11166",
-    }.items()
-    for code in codes.split()
 }

@@ -215,7 +215,7 @@ def gaps(found: Iterable[tuple[str | None, str | None, int]], vocabulary: Vocabu
     for modality_raw, body_part_raw, images in found:
         total += images
         modality = vocabulary.modality(modality_raw)
-        if body_part_raw is not None and not vocabulary.is_settled(body_part_raw):
+        if body_part_raw is not None and not vocabulary.is_mapped(body_part_raw):
             parts.setdefault(body_part_raw, Counter())[modality] += images
         if modality_raw is not None and modality == UNKNOWN:
             modalities.setdefault(modality_raw, Counter())[modality] += images

@@ -1,4 +1,4 @@
-"""Raw codes as archives write them, mapped to the closed list; no Spark."""
+"""Raw codes of real archives and their terms in the closed vocabulary."""
 
 import re
 from pathlib import Path
@@ -10,8 +10,10 @@ import pytest
 from pydicom.sr._snomed_dict import mapping as snomed
 
 from cbmir_spark.dicom import vocabulary, vocabulary_tables
+from cbmir_spark.dicom.region_codes import REGION_CODES
 from cbmir_spark.dicom.vocabulary import Vocabulary
 from cbmir_spark.dicom.vocabulary_tables import BODY_PARTS, MODALITIES, UNKNOWN
+from cbmir_spark.errors import ConfigError
 
 VOCABULARY = Vocabulary({})
 
@@ -103,20 +105,20 @@ def test_every_term_maps_to_itself_and_can_name_a_folder() -> None:
 
 def test_every_synonym_leads_to_a_term() -> None:
     """A table entry that names no term, or that another entry hides, would never be noticed."""
-    for raw, term in vocabulary_tables.SYNONYMS.items():
+    for raw, term in vocabulary_tables.BODY_PART_SYNONYMS.items():
         assert VOCABULARY.body_part(raw) == term, raw
     for raw, term in vocabulary_tables.MODALITY_SYNONYMS.items():
         assert VOCABULARY.modality(raw) == term, raw
-    for table in (vocabulary_tables.COMBINATIONS, vocabulary_tables.REGION_CODES):
+    for table in (vocabulary_tables.COMBINED_REGIONS, REGION_CODES):
         assert set(table.values()) <= set(BODY_PARTS)
 
 
 def test_region_codes_agree_with_the_published_map_from_srt_to_snomed() -> None:
     checked = 0
-    for code, term in vocabulary_tables.REGION_CODES.items():
+    for code, term in REGION_CODES.items():
         twin = snomed["SRT"].get(code) or snomed["SCT"].get(code)
-        if twin in vocabulary_tables.REGION_CODES:
-            assert vocabulary_tables.REGION_CODES[twin] == term, code
+        if twin in REGION_CODES:
+            assert REGION_CODES[twin] == term, code
             checked += 1
     assert checked > 200
 
@@ -141,7 +143,7 @@ def test_a_site_adds_its_own_spellings() -> None:
     [({"KOPF": "KOPF"}, "'KOPF'"), ({"x": "head"}, "'head'"), ({"x": "../HEAD"}, "HEAD"), ({"--": "HEAD"}, "--")],
 )
 def test_a_term_outside_the_closed_list_is_refused(extra: dict[str, str], named: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(named)):
+    with pytest.raises(ConfigError, match=re.escape(named)):
         Vocabulary(extra)
 
 
@@ -151,11 +153,11 @@ def test_the_version_names_the_mappings_in_force(monkeypatch: pytest.MonkeyPatch
     assert Vocabulary({"thorax": "LUNG", "Kopf nativ": "HEAD"}).version == site.version, "spelt otherwise, the same"
     assert Vocabulary({"THORAX": "CHEST"}).version == VOCABULARY.version, "already so"
     seen = {VOCABULARY.version, site.version}
-    for table in ("MODALITY_SYNONYMS", "INSIDE", "REGION_CODES"):
+    for table in ("MODALITY_SYNONYMS", "ENCLOSING_REGION", "REGION_CODES"):
         with monkeypatch.context() as patched:
             patched.setattr(vocabulary, table, {**getattr(vocabulary, table), "ZZ": "HEAD"})
             seen.add(VOCABULARY.version)
-    monkeypatch.setattr(vocabulary, "COMBINATIONS", {frozenset({"ARM", "LEG"}): "EXTREMITY"})
+    monkeypatch.setattr(vocabulary, "COMBINED_REGIONS", {frozenset({"ARM", "LEG"}): "EXTREMITY"})
     seen.add(VOCABULARY.version)
     assert len(seen) == 6
 

@@ -188,7 +188,7 @@ def offset_table(lie: int) -> bytes:
     data = bytearray(encapsulate([fragment, fragment]))
     struct.pack_into("<LL", data, 8, 0, lie)
     ds.PixelData = bytes(data)
-    ds.SOPInstanceUID = f"1.2.3.{lie}"
+    ds.SOPInstanceUID = UID(f"1.2.3.{lie}")
     return written(ds)
 
 
