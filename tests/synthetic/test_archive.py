@@ -58,7 +58,7 @@ def test_every_phantom_is_read_as_what_it_was_drawn_to_be(archive: Archive, prep
     assert {len(ids) for ids in patients.values()} == {4}
 
 
-def test_the_archive_speaks_every_syntax_that_can_be_written_here(archive: Archive) -> None:
+def test_the_archive_has_every_syntax_that_encode_writes(archive: Archive) -> None:
     headers = [pydicom.dcmread(path, stop_before_pixels=True) for path in phantoms(archive)]
     assert {header.file_meta.TransferSyntaxUID for header in headers} == {
         uid.ImplicitVRLittleEndian,
@@ -75,8 +75,8 @@ def test_the_archive_speaks_every_syntax_that_can_be_written_here(archive: Archi
     assert {header.PatientAge[-1] for header in headers} == set("DWY")
     assert {header.PixelRepresentation for header in headers} == {0, 1}
     for header in headers:
-        said = (str(header.PatientName), header.SeriesDescription, header.ImageComments)
-        assert all(text.startswith("SYNTHETIC") for text in said)
+        texts = (str(header.PatientName), header.SeriesDescription, header.ImageComments)
+        assert all(text.startswith("SYNTHETIC") for text in texts)
         assert ("SequenceOfUltrasoundRegions" in header) == (header.Modality == "US")
 
 
@@ -95,8 +95,8 @@ def test_patients_studies_and_series_nest(archive: Archive) -> None:
     assert len({value[0] for value in above.values() if len(value) > 2}) == 2 * 4 * len(archive.classes)
 
 
-def test_compressed_phantoms_hold_the_pixels_that_were_drawn(archive: Archive) -> None:
-    """A lossless syntax gives back what the same phantom holds uncompressed."""
+def test_compressed_phantoms_have_the_pixels_that_were_drawn(archive: Archive) -> None:
+    """A lossless syntax returns the pixels of the same phantom uncompressed."""
     subject = Subject(CLASSES[0], 0, 1)
     for lossless in (uid.RLELossless, uid.JPEG2000Lossless, uid.JPEGLSLossless, uid.JPEGLosslessSV1):
         for scanner in (0, 1):  # unsigned with an intercept, signed with padding
@@ -110,7 +110,7 @@ def test_compressed_phantoms_hold_the_pixels_that_were_drawn(archive: Archive) -
             np.testing.assert_array_equal(packed.pixel_array, plain.pixel_array)
 
 
-def test_what_an_archive_also_holds(archive: Archive, preprocessing: Preprocessing) -> None:
+def test_duplicates_conflicts_broken_files_and_other_pictures(archive: Archive, preprocessing: Preprocessing) -> None:
     def outcome(path: Path) -> str:
         try:
             return read_instance(path.read_bytes(), preprocessing, Vocabulary()).tags.kind
@@ -180,7 +180,7 @@ def test_an_archive_that_is_there_is_left_untouched(archive: Archive) -> None:
         write_demo_archive(archive.folder, IMAGES, seed=1, classes=FEW_CLASSES)
 
 
-def test_a_folder_with_something_else_in_it_is_refused_and_kept(tmp_path: Path) -> None:
+def test_a_folder_of_other_files_is_refused_and_not_changed(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match="not a demo archive"):
         write_demo_archive(tmp_path, 4, seed=1)

@@ -53,8 +53,8 @@ def test_a_wrapped_picture_has_its_pixels_and_only_tags_that_its_label_gives(tmp
     assert (gray.Modality, gray.BodyPartExamined, gray.PatientID) == ("DX", "HAND", "case 7")
     assert (gray.ConversionType, list(gray.ImageType)) == ("WSD", ["DERIVED", "SECONDARY"])
     assert gray.BurnedInAnnotation == "NO"
-    for said in ("A set", "XR_hand", "CC BY 4.0", "a/gray.png"):
-        assert said in gray.DerivationDescription
+    for text in ("A set", "XR_hand", "CC BY 4.0", "a/gray.png"):
+        assert text in gray.DerivationDescription
     assert not any(gray[name].value for name in ("PatientName", "PatientSex", "StudyDate", "StudyTime"))
     assert not {"PatientAge", "KVP", "Manufacturer", "PixelSpacing", "LossyImageCompression"} & set(gray.dir())
 
