@@ -293,7 +293,7 @@ FILLER_WORDS = LATERALITY_WORDS | frozenset(
     )
 )
 
-# Organ or part → the region around it: of "CHEST LUNG" the lung counts. A part alone keeps its own term.
+# Organ or part → the region around it: of "CHEST LUNG" the lung counts. A part alone has its term.
 ENCLOSING_REGION: Mapping[str, str] = {
     **dict.fromkeys(_terms("LUNG HEART CORONARYARTERY MEDIASTINUM ESOPHAGUS RIB STERNUM TRACHEA BRONCHUS"), "CHEST"),
     **dict.fromkeys(

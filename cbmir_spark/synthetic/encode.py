@@ -1,28 +1,33 @@
-"""Pixels → DICOM files in several transfer syntaxes."""
+"""Write pixels into data sets, and data sets as files in several transfer syntaxes."""
 
 import io
 import os
 import tempfile
-import uuid
 from pathlib import Path
 
 import numpy as np
-import pydicom.data
+import pydicom
 from numpy.typing import NDArray
 from PIL import Image
 from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.encaps import encapsulate
+from pydicom.encaps import encapsulate, generate_frames
+
+__all__ = ["as_bytes", "set_gray_pixels", "set_pixels"]
 
 
-def gray_pixels(ds: Dataset, values: NDArray[np.generic], stored: int, photometric: str = "MONOCHROME2") -> None:
+def set_gray_pixels(ds: Dataset, values: NDArray[np.generic], stored: int, photometric: str = "MONOCHROME2") -> None:
+    """Fill the Image Pixel module with gray values (rows, columns) of `stored` bits."""
     ds.SamplesPerPixel = 1
     ds.PhotometricInterpretation = photometric
-    write_instance(ds, values, stored)
+    set_pixels(ds, values, stored)
 
 
-def write_instance(ds: Dataset, values: NDArray[np.generic], stored: int) -> None:
-    """The Image Pixel module (PS3.3 C.7.6.3) of little-endian values."""
+def set_pixels(ds: Dataset, values: NDArray[np.generic], stored: int) -> None:
+    """Fill the Image Pixel module (PS3.3 section C.7.6.3) but for samples and photometric interpretation.
+
+    `values` are little-endian, (rows, columns) or (rows, columns, 3), of `stored` bits.
+    """
     ds.Rows, ds.Columns = values.shape[:2]
     ds.BitsAllocated = values.dtype.itemsize * 8
     ds.BitsStored = stored
@@ -33,7 +38,10 @@ def write_instance(ds: Dataset, values: NDArray[np.generic], stored: int) -> Non
 
 
 def as_bytes(ds: Dataset, syntax: uid.UID) -> bytes:
-    """The whole file (PS3.10 7) of a dataset with native little-endian pixels, in any of our transfer syntaxes."""
+    """Encode a data set with native little-endian pixels as a file (PS3.10 section 7) in a transfer syntax.
+
+    Changes the data set. Encodes the uncompressed syntaxes, RLE, JPEG baseline, lossless JPEG, JPEG-LS and JPEG 2000.
+    """
     ds.file_meta = FileMetaDataset()
     ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID
     ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
@@ -60,12 +68,12 @@ def as_bytes(ds: Dataset, syntax: uid.UID) -> bytes:
 
 
 def _jpeg(ds: Dataset) -> None:
-    """Pixels as JPEG baseline, and the tags that say something was lost (PS3.3 C.7.6.1.1.5)."""
+    """Compress pixels as JPEG baseline, and declare the loss (PS3.3 section C.7.6.1.1.5)."""
     gray = ds.SamplesPerPixel == 1
     shape = (ds.Rows, ds.Columns) if gray else (ds.Rows, ds.Columns, 3)
     native = ds.PixelData[: int(np.prod(shape))]
     stream = io.BytesIO()
-    # 4:2:2 is what PS3.5 8.2.1 expects of YBR_FULL_422.
+    # YBR_FULL_422 means 4:2:2 subsampling (PS3.5 section 8.2.1).
     Image.fromarray(np.frombuffer(native, "u1").reshape(shape)).save(stream, "JPEG", quality=92, subsampling=1)
     if not gray:
         ds.PhotometricInterpretation = "YBR_FULL_422"
@@ -83,8 +91,8 @@ def _encapsulate(ds: Dataset, codestream: bytes, syntax: uid.UID) -> None:
 
 
 def _gdcm_codestream(content: bytes, syntax: uid.UID) -> bytes:
-    """Pixels of a native file in JPEG-LS or lossless JPEG, for which pydicom has no encoder. GDCM reads files only."""
-    # Its import makes all symbols of its codecs global; only who draws an archive should pay for that.
+    """Compress a native file's pixels as JPEG-LS or lossless JPEG, for which pydicom has no encoder, through files."""
+    # The import makes all symbols of GDCM's codecs global: avoid it where nothing is drawn.
     import gdcm
 
     wanted = {
@@ -106,13 +114,4 @@ def _gdcm_codestream(content: bytes, syntax: uid.UID) -> bytes:
         if not (changed and writer.Write()):
             raise RuntimeError(f"GDCM did not encode a phantom as {syntax.name}")
         encoded = pydicom.dcmread(target)
-    return next(pydicom.encaps.generate_frames(encoded.PixelData, number_of_frames=1))
-
-
-def uid_of(*parts: object) -> str:
-    """A UID from a name: a version 5 UUID under 2.25 (PS3.5 B.2)."""
-    return f"2.25.{uuid.uuid5(uuid.NAMESPACE_OID, person_name(*parts)).int}"
-
-
-def person_name(*parts: object) -> str:
-    return "cbmir_spark/" + "/".join(str(part) for part in parts)
+    return next(generate_frames(encoded.PixelData, number_of_frames=1))

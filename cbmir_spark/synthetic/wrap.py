@@ -1,4 +1,4 @@
-"""Labelled pictures as DICOM Secondary Capture."""
+"""Wrap labelled pictures as DICOM Secondary Capture; runs on the driver and writes local files."""
 
 import csv
 import hashlib
@@ -14,32 +14,40 @@ from PIL import Image, UnidentifiedImageError
 from pydicom import uid
 from pydicom.dataset import Dataset
 
-from cbmir_spark.dicom import vocabulary, vocabulary_tables
+from cbmir_spark.dicom.vocabulary import Vocabulary
+from cbmir_spark.dicom.vocabulary_tables import UNKNOWN
 from cbmir_spark.errors import InputError
-from cbmir_spark.synthetic.archive import CS, LO, ST
-from cbmir_spark.synthetic.encode import as_bytes, gray_pixels, uid_of
+from cbmir_spark.synthetic.encode import as_bytes, set_gray_pixels
+from cbmir_spark.synthetic.names import uid_of
+
+__all__ = ["LABEL_COLUMNS", "Wrapped", "wrap_pictures"]
 
 LABEL_COLUMNS = ("file", "modality", "body_part", "group", "source_id", "dataset", "licence")
+
+# The longest values of CS, LO and ST (PS3.5 section 6.2), in characters.
+_LONGEST_CODE, _LONGEST_PATIENT_ID, _LONGEST_DERIVATION = 16, 64, 1024
 
 
 @dataclass(frozen=True)
 class Wrapped:
-    """What `wrap_pictures` did: files in the folder, how many of them are new, and images by modality/body part."""
+    """The outcome of `wrap_pictures`."""
 
     folder: Path
     files: int
-    written: int
-    classes: Mapping[str, int]
+    written: int  # files that are new or changed
+    classes: Mapping[str, int]  # images by modality/body part
 
 
 def wrap_pictures(labels_csv: str | Path, images_folder: str | Path, out_folder: str | Path) -> Wrapped:
-    """The pictures that a labels.csv names, as Secondary Capture files (PS3.3 A.8.1): real pixels, label-derived tags.
+    """Wrap the pictures of a labels.csv as Secondary Capture (PS3.3 section A.8.1): real pixels, tags from labels.
 
-    The columns are LABEL_COLUMNS; `file` lies below `images_folder`. UIDs are version 5 UUIDs (PS3.5 B.2) of its name
-    and content, so that they are the same each time and two sets with equal names stay apart. PatientID is `group`,
-    or a digest of the picture where that is empty; a patient has one study, and one series for each label. Nothing is
-    invented: sex, age, dates and acquisition stay empty. A file that is there with the same content is left alone.
-    Raises InputError naming the row before anything is written where a column, a picture or a value is wrong.
+    The CSV has the columns LABEL_COLUMNS; `file` is a path below `images_folder`. UIDs derive from a picture's name and
+    content: they are the same each time, and differ between two sets that use the same names. PatientID is `group`, or
+    a digest of the picture where that is empty; a patient has one study, and one series for each label. Tags that the
+    label does not give stay empty: sex, age, dates, acquisition. Files with the same content are not written again.
+
+    Raises InputError, which names the row, before it writes anything, for a column, a file or a value that is wrong;
+    and while it writes, for a file that is not a picture.
     """
     pictures = _read_labels(Path(labels_csv), Path(images_folder))
     out = Path(out_folder)
@@ -68,15 +76,15 @@ def _read_labels(labels_csv: Path, images: Path) -> list[_Picture]:
             reader = csv.DictReader(handle)
             missing = [column for column in LABEL_COLUMNS if column not in (reader.fieldnames or ())]
             if missing:
-                raise InputError(f"{labels_csv} lacks the column {', '.join(missing)}")
+                raise InputError(f"{labels_csv} has no column {', '.join(missing)}: add it")
             pictures = [_picture(row, images, f"{labels_csv}, line {reader.line_num}") for row in reader]
     except OSError as error:
-        raise InputError(f"labels {labels_csv}: {error.strerror or error}") from None
+        raise InputError(f"cannot read {labels_csv}: {error.strerror or error}") from None
     except UnicodeDecodeError:
-        raise InputError(f"labels {labels_csv}: not UTF-8 text") from None
+        raise InputError(f"{labels_csv} is not UTF-8 text: save it as UTF-8") from None
     twice = [target for target, count in Counter(p.target for p in pictures).items() if count > 1]
     if twice:
-        raise InputError(f"{labels_csv} names {twice[0].removesuffix('.dcm')} more than once")
+        raise InputError(f"{labels_csv} lists {twice[0].removesuffix('.dcm')} more than once: remove the other rows")
     return pictures
 
 
@@ -87,15 +95,18 @@ def _picture(row: Mapping[str, str | None], images: Path, place: str) -> _Pictur
         raise InputError(f"{place}: file must be a path below the images folder")
     source = images / file
     if not source.is_file():
-        raise InputError(f"{place}: there is no picture {source}")
-    modality = vocabulary.Vocabulary().modality(value["modality"])
-    if modality == vocabulary_tables.UNKNOWN:
-        raise InputError(f"{place}: modality {value['modality']!r} is not one that DICOM knows")
+        raise InputError(f"{place}: {source} does not exist")
+    vocabulary = Vocabulary()
+    modality = vocabulary.modality(value["modality"])
+    if modality == UNKNOWN:
+        raise InputError(f"{place}: unknown modality {value['modality']!r}: `cbmir vocabulary` lists the known ones")
     body_part = value["body_part"].upper()
-    if not 0 < len(body_part) <= CS or vocabulary.Vocabulary().body_part(body_part) == vocabulary_tables.UNKNOWN:
-        raise InputError(f"{place}: body part {value['body_part']!r} is not in the vocabulary")
-    if len(value["group"]) > LO or "\\" in value["group"]:
-        raise InputError(f"{place}: group must have at most {LO} characters and no backslash, as a PatientID")
+    if not 0 < len(body_part) <= _LONGEST_CODE or vocabulary.body_part(body_part) == UNKNOWN:
+        raise InputError(f"{place}: unknown body part {value['body_part']!r}: `cbmir vocabulary` lists the known ones")
+    if len(value["group"]) > _LONGEST_PATIENT_ID or "\\" in value["group"]:
+        raise InputError(
+            f"{place}: group becomes the PatientID: use at most {_LONGEST_PATIENT_ID} characters and no backslash"
+        )
     origin = (f"{name} {value[name]}" for name in ("dataset", "source_id", "licence") if value[name])
     derivation = f"Secondary capture of a published picture; tags derived from its label; {'; '.join(origin)}; {file}"
     return _Picture(
@@ -105,12 +116,12 @@ def _picture(row: Mapping[str, str | None], images: Path, place: str) -> _Pictur
         modality=modality,
         body_part=body_part,
         group=value["group"],
-        derivation=derivation[:ST],
+        derivation=derivation[:_LONGEST_DERIVATION],
     )
 
 
 def _secondary_capture(picture: _Picture) -> Dataset:
-    """The Secondary Capture IOD (PS3.3 A.8.1); type 2 attributes that nobody knows stay empty."""
+    """Fill the Secondary Capture IOD (PS3.3 section A.8.1); type 2 attributes without a value stay empty."""
     content = picture.source.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     patient = picture.group or digest[:32]
@@ -136,11 +147,11 @@ def _secondary_capture(picture: _Picture) -> Dataset:
             deep = image.mode.startswith("I;16")
             values = np.asarray(image if deep else image.convert("L"))
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
-        raise InputError(f"{picture.source} cannot be read as a picture") from None
+        raise InputError(f"{picture.source} is not a picture that Pillow reads: convert it to PNG or JPEG") from None
     if lossy:
         ds.LossyImageCompression = "01"
         ds.LossyImageCompressionMethod = "ISO_10918_1"
-    gray_pixels(ds, values.astype("<u2" if deep else "u1"), stored=16 if deep else 8)
+    set_gray_pixels(ds, values.astype("<u2" if deep else "u1"), stored=16 if deep else 8)
     return ds
 
 

@@ -1,4 +1,4 @@
-"""The one policy on burned-in text: which objects have to be expected to show it, and what that keeps them from."""
+"""The policy on burned-in text: which objects are at risk, and what their pictures may be used for."""
 
 import io
 from typing import Any
@@ -40,7 +40,7 @@ PLAIN: dict[str, Any] = {
         ({"modality": "US", "cropped": True, "sop_class": US}, False),
         ({"sop_class": US}, True),
         ({"sop_class": _STORAGE + "3.1"}, True),
-        # Regions say nothing about a capture, and a claim of none about nothing else.
+        # Regions do not clear a capture; BurnedInAnnotation NO does.
         ({"sop_class": SECONDARY_CAPTURE, "cropped": True}, True),
         ({"sop_class": SECONDARY_CAPTURE + ".4"}, True),
         ({"sop_class": SECONDARY_CAPTURE, "burned_in": "NO"}, False),
@@ -55,13 +55,15 @@ PLAIN: dict[str, Any] = {
         ({"overlays": True, "burned_in": "NO"}, False),
     ],
 )
-def test_where_text_has_to_be_expected(facts: dict[str, Any], risk: bool) -> None:
+def test_which_objects_may_show_text(facts: dict[str, Any], risk: bool) -> None:
     assert burned_in.expected(**{**PLAIN, **facts}) is risk
 
 
-@pytest.mark.parametrize(("risk", "kept"), [(True, False), (False, True), (None, False)])
-def test_only_what_is_known_to_be_safe_is_shown_unless_the_site_says_so(risk: bool | None, kept: bool) -> None:
-    assert burned_in.allowed(risk, "exclude") is kept
+@pytest.mark.parametrize(("risk", "is_allowed"), [(True, False), (False, True), (None, False)])
+def test_only_a_picture_without_risk_is_allowed_unless_the_site_includes_all(
+    risk: bool | None, is_allowed: bool
+) -> None:
+    assert burned_in.allowed(risk, "exclude") is is_allowed
     assert burned_in.allowed(risk, "include")
 
 
@@ -83,19 +85,19 @@ def _risk(pixels: NDArray[np.uint16] = TINY, **elements: object) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:.*Invalid value.*")
-def test_headers_say_which_objects_are_at_risk() -> None:
+def test_the_risk_follows_from_the_header() -> None:
     assert not _risk()
     assert _risk(BurnedInAnnotation="YES")
     assert _risk(BurnedInAnnotation="perhaps", ConversionType="WSD")
     assert not _risk(BurnedInAnnotation="NO", ConversionType="WSD")
     assert _risk(Modality="US") and not _risk(Modality="US", BurnedInAnnotation="NO")
     assert not _risk(LARGE, Modality="US", SOPClassUID=US, SequenceOfUltrasoundRegions=[_region(8, 0, 63, 63)])
-    # A region as large as the picture cuts nothing off.
+    # A region as large as the picture crops nothing.
     assert _risk(LARGE, Modality="US", SOPClassUID=US, SequenceOfUltrasoundRegions=[_region(0, 0, 63, 63)])
 
 
 @pytest.mark.parametrize(("group", "bit"), [(0x6000, 0), (0x601E, 0), (0x6002, 12)])
-def test_overlays_are_a_risk_in_planes_of_their_own_and_in_unused_bits(group: int, bit: int) -> None:
+def test_overlays_are_a_risk_in_separate_planes_and_in_unused_bits(group: int, bit: int) -> None:
     for claim, risk in (("UNKNOWN", True), ("NO", False)):
         ds = pydicom.dcmread(io.BytesIO(made(TINY, BurnedInAnnotation=None if risk else claim)))
         for element, value in [(0x10, 8), (0x11, 8), (0x100, 16 if bit else 1), (0x102, bit)]:

@@ -74,7 +74,7 @@ def test_jpeg_ls_near_lossless_within_its_bound() -> None:
 
 
 def test_near_lossless_files_of_the_index_stay_within_their_bound(shared_data: Path) -> None:
-    """NEMA's own set has the original beside them."""
+    """NEMA's set includes the originals."""
     folder = shared_data / "dicom" / "robyoung" / "data" / "WG04"
     content, original = (folder / "JLSN/NM1_JLSN").read_bytes(), (folder / "REF/NM1_UNC").read_bytes()
     difference = np.abs(only_frame(content).astype(int) - stored_in(original, "<u2", 1024, 256))
@@ -110,7 +110,7 @@ def test_jpeg_2000_color_transforms_come_back_as_rgb() -> None:
 
 @pytest.fixture
 def without_libjpeg() -> Iterator[None]:
-    """No codec of pydicom's left that reads 12-bit JPEG: as with a stream that libjpeg refuses."""
+    """Leave pydicom no codec that reads 12-bit JPEG, as for a stream that libjpeg refuses."""
     for label in ("pylibjpeg", "pillow"):
         JPEGExtended12BitDecoder.remove_plugin(label)
     yield
@@ -119,7 +119,7 @@ def without_libjpeg() -> Iterator[None]:
 
 
 def test_twelve_bit_jpeg_by_gdcm_equals_libjpeg(request: pytest.FixtureRequest) -> None:
-    """The way taken where libjpeg refuses a sound stream: both codecs within one level of each other."""
+    """GDCM is the fallback where libjpeg refuses a valid stream: both agree within one level."""
     content = real("JPGExtended.dcm")
     stored = codecs.describe(header(content), preflight.examine(content))
     assert (stored.transfer_syntax, stored.bits_stored) == ("1.2.840.10008.1.2.4.51", 12)

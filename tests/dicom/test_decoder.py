@@ -1,4 +1,4 @@
-"""The child process that decodes: it dies in every way it can, and each time one file is lost; no Spark.
+"""The child process that decodes: it dies in every possible way, and each time one file is lost.
 
 The faults come from a real pydicom plugin for RLE, which only the child loads: tests/support/codec_plugin.py.
 """
@@ -116,7 +116,7 @@ def test_reasons_come_back_and_the_child_stays(decoder: Decoder) -> None:
 @pytest.mark.usefixtures("codecs")
 def test_a_dying_codec_costs_one_file(fault: str, reasons: set[Reason], replaced: bool | None) -> None:
     before = read_instance(real("MR_small_RLE.dcm"), PREPROCESSING, VOCABULARY).frames[0].pixels
-    # Only what hangs is to meet the limit: filling the memory takes a busy machine some seconds.
+    # A short limit for what hangs alone: filling the memory takes a busy machine some seconds.
     with Decoder(PREPROCESSING, VOCABULARY, MEMORY_MB, 2.0 if Reason.TIMEOUT in reasons else 20.0) as decoder:
         assert np.array_equal(decoder.read(real("MR_small_RLE.dcm")).frames[0].pixels, before)
         first = pid_of(decoder)
@@ -133,7 +133,7 @@ def test_a_dying_codec_costs_one_file(fault: str, reasons: set[Reason], replaced
     assert not alive(last)
 
 
-def test_a_bomb_is_given_up_at_the_bound() -> None:
+def test_a_bomb_is_rejected_at_the_bound() -> None:
     with Decoder(PREPROCESSING, VOCABULARY, 2048, 20.0) as decoder:
         decoder.read(real("CT_small.dcm"))
         first = pid_of(decoder)
@@ -155,7 +155,7 @@ def test_an_object_larger_than_the_child_s_memory_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["", "J2K_pixelrep_mismatch.dcm"])
 def test_memory_that_others_leaked_costs_no_file(decoder: Decoder, name: str) -> None:
-    """What leaked before is not this file's fault: the same bytes get a fresh child before they are refused."""
+    """A file is not rejected for memory that earlier ones leaked: a fresh child reads it again."""
     decoder.close()
     decoder.read(real("CT_small.dcm"))
     first = pid_of(decoder)
@@ -182,7 +182,7 @@ def test_a_child_killed_between_files_costs_none(decoder: Decoder) -> None:
     assert decoder.read(real("MR_small.dcm")).frames
 
 
-def test_the_child_holds_no_secrets_and_no_inherited_pipes(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_child_gets_no_secrets_and_its_limits(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CBMIR_PRIVACY__KEY", "geheim4711")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "geheim4711")
     decoder.close()
@@ -224,7 +224,7 @@ def test_a_child_that_cannot_start_is_the_machine_s_problem(tmp_path: Path, monk
 
 
 def test_the_child_imports_only_what_it_needs() -> None:
-    """Its start is paid by every worker: neither Spark nor torch nor the settings belong in it."""
+    """Every worker pays for its start: it imports neither Spark nor torch nor the settings."""
     heavy = {"pyspark", "torch", "mlflow", "pydantic", "pandas", "pyarrow", "petastorm", "delta", "scipy"}
     script = f"import sys, cbmir_spark.dicom.decoder; print(sorted({heavy!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
@@ -232,7 +232,7 @@ def test_the_child_imports_only_what_it_needs() -> None:
 
 
 def test_mutants_of_real_files_give_a_picture_or_a_reason() -> None:
-    """Flipped bits and spliced blocks, GDCM's own aborts among them: nothing is an error of ours, nothing hangs."""
+    """Flipped bits and spliced blocks, GDCM's own aborts among them: nothing is INTERNAL, nothing hangs."""
     source = random.Random(20)
     outcomes: Counter[str] = Counter()
     with Decoder(PREPROCESSING, VOCABULARY, MEMORY_MB, 20.0) as decoder:

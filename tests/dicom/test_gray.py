@@ -1,7 +1,7 @@
-"""The steps from stored values to a gray picture, against values worked out from the files' raw bytes.
+"""The steps from stored values to a gray picture, against values computed from the files' raw bytes.
 
-The oracles use numpy alone: pixel bytes sliced out of the file, arithmetic in float64, a triangle filter written
-as a matrix. Nothing of pydicom.pixels takes part in them.
+The oracles use numpy alone: pixel bytes sliced out of the file, arithmetic in float64, a triangle filter written as a
+matrix. They use nothing of pydicom.pixels.
 """
 
 import struct
@@ -66,7 +66,7 @@ def test_palette_of_eight_bit_entries_two_in_a_word() -> None:
             for part, value in (("Descriptor", [100, 10, 8]), ("Data", table))
         },
     )
-    # Below the first mapped value the first entry holds, past the last one the last.
+    # Values below the first mapped one take the first entry, values past the last one the last.
     assert only_frame(content) == pytest.approx(np.array([[0, 0], [0, 198], [100, 198]]), abs=1e-3)
 
 
@@ -112,8 +112,8 @@ def test_ybr_full_422_native_takes_y() -> None:
 # --- values ---
 
 
-def test_ct_in_hounsfield_units_with_padding_kept_out() -> None:
-    """Signed, a rescale, declared padding; real file, padding planted in its corner as scanners leave it."""
+def test_ct_in_hounsfield_units_without_its_padding() -> None:
+    """A real file, signed, with a rescale and declared padding, which is planted in its corner as by a scanner."""
     content = real("CT_small.dcm")
     ds = header(content)
     assert (ds.Rows, ds.Columns, ds.PixelRepresentation, ds.BitsStored) == (128, 128, 1, 16)
@@ -150,7 +150,7 @@ def test_padding_written_with_the_other_sign_is_recognised() -> None:
     values[0] = -2000
     ds = header(made(values))
     ds.add_new("PixelPaddingValue", "US", 63536)
-    # pydicom writes the VR it is given; the file then says 63536 for a signed picture.
+    # pydicom writes the VR it is given: the file then has 63536 for a signed picture.
     stored = codecs.Stored("", True, "PixelData", "OW", 32, 32, 1, 1, 16, 16, 15, True, "MONOCHROME2", 0)
     mask = gray.padding_mask(values, stored, ds)
     assert mask is not None
@@ -226,7 +226,7 @@ def test_voi_lut_sequence_comes_before_a_window() -> None:
 # --- geometry ---
 
 
-def test_aspect_is_kept_by_physical_size_or_stretched() -> None:
+def test_the_aspect_ratio_is_physical_or_stretched() -> None:
     values = np.full((50, 100), 1000, dtype=np.int16)
     hounsfield = {"RescaleSlope": 1, "RescaleIntercept": 0}
     wide = read(made(values, **hounsfield)).frames[0].pixels
@@ -245,7 +245,7 @@ def test_aspect_is_kept_by_physical_size_or_stretched() -> None:
 
 
 def test_reduction_is_antialiased() -> None:
-    """Stripes finer than the output's pixels become gray; picking every n-th pixel would keep them."""
+    """Stripes finer than the output's pixels become gray; taking every n-th pixel would show some."""
     values = np.zeros((1024, 1024), dtype=np.int16)
     values[:, ::2] = 80
     frame = read(made(values, RescaleSlope=1, RescaleIntercept=0)).frames[0]

@@ -1,4 +1,4 @@
-"""The allow-listed tags of real headers and of headers that hold anything."""
+"""The allow-listed tags of real and of malformed headers."""
 
 from dataclasses import asdict, fields
 
@@ -41,7 +41,7 @@ from tests.support.dicom_files import CT, ENHANCED_CT, SECONDARY_CAPTURE, TINY, 
 def test_age_in_years(elements: dict[str, str], years: float | None) -> None:
     age = read(made(TINY, **elements)).tags.age_years
     assert age == (None if years is None else pytest.approx(years, abs=2e-3))
-    # No age above 89 may be told from another.
+    # All ages above 89 are the same.
     assert (age == 90.0) is (years == 90.0)
 
 
@@ -77,8 +77,8 @@ def test_the_coded_region_stands_in_for_an_empty_body_part() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*Invalid value.*")
 @pytest.mark.filterwarnings("ignore:.*value length.*")
-def test_a_body_part_that_is_no_code_leaves_its_term_to_be_mapped_by() -> None:
-    """The free text is not kept, yet a changed vocabulary has to start from something."""
+def test_a_body_part_that_is_free_text_is_stored_as_its_term() -> None:
+    """The free text is not stored, but a changed vocabulary needs a value to map."""
     tags = read(made(TINY, BodyPartExamined="Chest/Abdomen of Mr Miller")).tags
     assert (tags.body_part, tags.body_part_raw) == ("CHESTABDOMEN", "CHESTABDOMEN")
 

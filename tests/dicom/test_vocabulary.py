@@ -176,5 +176,5 @@ def test_nearly_all_that_real_archives_write_has_a_term() -> None:
     for modality in ("CT", "MR", "US"):
         share = 1 - without.get(modality, pd.Series(dtype=int)).sum() / counted[modality].sum()
         assert share >= 0.99, f"{modality}: {share:.4f} have a term; without one are {listed}"
-    # What has none says nothing of a part of the body, or names a vessel.
+    # Values without a term name no part of the body, or a vessel.
     assert {raw for _, raw in without.index} <= {"FEMORALA", "UNKNOWN", "OTHER", "OUTSIDE FIL", "WO INTER"}

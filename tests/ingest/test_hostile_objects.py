@@ -70,7 +70,7 @@ def _failed_tasks(spark: SparkSession) -> int:
 
 
 def _peak(pid: int) -> int:
-    """Bytes of memory that a process had at most; 0 where it is gone."""
+    """Return the most bytes of memory that a process had; 0 where it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -91,7 +91,7 @@ def _decoders() -> Iterator[tuple[int, int]]:
 
 @contextmanager
 def _watched() -> Iterator[list[int]]:
-    """The most that a worker and its decoder had, each at its own peak, as the one element of the list."""
+    """Measure the most memory of a worker and its decoder, the sum of their peaks: the one element of the list."""
     most = [0]
     done = threading.Event()
 

@@ -1,6 +1,6 @@
 """A pydicom plugin for RLE that dies in a given way, for processes that decode: `sitecustomize` on their path adds it.
 
-A file whose pixel data says `FAULT:hang` makes the codec hang, in the very place where a native codec would.
+A file with `FAULT:hang` in its pixel data makes the codec hang, where a native codec would.
 """
 
 import textwrap

@@ -1,6 +1,6 @@
-"""Files that were damaged at random: the same number always gives the same damage; pydicom and numpy, no Spark.
+"""Real files damaged at random: those of pydicom's package, and the shared ones where they are present.
 
-Damage is done to real files: those that pydicom's package carries, and the shared ones where they are present.
+The same number always gives the same damage.
 """
 
 import random
@@ -24,7 +24,7 @@ _MOST_BYTES = 40_000
 
 @cache
 def real_files() -> tuple[bytes, ...]:
-    """Whole small DICOM files of every kind, images or not, each content once."""
+    """Return whole small DICOM files of every kind, images or not, each content once."""
     bundled = Path(str(get_testdata_file("CT_small.dcm"))).parent
     folders = (bundled, _SHARED)
     paths = sorted(path for folder in folders if folder.is_dir() for path in folder.rglob("*"))
@@ -34,7 +34,7 @@ def real_files() -> tuple[bytes, ...]:
 
 @cache
 def images() -> tuple[bytes, ...]:
-    """Those of `real_files` that give a picture while they are whole."""
+    """Return those of `real_files` that are images."""
     found = []
     for content in real_files():
         with suppress(NotAnImage, Rejected):
@@ -45,7 +45,7 @@ def images() -> tuple[bytes, ...]:
 
 @cache
 def _length_fields(content: bytes) -> tuple[tuple[int, str], ...]:
-    """(position, struct format) of lengths of elements and items; found by their looks, not by a parser."""
+    """Find (position, struct format) of lengths of elements and items by a pattern, not by a parser."""
     found = []
     for match in re.finditer(rb"(?:OB|OW|SQ|UN|UT)\0\0", content):
         found.append((match.end(), "<L"))
@@ -57,10 +57,10 @@ def _length_fields(content: bytes) -> tuple[tuple[int, str], ...]:
 
 
 def mutant(number: int) -> bytes:
-    """One damaged file: flipped bits, overwritten bytes, a cut, a piece of another file, or a length that lies.
+    """Damage a file: flip bits, overwrite bytes, cut it, splice another file into it, or falsify a length.
 
-    Every other one is an image, and half of the flips and overwrites of those fall into their pixels, where the codecs
-    are: most other damage is noticed before any codec sees it.
+    Every other one is an image, and half of its flips and overwrites hit the pixels, to reach the codecs: most other
+    damage is noticed before.
     """
     chance = random.Random(f"mutant {number}")
     kind = number % 5
@@ -102,7 +102,7 @@ def mutant(number: int) -> bytes:
 
 
 def cut(number: int) -> tuple[bytes, bytes]:
-    """A real image, and what is left of it when it is cut somewhere from byte 140 on."""
+    """Return a real image, and the start of it up to some byte from 140 on."""
     chance = random.Random(f"cut {number}")
     content = chance.choice(images())
     return content, content[: chance.randrange(140, len(content))]
@@ -122,10 +122,10 @@ def pixel_end(content: bytes) -> int:
 
 
 def lost_only_padding(content: bytes, left: int) -> bool:
-    """Whether nothing but padding followed the first `left` bytes.
+    """Tell whether only padding followed the first `left` bytes.
 
-    Padding is what PS3.10 section 7.2 allows behind the data set: the element Data Set Trailing Padding (FFFC,FFFC),
-    or zeros; and what follows a deflated stream, which belongs to no data set.
+    Padding is the element Data Set Trailing Padding (FFFC,FFFC) or zeros behind the data set (PS3.10 section 7.2), and
+    any bytes behind a deflated stream.
     """
     end = pixel_end(content)
     behind = content[end:]

@@ -72,7 +72,7 @@ def header(content: bytes) -> Dataset:
 
 
 def read(content: bytes, preprocessing: Preprocessing = PREPROCESSING) -> Instance:
-    """Read an object with the tests' own settings, in this process."""
+    """Read an object with the settings above, in this process."""
     return read_instance(content, preprocessing, VOCABULARY)
 
 

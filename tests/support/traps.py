@@ -1,4 +1,4 @@
-"""Files that were built to do harm, each with what has to become of it; pydicom and numpy, no Spark."""
+"""Files that are built to do harm, each with the outcome that ingest must give it."""
 
 import gzip
 import random
@@ -20,7 +20,7 @@ from tests.support.dicom_files import TINY, made, real
 
 @dataclass(frozen=True)
 class Trap:
-    """A file, and what may become of it. Codecs may see through a lie in one way or another, so reasons are a set."""
+    """A file, its outcome, and the reasons that are right: codecs notice a lie in different ways."""
 
     content: Callable[[], bytes]
     outcome: str
@@ -44,7 +44,7 @@ def traps() -> dict[str, Trap]:
     whole = made(TINY)
     small = real("MR_small_RLE.dcm")
     return {
-        # Bombs: little to read, much to hold.
+        # Bombs: few bytes that ask for many.
         "deflate bomb": _rejected(bombs.deflate_bomb, Reason.TOO_LARGE),
         "65535 squared": _rejected(lambda: encapsulated(1, Rows=65535, Columns=65535), Reason.TOO_LARGE),
         "65535 squared by 1000": _rejected(lambda: encapsulated(1000, Rows=65535, Columns=65535), Reason.TOO_LARGE),
