@@ -21,6 +21,11 @@ _REMEDIES = {
     errno.ENOSPC: "free some space, or give a path on another disk; then run this again",
     errno.EDQUOT: "free some of the quota, or give a path elsewhere; then run this again",
     errno.ENAMETOOLONG: "give a shorter path",
+    errno.ENOTDIR: "a folder of this path is a file; give another path",
+    errno.EISDIR: "this is a folder; give the path of a file",
+    errno.EIO: "the disk fails; check it, or give a path on another one",
+    errno.ESTALE: "the network file system lost it; mount it again",
+    errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
 }
 
 app = typer.Typer(

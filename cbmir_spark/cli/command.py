@@ -99,8 +99,8 @@ def register(
             log.configure(json=given["log_json"])
             flags = {"lake.uri": given["lake"]} | {key: values.pop(name) for name, key in keys.items()}
             chosen = [f"{key}={_as_text(value)}" for key, value in flags.items() if value not in (None, False)]
-            settings = config.load(given["config"], [*(given["overrides"] or []), *chosen])
             try:
+                settings = config.load(given["config"], [*(given["overrides"] or []), *chosen])
                 function(Call(settings, given["as_json"]), **values)
             except KeyboardInterrupt:
                 raise Interrupted("interrupted; run the same command again to go on") from None

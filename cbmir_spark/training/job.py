@@ -18,7 +18,7 @@ from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.lake.runs import Record
 from cbmir_spark.models.artifact import Saved, save
 from cbmir_spark.models.networks import Network
-from cbmir_spark.models.presets import Preset, preset_of
+from cbmir_spark.models.presets import PRESETS, Preset, preset_of
 from cbmir_spark.models.projection import Projection
 from cbmir_spark.models.promotion import Incumbent, Promotion
 from cbmir_spark.models.registry import Registry
@@ -99,7 +99,8 @@ def check(settings: Settings) -> None:
     """Check the preset, the lake's place and the tracking server before Spark starts; raises as `run` does."""
     paths, store = locate(settings)
     check_roots(paths, store)
-    preset_of(settings.training.preset)
+    if settings.training.preset not in PRESETS:
+        raise ConfigError(f"training.preset must be one of {', '.join(PRESETS)}, not {settings.training.preset!r}")
     _ = Registry(settings.mlflow, paths.uri, store).tracking
 
 
