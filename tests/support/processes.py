@@ -1,6 +1,7 @@
 """Which processes a test has started, and theirs."""
 
 import contextlib
+import time
 from pathlib import Path
 
 
@@ -18,3 +19,12 @@ def below(root: int, word: str) -> list[int]:
         found += [pid for pid in here if word in lines.get(pid, "")]
         todo = here
     return found
+
+
+def wait_for_end(word: str, seconds: float = 60.0) -> None:
+    """Wait until no process has the word in its command line. Raises TimeoutError."""
+    ends = time.monotonic() + seconds
+    while below(1, word):
+        if time.monotonic() > ends:
+            raise TimeoutError(f"a process with {word} in its command line still runs after {seconds:.0f} s")
+        time.sleep(0.1)

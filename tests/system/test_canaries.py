@@ -24,6 +24,7 @@ from tests.conftest import REPO
 from tests.support import canaries
 from tests.support.canaries import KANJI, KEPT, LATIN, Scanner, Tokens
 from tests.support.leaks import contents
+from tests.support.processes import wait_for_end
 
 pytestmark = pytest.mark.more
 
@@ -104,6 +105,8 @@ def chain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         timeout=1500,
         check=False,
     )
+    # Java outlives the driver for a moment, in which it removes its temporary files.
+    wait_for_end(f"-Djava.io.tmpdir={left / 'tmp'}")
     (left / "stdout").write_bytes(ran.stdout)
     (left / "stderr").write_bytes(ran.stderr)
     output = ran.stdout.decode("utf-8", "replace")
