@@ -144,7 +144,7 @@ class _Lost(Exception):
 
 
 class _Child:
-    """The process and its pipes; starts at once, and reads its settings with the first file."""
+    """The process and its pipes; it starts at once and gets its settings before its first file."""
 
     def __init__(self, setup: Mapping[str, Any]) -> None:
         environment = {key: os.environ[key] for key in _ENVIRONMENT if key in os.environ}
@@ -163,10 +163,8 @@ class _Child:
                 bufsize=0,
             )
         except OSError as error:
-            raise EnvironmentProblem(
-                f"cannot start the process that decodes images: {error.strerror}: raise this machine's limits, or run "
-                "fewer tasks at a time"
-            ) from None
+            problem = f"cannot start the process that decodes images: {error.strerror}: run fewer tasks at a time"
+            raise EnvironmentProblem(problem) from None
         assert self._process.stdin and self._process.stdout
         self._in, self._out = self._process.stdin.fileno(), self._process.stdout.fileno()
         for pipe in (self._in, self._out):
@@ -189,10 +187,9 @@ class _Child:
     def end(self) -> None:
         self._process.kill()
         self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
-            if pipe is not None:
-                with suppress(OSError):
-                    pipe.close()
+        for pipe in filter(None, (self._process.stdin, self._process.stdout, self._process.stderr)):
+            with suppress(OSError):
+                pipe.close()
 
     def _wait_until_ready(self) -> None:
         try:
@@ -201,10 +198,8 @@ class _Child:
             self._process.kill()
             printed = self._process.stderr.read().decode("utf-8", "replace") if self._process.stderr else ""
             last = printed.strip().splitlines()[-1] if printed.strip() else f"exit code {self._process.wait()}"
-            raise EnvironmentProblem(
-                f"cannot start the process that decodes images: {last}: check this machine's Python environment "
-                "with `cbmir doctor`"
-            ) from None
+            problem = f"cannot start the process that decodes images: {last}: check this machine with `cbmir doctor`"
+            raise EnvironmentProblem(problem) from None
         if self._process.stderr:
             self._process.stderr.close()
         self._ready = True
@@ -251,6 +246,9 @@ class _Child:
         except BrokenPipeError:
             return []  # an answer, or the end of file, is still to be read
         return [rest for rest in (out[0][sent:], *out[1:]) if len(rest)]
+
+
+# --- in the child ---
 
 
 def main() -> None:

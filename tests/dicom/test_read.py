@@ -1,4 +1,4 @@
-"""Real files and made ones through the whole chain: windows, frames, and what each object turns out to be."""
+"""Real and made files through the whole chain: windows, frames, and the outcome of each object."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -34,9 +34,9 @@ def test_the_header_window_never_reaches_the_network() -> None:
     values = np.arange(-1000, 24, dtype=np.int16).reshape(32, 32)
     hounsfield = {"RescaleSlope": 1, "RescaleIntercept": 0}
     plain = made(values, **hounsfield)
-    windowed = made(values, WindowCenter=-900, WindowWidth=10, **hounsfield)
-    assert np.array_equal(read(plain).frames[0].pixels, read(windowed).frames[0].pixels)
-    assert not np.array_equal(picture(plain, 0), picture(windowed, 0))
+    narrow = made(values, WindowCenter=-900, WindowWidth=10, **hounsfield)
+    assert np.array_equal(read(plain).frames[0].pixels, read(narrow).frames[0].pixels)
+    assert not np.array_equal(picture(plain, 0), picture(narrow, 0))
 
 
 def test_windows_by_body_part_and_only_on_hounsfield_units() -> None:
