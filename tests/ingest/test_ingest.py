@@ -64,14 +64,14 @@ def test_a_run_looks_nothing_up_twice(spark: SparkSession, night: Night) -> None
         report = ingest_job.run(spark, night.settings)
     assert report.batches == 0
     published = report.published
-    assert counts.histories == {lake.path(schemas.SOURCES): 1}
+    assert counts.handles == counts.histories == {lake.path(schemas.SOURCES): 1}
     assert counts.opened == {
         (lake.path(schemas.TAGS), published.tags): 1,
         (lake.path(schemas.PIXELS), published.pixels): 1,
         (lake.path(schemas.SOURCES), published.sources): 1,
     }
-    # SOURCES for what is published, FORGOTTEN for tombstones, RUNS for its row.
-    assert counts.checks == {lake.path(table): 1 for table in (schemas.SOURCES, schemas.FORGOTTEN, schemas.RUNS)}
+    # FORGOTTEN for tombstones, RUNS for its row.
+    assert counts.checks == {lake.path(table): 1 for table in (schemas.FORGOTTEN, schemas.RUNS)}
     # TAGS and PIXELS against what is published, RUNS for the version written.
     assert counts.log_lookups == {lake.path(table): 1 for table in (schemas.TAGS, schemas.PIXELS, schemas.RUNS)}
     # The archive, and both roots of the lake.
