@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ from cbmir_spark import storage
 from cbmir_spark.api import Answer, Lake
 from cbmir_spark.cli import command
 from cbmir_spark.errors import ConfigError, InputError, ModelError
+from cbmir_spark.lake import schemas
+from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.storage import ObjectStore
 from cbmir_spark.synthetic import archive
 from tests.conftest import REPO, Cbmir
-from tests.support import s3_server
+from tests.support import boundary, s3_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -227,6 +229,21 @@ def test_settings_that_do_not_exist_are_refused_before_spark(call: Any, said: st
     with pytest.raises(ConfigError, match=said):
         call(lake)
     assert lake._session is None and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "call",
+    [lambda lake: lake.remap(), lambda lake: lake.forget(patients=["nobody"]), lambda lake: lake.ingest()],
+    ids=["remap", "forget", "ingest"],
+)
+def test_upkeep_looks_versions_up_once(world: World, call: Callable[[Lake], object]) -> None:
+    """Of the methods that test_boundary.py leaves out, since they need a real archive's pixels or key."""
+    sources = LakePaths.of(world.lake.settings.lake).path(schemas.SOURCES)
+    lake = Lake(world.lake.settings.override({"ingest.archive": world.archive}), world.lake.spark)
+    with boundary.counted() as counts:
+        call(lake)
+    assert counts.histories[sources] == 1
+    assert all(times == 1 for times in counts.opened.values()), counts.opened
 
 
 @pytest.mark.more
