@@ -103,7 +103,7 @@ def register(
                 settings = config.load(given["config"], [*(given["overrides"] or []), *chosen])
                 function(Call(settings, given["as_json"]), **values)
             except KeyboardInterrupt:
-                raise Interrupted("interrupted; run the same command again to go on") from None
+                raise Interrupted("interrupted; run the same command again to continue") from None
 
         command.__name__ = function.__name__
         command.__doc__ = function.__doc__

@@ -138,4 +138,4 @@ def test_an_interrupt_ends_in_a_line(cbmir: Cbmir, monkeypatch: pytest.MonkeyPat
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Lake, "verify", interrupt)
-    assert cbmir("verify") == (130, "", "cbmir: interrupted; run the same command again to go on\n")
+    assert cbmir("verify") == (130, "", "cbmir: interrupted; run the same command again to continue\n")
