@@ -267,7 +267,7 @@ def test_a_sweep_is_one_run_with_a_run_for_each_training(spark: SparkSession, tr
         ("training.epochs: 3", "give a list"),
         ("- 3", "give a list"),
         ("[]", "give a list"),
-        ("- {", "is not YAML"),
+        ("- {", "not valid YAML"),
         (None, "No such file"),
     ],
 )
