@@ -59,7 +59,7 @@ class World:
         return [ids[uri] for uri in uris]
 
 
-@pytest.fixture(scope="module", params=["file", "s3a"])
+@pytest.fixture(scope="module", params=["file", pytest.param("s3a", marks=pytest.mark.more)])
 def world(
     request: pytest.FixtureRequest, spark: SparkSession, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[World]:
@@ -119,8 +119,9 @@ def test_queries_of_every_kind_have_one_answer(world: World, tmp_path: Path) -> 
         (uri,) = [uri for uri in world.files if world.images([uri]) == [image_id]]
         assert hits(lake.search([uri], k=4)) == alone
         # A vector belongs to no image: nothing is excluded, so that the image itself comes first.
-        vectors = lake.features().where(f"image_id = '{image_id}'").select("embedding").toPandas()
-        (nearest,) = hits(lake.search(np.stack(vectors["embedding"].to_list()), k=1, prefilter="none"))
+        row = lake.features().where(f"image_id = '{image_id}'").select("vector").head()
+        assert row is not None
+        (nearest,) = hits(lake.search(np.array([row["vector"]]), k=1, prefilter="none"))
         assert nearest[2] == image_id and nearest[4] == 0.0
 
 
