@@ -102,6 +102,6 @@ def test_an_installed_wheel_runs_without_the_checkout(wheel: Path, tmp_path: Pat
 
     found = run("-c", "import cbmir_spark, cbmir_spark.config as c; print(cbmir_spark.__file__, c.conf_folder())")
     assert found.split() == [f"{site}/cbmir_spark/__init__.py", f"{site}/cbmir_spark/conf"]
-    assert run("-m", "cbmir_spark", "version").split()[-1] == cbmir_spark.__version__
+    assert run("-m", "cbmir_spark", "--version").split()[-1] == cbmir_spark.__version__
     assert "prefilter: tags" in run("-m", "cbmir_spark", "config")
     assert not list(empty.iterdir())

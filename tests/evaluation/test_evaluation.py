@@ -17,8 +17,8 @@ from sklearn.metrics import average_precision_score, precision_recall_fscore_sup
 
 from cbmir_spark import config, storage
 from cbmir_spark.errors import ModelError
+from cbmir_spark.evaluation import document, measures
 from cbmir_spark.evaluation import job as evaluation_job
-from cbmir_spark.evaluation import measures
 from cbmir_spark.evaluation import queries as test_queries
 from cbmir_spark.index import job as index_job
 from cbmir_spark.lake import columns as cols
@@ -315,11 +315,11 @@ def test_classes_with_few_patients_are_told_apart(evaluated: Evaluated) -> None:
 
 def test_the_files_say_what_the_report_says(evaluated: Evaluated) -> None:
     settings, report, rows, _ = evaluated
-    document = json.loads(ObjectStore(settings.storage).read_bytes(report.document))
-    assert document["indexed"] == report.indexed == len(rows) == len(IMAGES)
-    assert document["retrieval"]["none"]["mean"]["average_precision"] == report.retrieval["none"]["average_precision"]
-    confusion = np.array(document["classification"]["confusion"]["counts"])
-    assert confusion.sum() == document["test_images"] and np.trace(confusion) / confusion.sum() == report.accuracy
+    read = json.loads(ObjectStore(settings.storage).read_bytes(report.document))
+    assert read["indexed"] == report.indexed == len(rows) == len(IMAGES)
+    assert read["retrieval"]["none"]["mean"]["average_precision"] == report.retrieval["none"]["average_precision"]
+    confusion = np.array(read["classification"]["confusion"]["counts"])
+    assert confusion.sum() == read["test_images"] and np.trace(confusion) / confusion.sum() == report.accuracy
     page = ObjectStore(settings.storage).read_bytes(report.page).decode()
     assert report.model_id in page and f"{report.accuracy:.3f}" in page and page.count("data:image/png") == 2
     folder = report.page.rpartition("/")[0]
@@ -333,7 +333,7 @@ def test_a_model_of_another_lake_is_refused(spark: SparkSession, evaluated: Eval
     place = Path(storage.local_path(snapshot.uri))
     place.rename(gone)
     try:
-        with pytest.raises(ModelError, match="test patients are not known"):
+        with pytest.raises(ModelError, match="its test patients are unknown"):
             evaluation_job.run(spark, settings)
     finally:
         gone.rename(place)

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class World:
 
     lake: Lake
     archive: str
+    given: Mapping[str, Any]
     store: ObjectStore
 
     @property
@@ -81,7 +82,7 @@ def world(
     trained = lake.train(preset="alexnet-small")
     indexed = lake.index()
     assert indexed.model_id == trained.model_id
-    yield World(lake, archive_uri, ObjectStore(lake.settings.storage))
+    yield World(lake, archive_uri, settings, ObjectStore(lake.settings.storage))
     # The given session runs on, with the settings that it had.
     lake.close()
     assert dict(spark.conf.getAll) == before
@@ -136,7 +137,7 @@ def test_a_query_overrides_the_search(world: World) -> None:
 def test_the_command_writes_the_same_bytes(
     world: World, cbmir: Cbmir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "lake_for", lambda settings: world.lake)
+    monkeypatch.setattr(command, "lake_for", lambda settings: Lake(settings, world.lake.spark))
     queries = tmp_path / "queries.csv"
     queries.write_text("query_id,uri\n" + "".join(f"q{n},{uri}\n" for n, uri in enumerate(world.files)))
     lake, out = world.lake, f"{world.lake.uri}/by"
@@ -144,18 +145,15 @@ def test_the_command_writes_the_same_bytes(
     called = lake.search(queries, k=3, csv=True, out=f"{out}-call", roots=roots)
     status, _, err = cbmir(
         "retrieve", "--queries", str(queries), "--k", "3", "--csv", "--out", f"{out}-command",
-        *(f"--set={name}={value}" for name, value in SMALL.items()), "--set", f"retrieval.roots=[{roots[0]}]",
+        *(f"--set={name}={value}" for name, value in world.given.items()), "--set", f"retrieval.roots=[{roots[0]}]",
         "--lake", lake.uri,
     )  # fmt: skip
     assert status == 0, err
 
     def written(folder: str) -> dict[str, str]:
-        return {
-            found.uri.removeprefix(storage.canonical(folder)): hashlib.sha256(
-                world.store.read_bytes(found.uri)
-            ).hexdigest()
-            for found in world.store.find(storage.canonical(folder))
-        }
+        root = storage.canonical(folder)
+        uris = [found.uri for found in world.store.list_objects(root)]
+        return {uri.removeprefix(root): hashlib.sha256(world.store.read_bytes(uri)).hexdigest() for uri in uris}
 
     assert called.report.answered == 3
     assert written(f"{out}-call") == written(f"{out}-command") != {}
@@ -165,13 +163,13 @@ def test_tables_show_what_is_published(world: World) -> None:
     lake = world.lake
     assert lake.tags.count() == lake.tags.select("image_id").distinct().count() > 60
     assert lake.pixels.where("length(pixels) <> 65536").count() == 0
-    assert lake.features().count() == lake.pixels.join(lake.tags.select("image_id"), "image_id").count()
+    assert lake.features().join(lake.pixels, ["image_id", "frame"], "left_anti").count() == 0
     assert {row["job"] for row in lake.runs.select("job").collect()} >= {"ingest", "train", "index"}
     folder, files = lake.feature_files()
     assert files and all(world.store.read_bytes(file)[:4] == b"PAR1" for file in files)
     assert all(file.startswith(folder) for file in files)
     (run,) = lake.training_runs()
-    assert run.run_id and lake.verify().vectors == lake.features().count()
+    assert run.run_id and lake.verify().rows == lake.features().count()
 
 
 def test_the_gallery_goes_where_it_is_asked(world: World, tmp_path: Path) -> None:
