@@ -52,14 +52,14 @@ def open(
     """Open a lake: a folder or an `s3a:` prefix; what `lake.uri` of the settings names if left out.
 
     `settings` are those of conf/base.yaml, a mapping per section or by dotted name: `ingest={"max_minutes": 60}` or
-    `**{"ingest.max_minutes": 60}`; they come after `settings_file` and the environment. With `spark` the lake works in
-    a new session of that one's context, whose own settings stay as they are; without it a session is built on first
-    use. Nothing is read or written before the first call. Raises ConfigError for a setting that does not exist or a
-    value that does not fit.
+    `**{"ingest.max_minutes": 60}`; they come after `settings_file` and the environment. With `spark`, or where this
+    process runs Spark already, the lake works in a new session of that context, and the settings of existing sessions
+    stay as they are; else a session is built on first use. Nothing is read or written before the first call. Raises
+    ConfigError for a setting that does not exist or a value that does not fit.
     """
-    chosen = config.load(None if settings_file is None else os.fspath(settings_file))
+    chosen = config.load(_path("settings_file", settings_file))
     if lake is not None:
-        chosen = chosen.override({"lake.uri": os.fspath(lake)})
+        chosen = chosen.override({"lake.uri": _path("lake", lake)})
     return Lake(chosen.override(settings), spark)
 
 
@@ -137,6 +137,7 @@ class Lake:
         self.settings = settings
         self._given = spark
         self._session: SparkSession | None = None
+        self._owns_session = False
 
     @property
     def uri(self) -> str:
@@ -151,9 +152,11 @@ class Lake:
     def close(self) -> None:
         """Stop the Spark session, if this lake built it; a later call builds another."""
         session, self._session = self._session, None
-        if session is not None and self._given is None:
+        if session is not None and self._owns_session:
             # Where its Java process is gone there is nothing left to stop.
             with suppress(ConnectionError):
+                # Jobs that an interrupt left behind are cancelled, of which Java would print pages.
+                session.sparkContext.setLogLevel("OFF")
                 session.stop()
 
     def __enter__(self) -> "Lake":
@@ -177,7 +180,7 @@ class Lake:
         """Read new and changed objects of an archive into SOURCES, TAGS and PIXELS; `settings` of section `ingest`."""
         from cbmir_spark.ingest import job
 
-        chosen = self._with("ingest", settings, archive=_path(archive))
+        chosen = self._with("ingest", settings, archive=_path("archive", archive))
         job.check(chosen)
         with self._job("ingest") as spark:
             return job.run(spark, chosen, on_progress)
@@ -210,8 +213,8 @@ class Lake:
         """Train once for each mapping of settings (by dotted name), as runs nested in one MLflow run called `name`."""
         from cbmir_spark.training import job
 
-        if not trainings:
-            raise InputError("the sweep is empty: give a mapping of settings for each training")
+        if not trainings or not all(isinstance(changes, Mapping) for changes in trainings):
+            raise InputError("the sweep must be a list with a mapping of settings for each training")
         variants = [self.settings.override(changes) for changes in trainings]
         for variant in variants:
             job.check(variant)
@@ -266,6 +269,8 @@ class Lake:
         """List the newest training runs: settings, figures, and the state of the model; needs no Spark."""
         from cbmir_spark.models.registry import Registry
 
+        if not isinstance(limit, int) or limit < 1:
+            raise InputError(f"limit must be a whole number from 1, not {limit!r}")
         store = storage.ObjectStore(self.settings.storage)
         return Registry(self.settings.mlflow, self.uri, store).runs(limit)
 
@@ -315,11 +320,17 @@ class Lake:
         """
         from cbmir_spark.maintenance import forget
 
-        named = {"patient": patients, "study": studies, "series": series, "image": images}
-        named[forget.PSEUDONYM] = pseudonyms
+        named = {
+            "patient": _texts("patients", patients),
+            "study": _texts("studies", studies),
+            "series": _texts("series", series),
+            "image": _texts("images", images),
+            forget.PSEUDONYM: _texts("pseudonyms", pseudonyms),
+        }
+        listed = _path("listed_in", listed_in)
         requests = [forget.Request(kind, value) for kind, values in named.items() for value in values]
-        if listed_in is not None:
-            requests += forget.read_list(os.fspath(listed_in), storage.ObjectStore(self.settings.storage))
+        if listed is not None:
+            requests += forget.read_list(listed, storage.ObjectStore(self.settings.storage))
         with self._job("forget") as spark:
             return forget.run(spark, self.settings, requests, now=now, purge=purge)
 
@@ -378,11 +389,13 @@ class Lake:
     # --- settings and session ---
 
     def _with(self, section: str, settings: Mapping[str, Any], **given: Any) -> Settings:
-        """Override the lake's settings for one call: plain names belong to `section`, dotted ones to any."""
+        """Override the lake's settings for one call: names of `section`'s settings, dotted names, or whole sections."""
         changes = {**settings, **{name: value for name, value in given.items() if value is not None}}
+        fields = type(getattr(self.settings, section)).model_fields
+        sections = type(self.settings).model_fields
         return self.settings.override(
             {
-                name if "." in name or isinstance(value, Mapping) else f"{section}.{name}": value
+                name if "." in name or (name in sections and name not in fields) else f"{section}.{name}": value
                 for name, value in changes.items()
             }
         )
@@ -397,15 +410,23 @@ class Lake:
 
     def _spark(self, job: str) -> "SparkSession":
         """Java and pyspark are looked for only when a job needs them."""
-        if self._session is None:
-            from cbmir_spark.spark import session
+        from cbmir_spark.spark import session
 
-            if self._given is None:
-                self._session = session.build(self.settings, job)
-            else:
-                self._session = session.adopt(self._given, self.settings)
+        if self._session is None or session.is_stopped(self._session):
+            running = self._given or session.running()
+            self._owns_session = running is None
+            self._session = session.adopt(running, self.settings) if running else session.build(self.settings, job)
         return self._session
 
 
-def _path(path: str | os.PathLike[str] | None) -> str | None:
+def _path(name: str, path: str | os.PathLike[str] | None) -> str | None:
+    if path is not None and not isinstance(path, str | os.PathLike):
+        raise InputError(f"{name} must be a path or a URI, not {type(path).__name__}")
     return None if path is None else os.fspath(path)
+
+
+def _texts(name: str, values: Sequence[str]) -> list[str]:
+    """Check a list of identifiers: a single text would be taken for a list of its characters."""
+    if isinstance(values, str) or not all(isinstance(value, str) for value in values):
+        raise InputError(f"{name} must be a list of texts, such as {name}=['…']")
+    return list(values)

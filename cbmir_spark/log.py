@@ -81,6 +81,8 @@ def configure(*, json: bool = False, level: int | str | None = None) -> None:
     handler = _Stderr()
     handler.setFormatter(JsonLines() if json else Text())
     logger.addHandler(handler)
+    # MLflow gives the root logger a handler, which would write each line again.
+    logger.propagate = False
     logger.setLevel(level if level is not None else logging.INFO if json else logging.WARNING)
 
 

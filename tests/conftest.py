@@ -1,5 +1,6 @@
 """One Spark session for the whole suite, settings rooted in a test's own folder, and the shared real data."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 from pyspark.sql import SparkSession
 
-from cbmir_spark import config
+from cbmir_spark import config, log
 from cbmir_spark.cli import app as app_module
 from cbmir_spark.spark import session
 from tests.support import s3_server
@@ -88,7 +89,18 @@ def shared_data() -> Path:
 
 
 @pytest.fixture
-def cbmir(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cbmir:
+def logging_restored() -> Iterator[None]:
+    """The command line decides how its process logs, for good; pytest's own handler is the root logger's."""
+    logger = logging.getLogger(log.ROOT)
+    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
+    yield
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
+    logger.propagate = propagate
+
+
+@pytest.fixture
+def cbmir(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], logging_restored: None) -> Cbmir:
     """Run the console script in this process: (exit status, stdout, stderr)."""
 
     def call(*arguments: str) -> tuple[int, str, str]:

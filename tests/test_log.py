@@ -20,13 +20,9 @@ LEVELS = {"debug", "info", "warning", "error", "critical", "exception", "log"}
 
 
 @pytest.fixture(autouse=True)
-def as_it_was() -> Iterator[None]:
-    logger = logging.getLogger(log.ROOT)
-    handlers, level = list(logger.handlers), logger.level
+def as_it_was(logging_restored: None) -> Iterator[None]:
     with log.scope():
         yield
-    logger.handlers[:] = handlers
-    logger.setLevel(level)
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, object]]:

@@ -11,10 +11,13 @@ import typer
 
 from cbmir_spark import __version__, config, log
 from cbmir_spark.cli import console, jobs, upkeep
+from cbmir_spark.cli.command import INTERRUPTED, Interrupted
 from cbmir_spark.errors import CbmirError
 
 # What to do about the errors of a local file system that users meet.
 _REMEDIES = {
+    errno.ENOENT: "create the folder that it belongs into, or give another path",
+    errno.EEXIST: "give another path",
     errno.EACCES: "check its permissions and its owner",
     errno.EPERM: "check its permissions and its owner",
     errno.EROFS: "the file system is mounted read-only; give a path elsewhere",
@@ -67,6 +70,8 @@ def main(job: str | None = None) -> None:
         app(args=arguments, prog_name="cbmir")
     except CbmirError as error:
         _end(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _end(INTERRUPTED, Interrupted.exit_code)
     except OSError as error:
         remedy = _REMEDIES.get(error.errno or 0)
         if remedy is None:

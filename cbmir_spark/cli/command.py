@@ -19,6 +19,7 @@ from cbmir_spark.api import Lake
 from cbmir_spark.cli import console
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import CbmirError
+from cbmir_spark.spark import interrupts
 
 # Help panels, in the order of a day's work.
 JOBS, ANSWERS, UPKEEP, SETUP = "Jobs", "Results", "Upkeep", "Setup"
@@ -33,6 +34,9 @@ def flag(key: str, *names: str) -> Any:
     option = typer.Option(*names, help=text[:1].upper() + text[1:] + ".")
     option.setting = key
     return option
+
+
+INTERRUPTED = "interrupted; run the same command again to continue"
 
 
 class Interrupted(CbmirError):
@@ -51,7 +55,7 @@ class Call:
     @contextmanager
     def lake(self) -> Iterator[Lake]:
         """The lake of the settings; its Spark session ends with the block."""
-        with lake_for(self.settings) as lake:
+        with interrupts.as_keyboard_interrupt(), lake_for(self.settings) as lake:
             yield lake
 
     def show(self, result: Any, view: Callable[[Any], None]) -> None:
@@ -103,7 +107,7 @@ def register(
                 settings = config.load(given["config"], [*(given["overrides"] or []), *chosen])
                 function(Call(settings, given["as_json"]), **values)
             except KeyboardInterrupt:
-                raise Interrupted("interrupted; run the same command again to continue") from None
+                raise Interrupted(INTERRUPTED) from None
 
         command.__name__ = function.__name__
         command.__doc__ = function.__doc__

@@ -38,14 +38,14 @@ def progress(what: str, quiet: bool, every: float = 0.0) -> Iterator[Move]:
     """
     began = time.monotonic()
     if quiet or log.is_json() or not err.is_terminal:
-        printed = -every
+        printed, last = -every, -1
 
         def line(done: int, total: int, figures: Mapping[str, Any]) -> None:
-            nonlocal printed
+            nonlocal printed, last
             passed = time.monotonic() - began
-            if passed - printed < every and done < total:
+            if passed - printed < every and (done < total or done == last):
                 return
-            printed = passed
+            printed, last = passed, done
             if log.is_json():
                 logger.info("progress", extra={"done": done, "total": total, "figures": dict(figures)})
             elif not quiet:

@@ -108,6 +108,8 @@ def _lake(settings: Settings) -> str:
     path = storage.local_path(lake.uri)
     while not os.path.exists(path):
         path = os.path.dirname(path)
+    if not os.path.isdir(path):
+        raise InputError(f"{path} is a file: give a lake elsewhere, with --lake")
     if not os.access(path, os.W_OK):
         raise InputError(f"{path} is not writable: give a lake elsewhere, with --lake")
     free = shutil.disk_usage(path).free / 2**30

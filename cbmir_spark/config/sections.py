@@ -38,13 +38,13 @@ class LakeSettings(Section):
     """Location of the tables."""
 
     uri: Name = Field(description="Folder or s3a: prefix of the de-identified tables")
-    vault: str | None = Field(description="Folder or prefix of SOURCES and the pseudonym key; null: <lake>/vault")
+    vault: Name | None = Field(description="Folder or prefix of SOURCES and the pseudonym key; null: <lake>/vault")
 
 
 class StorageSettings(Section):
     """Object storage. Credentials come from the usual AWS environment, never from settings."""
 
-    endpoint: str | None = Field(description="http(s)://host:port of an S3-compatible server; null: AWS")
+    endpoint: Name | None = Field(description="http(s)://host:port of an S3-compatible server; null: AWS")
     region: str = Field(description="Region that requests are signed for")
     path_style: bool = Field(description="Put the bucket in the path instead of the host name")
     attempts: Positive = Field(description="Times a request is sent before it fails; waits double, up to 20 seconds")
@@ -82,7 +82,7 @@ class PrivacySettings(Section):
     key: SecretStr | None = Field(
         description="Secret key of the pseudonyms; give it as CBMIR_PRIVACY__KEY, not in a file"
     )
-    key_file: str | None = Field(
+    key_file: Name | None = Field(
         description="File with the key, readable on every worker; null: <vault>/pseudonym.key, if local"
     )
     burned_in: Choice = Field(
@@ -94,7 +94,7 @@ class PrivacySettings(Section):
 class IngestSettings(Section):
     """Reading an archive."""
 
-    archive: str | None = Field(description="Folder or prefix of the DICOM objects")
+    archive: Name | None = Field(description="Folder or prefix of the DICOM objects")
     max_files_per_batch: Positive = Field(description="Most objects that are read and published together")
     max_batches: Positive | None = Field(description="Most batches per run, the next run continues; null: no limit")
     max_minutes: AboveZero | None = Field(description="Start no batch after this many minutes; null: no limit")
@@ -183,7 +183,7 @@ class TrainingSettings(Section):
 class MlflowSettings(Section):
     """Tracking runs and models."""
 
-    tracking_uri: str | None = Field(
+    tracking_uri: Name | None = Field(
         description="Tracking server, required by an s3a: lake; null: SQLite beside a local lake"
     )
     experiment: Name = Field(description="Experiment of the runs")
@@ -193,7 +193,7 @@ class MlflowSettings(Section):
 class IndexSettings(Section):
     """Embedding frames."""
 
-    model: str | None = Field(
+    model: Name | None = Field(
         description="models:/name@alias, models:/name/version, runs:/id or a folder; null: the candidate"
     )
     batch_size: Positive = Field(description="Frames that a task embeds at a time; vectors do not depend on it")
@@ -205,10 +205,10 @@ class IndexSettings(Section):
 class RetrievalSettings(Section):
     """Answering queries."""
 
-    model: str | None = Field(description="Model whose index is searched; null: the champion")
-    queries: str | None = Field(description="CSV or Parquet with query_id and one of uri, image_id, sop_instance_uid")
+    model: Name | None = Field(description="Model whose index is searched; null: the champion")
+    queries: Name | None = Field(description="CSV or Parquet with query_id and one of uri, image_id, sop_instance_uid")
     level: Literal["image", "series"] = Field(description="Compare images, or series by their frames")
-    roots: list[str] = Field(description="Folders or prefixes that a query's uri may be below, besides the archive")
+    roots: list[Name] = Field(description="Folders or prefixes that a query's uri may be below, besides the archive")
     k: Annotated[int, Field(ge=1, le=MOST_HITS)] = Field(description="Hits per query, up to 10000")
     metric: Literal["euclidean", "cosine"] = Field(description="Distance: euclidean or cosine")
     method: Literal["bounds", "scan"] = Field(
@@ -235,7 +235,7 @@ class RetrievalSettings(Section):
     block_mb: Positive = Field(description="Memory of a task for one block of distances, MiB")
     gallery: Annotated[int, Field(ge=0)] = Field(description="Queries shown in the HTML gallery; 0: no gallery")
     csv: bool = Field(description="Write hits and statuses as CSV too")
-    out: str | None = Field(description="Folder for hits, statuses and gallery; null: <lake>/results/<run>")
+    out: Name | None = Field(description="Folder for hits, statuses and gallery; null: <lake>/results/<run>")
 
 
 class EvaluationSettings(Section):
@@ -247,7 +247,7 @@ class EvaluationSettings(Section):
     )
     max_queries: Positive = Field(description="Most test images to search with, sampled evenly over the classes")
     prefilters: Annotated[list[Prefilter], Field(min_length=1)] = Field(description="Prefilters to compare")
-    out: str | None = Field(description="Folder for figures and report; null: <lake>/evaluation/<run>")
+    out: Name | None = Field(description="Folder for figures and report; null: <lake>/evaluation/<run>")
 
 
 class DemoSettings(Section):

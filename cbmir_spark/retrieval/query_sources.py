@@ -52,17 +52,17 @@ def from_any(queries: Any, level: str) -> QueryList | str | None:
     if queries is None or isinstance(queries, str | os.PathLike):
         path = None if queries is None else os.fspath(queries)
         if path is not None and PurePath(path).suffix.lower() in (".dcm", ".dicom"):
-            return from_files([path])
+            return from_files([path], level)
         return path
     if isinstance(queries, np.ndarray):
-        return from_vectors(queries)
+        return from_vectors(queries, level)
     if isinstance(queries, pa.Table):
         return from_table(queries, level)
     if hasattr(queries, "toArrow"):
         return from_table(queries.toArrow(), level)
     if hasattr(queries, "to_arrow"):
         return from_table(queries.to_arrow(), level)
-    if hasattr(queries, "iloc"):
+    if hasattr(queries, "iloc") and hasattr(queries, "columns"):
         return from_pandas(queries, level)
     if isinstance(queries, Sequence) and not isinstance(queries, bytes):
         return _from_sequence(queries, level)
@@ -81,10 +81,10 @@ def _from_sequence(queries: Sequence[Any], level: str) -> QueryList:
     texts = [os.fspath(each) for each in queries]
     named = [is_image_id(text) for text in texts]
     if all(named):
-        return from_images(texts)
+        return from_images(texts, level)
     if any(named):
         raise InputError(f"the list of queries mixes image ids and paths (such as {texts[named.index(False)]!r})")
-    return from_files(texts)
+    return from_files(texts, level)
 
 
 def from_table(table: pa.Table, level: str = "image") -> QueryList:
@@ -115,25 +115,30 @@ def from_queries(queries: Sequence[Query], level: str = "image") -> QueryList:
     return check([field.name for field in fields(Query)], rows, level, "the list of queries")
 
 
-def from_images(image_ids: Sequence[str]) -> QueryList:
+def from_images(image_ids: Sequence[str], level: str = "image") -> QueryList:
     """Query by image ids; each id is its query's query_id."""
     rows = [{cols.QUERY_ID: each, cols.IMAGE_ID: each} for each in image_ids]
-    return check([cols.QUERY_ID, cols.IMAGE_ID], rows, "image", "the list of image ids")
+    return check([cols.QUERY_ID, cols.IMAGE_ID], rows, level, "the list of image ids")
 
 
-def from_files(uris: Sequence[str]) -> QueryList:
-    """Query by .dcm files; query ids are file-1, file-2, …, since a file's name may identify a patient."""
+def from_files(uris: Sequence[str], level: str = "image") -> QueryList:
+    """Query by .dcm files; query ids are file-1, file-2, …, since a file's name may identify a patient.
+
+    Raises InputError at level series.
+    """
+    _images_only("files", level)
     rows = [{cols.QUERY_ID: f"file-{number}", cols.URI: uri} for number, uri in enumerate(uris, start=1)]
     checked = check([cols.QUERY_ID, cols.URI], rows, "image", "the list of files")
     folders = {storage.canonical(row.value).rpartition("/")[0] for row in checked.rows if isinstance(row, QueryRow)}
     return replace(checked, folders=tuple(sorted(folders)))
 
 
-def from_vectors(vectors: NDArray[Any]) -> QueryList:
+def from_vectors(vectors: NDArray[Any], level: str = "image") -> QueryList:
     """Query by (n, D) vectors of the index's model; query ids are vector-1, vector-2, …
 
-    Raises InputError for another shape, for NaN or infinity, and for vectors of zeros.
+    Raises InputError for another shape, for NaN or infinity, for vectors of zeros, and at level series.
     """
+    _images_only("vectors", level)
     if vectors.ndim != 2 or not np.issubdtype(vectors.dtype, np.number) or np.iscomplexobj(vectors):
         raise InputError(
             f"query vectors must be real numbers of shape (n, D), not {vectors.dtype} of shape {vectors.shape}"
@@ -155,3 +160,8 @@ def from_vectors(vectors: NDArray[Any]) -> QueryList:
         ),
         ignored=(),
     )
+
+
+def _images_only(kind: str, level: str) -> None:
+    if level == "series":
+        raise InputError(f"{kind} cannot name series: give image ids or Query objects, or search at level image")

@@ -20,7 +20,7 @@ from pyspark.sql import SparkSession
 
 from cbmir_spark.config import Settings, conf_folder, debugging
 from cbmir_spark.errors import EnvironmentProblem
-from cbmir_spark.spark import java_output
+from cbmir_spark.spark import interrupts, java_output
 
 JAVA_VERSIONS = (17, 21)
 LOOPBACK = "127.0.0.1"
@@ -56,7 +56,7 @@ def build(settings: Settings, job: str) -> SparkSession:
     for key, value in wanted.items():
         builder = builder.config(key, value)
     try:
-        with java_output.to_stderr() if _starts_java() else nullcontext():
+        with interrupts.keep_handler(), java_output.to_stderr() if _starts_java() else nullcontext():
             spark = builder.getOrCreate()
     except (PySparkRuntimeError, Py4JJavaError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -74,6 +74,8 @@ def adopt(spark: SparkSession, settings: Settings) -> SparkSession:
     The new session shares its context, and with it master, memory and jars. Raises EnvironmentProblem if Delta is
     missing. Runs on the driver.
     """
+    if is_stopped(spark):
+        raise EnvironmentProblem("the given Spark session was stopped: give one that runs, or leave spark out")
     _check_delta(spark)
     derived = spark.newSession()
     if _DELTA_EXTENSION not in (derived.conf.get("spark.sql.extensions", None) or ""):
@@ -89,6 +91,17 @@ def adopt(spark: SparkSession, settings: Settings) -> SparkSession:
         elif derived.conf.isModifiable(key):
             derived.conf.set(key, value)
     return derived
+
+
+def running() -> SparkSession | None:
+    """The session of this process whose Spark runs already, None if there is none or spark-submit started it."""
+    found = SparkSession.getActiveSession() if not under_spark_submit() else None
+    return None if found is None or is_stopped(found) else found
+
+
+def is_stopped(spark: SparkSession) -> bool:
+    """True if the session's Spark was stopped, so that it cannot be used any more."""
+    return spark.sparkContext._jsc is None
 
 
 def properties(settings: Settings, given: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:

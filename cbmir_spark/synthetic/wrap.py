@@ -72,7 +72,7 @@ class _Picture:
 
 def _read_labels(labels_csv: Path, images: Path) -> list[_Picture]:
     try:
-        with labels_csv.open(newline="", encoding="utf-8") as handle:
+        with labels_csv.open(newline="", encoding="utf-8-sig") as handle:
             reader = csv.DictReader(handle)
             missing = [column for column in LABEL_COLUMNS if column not in (reader.fieldnames or ())]
             if missing:
@@ -82,6 +82,8 @@ def _read_labels(labels_csv: Path, images: Path) -> list[_Picture]:
         raise InputError(f"cannot read {labels_csv}: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise InputError(f"{labels_csv} is not UTF-8 text: save it as UTF-8") from None
+    except csv.Error as error:
+        raise InputError(f"{labels_csv} cannot be read as CSV: {error}") from None
     twice = [target for target, count in Counter(p.target for p in pictures).items() if count > 1]
     if twice:
         raise InputError(f"{labels_csv} lists {twice[0].removesuffix('.dcm')} more than once: remove the other rows")

@@ -1,7 +1,6 @@
 """The command line: one-line errors with an exit status that is not 0, secrets masked, JSON for machines."""
 
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -12,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 from pyspark.sql import SparkSession
 
-from cbmir_spark import log
 from cbmir_spark.api import Lake
 from cbmir_spark.cli import command, console, doctor
 from tests.conftest import REPO, Cbmir
@@ -133,14 +131,7 @@ def test_ingest_prints_one_json_object(cbmir: Cbmir, on_the_tests_session: None,
     assert json.loads(out)["outcomes"] == {"not_an_image": 1}
 
 
-@pytest.fixture
-def log_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    logger = logging.getLogger(log.ROOT)
-    monkeypatch.setattr(logger, "handlers", list(logger.handlers))
-    monkeypatch.setattr(logger, "level", logger.level)
-
-
-@pytest.mark.usefixtures("on_the_tests_session", "log_as_it_was")
+@pytest.mark.usefixtures("on_the_tests_session")
 def test_a_run_is_logged_as_json_lines(cbmir: Cbmir, spark: SparkSession, tmp_path: Path) -> None:
     archive, lake = tmp_path / "archive", tmp_path / "lake"
     archive.mkdir()
@@ -158,7 +149,7 @@ def test_a_run_is_logged_as_json_lines(cbmir: Cbmir, spark: SparkSession, tmp_pa
     assert "note" not in err and str(archive) not in err
 
 
-@pytest.mark.usefixtures("on_the_tests_session", "log_as_it_was")
+@pytest.mark.usefixtures("on_the_tests_session")
 def test_a_failure_is_the_last_json_line(cbmir: Cbmir, tmp_path: Path) -> None:
     ended, out, err = cbmir("ingest", "--archive", str(tmp_path / "absent"), "--lake", str(tmp_path), "--log-json")
     assert (ended, out) == (1, "")
