@@ -218,6 +218,7 @@ def test_a_vector_of_another_width_is_refused(world: World) -> None:
         (lambda lake: lake.search(["0" * 32], k=0), r"retrieval\.k must be at least 1, not 0"),
         (lambda lake: lake.ingest("x", max_minuts=3), r"ingest\.max_minuts"),
         (lambda lake: lake.train(preset="alexnett"), "alexnett"),
+        (lambda lake: lake.ingest(""), r"ingest\.archive must not be empty"),
         (lambda lake: cbmir_spark.open(lake.uri, retrieval={"kk": 1}), r"retrieval\.kk"),
         (lambda lake: cbmir_spark.open(lake.uri, **{"retrieval.kk": 1}), r"retrieval\.kk"),
         (lambda lake: cbmir_spark.open(lake.uri, settings_file="absent.yaml"), r"absent\.yaml: No such file"),
@@ -228,6 +229,45 @@ def test_settings_that_do_not_exist_are_refused_before_spark(call: Any, said: st
     with pytest.raises(ConfigError, match=said):
         call(lake)
     assert lake._session is None and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda lake: lake.forget(patients="ABC"), r"patients must be a list of texts, such as patients=\['…'\]"),
+        (lambda lake: lake.forget(studies=[5]), "studies must be a list of texts"),
+        (lambda lake: lake.forget(listed_in=5), "listed_in must be a path or a URI, not int"),
+        (lambda lake: lake.ingest(5), "archive must be a path or a URI, not int"),
+        (lambda lake: cbmir_spark.open(5), "lake must be a path or a URI, not int"),
+        (lambda lake: lake.sweep([3]), "a list with a mapping of settings for each training"),
+        (lambda lake: lake.training_runs(0), "limit must be a whole number from 1, not 0"),
+        (lambda lake: lake.search(["a.dcm"], level="series"), "files cannot name series"),
+        (lambda lake: lake.search(np.ones((1, 8)), level="series"), "vectors cannot name series"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_before_spark(call: Any, said: str, tmp_path: Path) -> None:
+    lake = cbmir_spark.open(tmp_path / "lake")
+    with pytest.raises(InputError, match=said):
+        call(lake)
+    assert lake._session is None and list(tmp_path.iterdir()) == []
+
+
+def test_a_section_setting_that_is_a_mapping_is_one_setting(spark: SparkSession, tmp_path: Path) -> None:
+    lake = cbmir_spark.open(tmp_path / "lake", spark=spark)
+    assert lake._with("vocabulary", {"body_parts": {"THORAX2": "CHEST"}}).vocabulary.body_parts["THORAX2"] == "CHEST"
+    assert lake._with("retrieval", {"ingest": {"max_minutes": 5}}).ingest.max_minutes == 5
+
+
+def test_a_lake_ends_no_session_that_it_did_not_start(spark: SparkSession, tmp_path: Path) -> None:
+    """Neither a given one nor the one that the process runs already, whose settings stay as they are."""
+    # Delta adds settings of its own with a session's first query.
+    assert spark.range(3).count() == 3
+    before = dict(spark.conf.getAll)
+    with cbmir_spark.open(tmp_path / "one") as one, cbmir_spark.open(tmp_path / "two", spark=spark) as two:
+        assert one.spark.sparkContext is two.spark.sparkContext is spark.sparkContext
+        assert one.spark is not two.spark
+    assert spark.range(3).count() == 3
+    assert dict(spark.conf.getAll) == before
 
 
 @pytest.mark.parametrize(
