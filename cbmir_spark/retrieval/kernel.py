@@ -52,7 +52,7 @@ class Keys:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Query and row numbers that belong merge, each (m,) int64."""
+    """Query and row numbers that belong together, each (m,) int64."""
 
     query: Numbers
     row: Numbers
@@ -367,7 +367,7 @@ def squares(queries: Floats | Doubles, vectors: Floats | Doubles, query: Numbers
 
     The sum is a fold: the upper half of the columns is added to the lower half until one is left. Each step is an
     addition element by element, so IEEE 754 alone decides the result: not BLAS, the processor, numpy's version, or
-    how many pairs are measured merge.
+    how many pairs are measured together.
     """
     dimension = vectors.shape[1]
     result = np.empty(len(query))

@@ -257,7 +257,7 @@ def renumber(row: NDArray[Any], count: int) -> tuple[NDArray[np.int64], NDArray[
 def scan(shares: Sequence[Share], inputs: SearchInputs) -> Found:
     """Find the nearest groups of each query among the rows of `shares`, by every vector.
 
-    Memory: a block of vectors, or one row group, and a matrix of distances, merge at most `block_bytes`, and Σk rows
+    Memory: a block of vectors, or one row group, and a matrix of distances, together at most `block_bytes`, and Σk rows
     without vectors.
     """
     search = kernel.Search(inputs.vectors, inputs.k, inputs.block_bytes // 2, inputs.cosine)
