@@ -134,7 +134,7 @@ class Text(logging.Formatter):
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
-    """The fields of a line: those of its scope, then its own. Of an exception nothing but the class is kept."""
+    """The fields of a line: those of its scope, then its own. Of an exception only its class is logged."""
     fields = {**_context.get(), **{name: vars(record)[name] for name in FIELDS if name in vars(record)}}
     if record.exc_info and record.exc_info[0] is not None:
         fields["error"] = record.exc_info[0].__name__

@@ -36,6 +36,8 @@ K, EXCLUDE_SAME, UNIQUE = "k", "exclude_same", "unique"
 AGE_MIN, AGE_MAX, YEAR_MIN, YEAR_MAX = "age_min", "age_max", "year_min", "year_max"
 # Columns by which a row overrides settings.
 OVERRIDES = (K, cols.MODALITY, cols.BODY_PART, cols.SEX, AGE_MIN, AGE_MAX, YEAR_MIN, YEAR_MAX, EXCLUDE_SAME, UNIQUE)
+# Columns that a query list may have at any level; others are ignored.
+_COLUMNS = frozenset({cols.QUERY_ID, cols.FRAME, *itertools.chain(*NAMING.values()), *OVERRIDES})
 # No identifier or path is longer.
 LONGEST_CELL = 4096
 
@@ -118,15 +120,14 @@ def _csv_rows(content: bytes) -> tuple[list[str], list[dict[str, str]]]:
 def _parquet_rows(content: bytes) -> tuple[list[str], list[dict[str, str]]]:
     columns = pa.parquet.read_schema(io.BytesIO(content)).names
     check_unique(columns)
-    known = {cols.QUERY_ID, cols.FRAME, *itertools.chain(*NAMING.values()), *OVERRIDES}
-    wanted = [name for name in columns if name in known]
+    wanted = [name for name in columns if name in _COLUMNS]
     table = pa.parquet.read_table(io.BytesIO(content), columns=wanted)
     return columns, text_rows(table)
 
 
 def text_rows(table: pa.Table) -> list[dict[str, str]]:
-    known = {cols.QUERY_ID, cols.FRAME, *itertools.chain(*NAMING.values()), *OVERRIDES}
-    table = table.select([name for name in table.column_names if name in known])
+    """Return the cells that are not empty of each row, as text, of the columns that a query list may have."""
+    table = table.select([name for name in table.column_names if name in _COLUMNS])
     text = table.cast(pa.schema([(name, pa.string()) for name in table.column_names]))
     return [{name: cell for name, cell in row.items() if cell} for row in text.to_pylist()]
 
