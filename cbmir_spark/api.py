@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from cbmir_spark import config, log, storage
+from cbmir_spark import config, extras, log, storage
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import InputError
 
@@ -196,6 +196,7 @@ class Lake:
 
         `settings` are those of section `training`, others by dotted name.
         """
+        extras.require(extras.TRAIN, "train")
         from cbmir_spark.training import job
 
         chosen = self._with("training", settings, preset=preset)
@@ -211,6 +212,7 @@ class Lake:
         on_run: Callable[[int], None] = lambda done: None,
     ) -> "list[TrainingReport]":
         """Train once for each mapping of settings (by dotted name), as runs nested in one MLflow run called `name`."""
+        extras.require(extras.TRAIN, "train")
         from cbmir_spark.training import job
 
         if not trainings or not all(isinstance(changes, Mapping) for changes in trainings):
@@ -227,6 +229,7 @@ class Lake:
         `model` is models:/name@alias, models:/name/3, runs:/id or a folder; the candidate if left out. `settings` are
         those of section `index`.
         """
+        extras.require(extras.EMBED, "index")
         from cbmir_spark.index import job
 
         chosen = self._with("index", settings, model=model)
@@ -259,6 +262,7 @@ class Lake:
 
         `model` is the one to evaluate, the champion if left out; `settings` are those of section `evaluation`.
         """
+        extras.require(extras.EMBED, "evaluate")
         from cbmir_spark.evaluation import job
 
         chosen = self._with("evaluation", settings, out=out, **{"retrieval.model": model})

@@ -15,7 +15,7 @@ ROOT = Path(cbmir_spark.__file__).parent
 # From the ground up; packages of one layer do not import each other.
 LAYERS = (
     {"errors", "log"},
-    {"config"},
+    {"config", "extras"},
     {"dicom"},
     {"storage", "spark"},
     {"lake"},
@@ -38,7 +38,8 @@ WITHOUT = {
     "lake.lease": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pyarrow"},
     "lake.pseudonyms": {"pyspark", "delta", "mlflow", "torch", "petastorm", "pydicom"},
     "models": {"pyspark", "delta", "petastorm"},
-    "models.artifact": {"mlflow", "pydantic", "pyarrow"},
+    "models.artifact": {"mlflow", "pydantic", "pyarrow", "torch"},
+    "models.weights": {"mlflow", "pydantic", "pyarrow"},
     "models.networks": {"mlflow", "pydantic", "pyarrow"},
     "models.embed": {"mlflow", "pydantic", "pyarrow"},
     "models.projection": {"mlflow", "pydantic", "pyarrow"},
@@ -58,7 +59,7 @@ WITHOUT = {
 # Third-party packages that a few modules alone may import.
 ONLY_IN = {
     "petastorm": {"training.loader"},
-    "mlflow": {"models.registry", "models.tracking", "training.run_log"},
+    "mlflow": {"models.registry", "models.served", "models.tracking", "training.run_log"},
     "delta": {"lake.delta"},
     "py4j": {"lake.delta", "spark.session", "spark.failures", "ingest.listing"},
     "typer": {"cli.app", "cli.command", "cli.jobs", "cli.upkeep"},

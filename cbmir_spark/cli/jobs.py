@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cbmir_spark import extras
 from cbmir_spark.cli import console, views
 from cbmir_spark.cli.command import JOBS, Call, flag, register
 from cbmir_spark.config.load import read_yaml
@@ -87,6 +88,7 @@ def evaluate(
 @register(app, JOBS, with_lake=False)
 def demo(call: Call, folder: Annotated[str | None, flag("demo.folder")] = None) -> None:
     """Draw a small synthetic archive and run every job on it; a second run ingests nothing again."""
+    extras.require(extras.TRAIN, "demo")
     from cbmir_spark.cli import demo as demo_job
 
     inside = replace(call, settings=demo_job.inside(call.settings))

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs
 from numpy.typing import NDArray
 
 from cbmir_spark.errors import TableError

@@ -12,12 +12,12 @@ from pyspark.sql import functions as F
 from cbmir_spark.dicom.vocabulary_tables import UNKNOWN
 from cbmir_spark.index import arrays
 from cbmir_spark.index.layout import FEATURES
-from cbmir_spark.index.open import load
+from cbmir_spark.index.load import load
 from cbmir_spark.index.verify import FRAME_COLUMNS
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.models import artifact
 from cbmir_spark.models import embed as embedding
-from cbmir_spark.models.artifact import Loaded
+from cbmir_spark.models.weights import Loaded
 from cbmir_spark.storage import ObjectStore
 
 # Directions whose signs order the rows within a file: many, since within a class the first ones hardly differ.

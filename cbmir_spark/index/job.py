@@ -41,6 +41,7 @@ from cbmir_spark.lake.delta import TableVersion
 from cbmir_spark.lake.open import OpenLake, open_for_writing
 from cbmir_spark.lake.runs import Record
 from cbmir_spark.lake.schemas import PIXELS, TAGS, Table
+from cbmir_spark.models import weights
 from cbmir_spark.models.artifact import Manifest
 from cbmir_spark.models.registry import CANDIDATE, CHAMPION, Registry
 
@@ -95,7 +96,7 @@ def _run(lake: OpenLake, settings: Settings) -> Report:
         registry = Registry(settings.mlflow, lake.paths.uri, lake.store)
         uri = settings.index.model or registry.alias_uri(CANDIDATE)
         saved = registry.resolve(uri)
-        manifest = saved.load().manifest
+        manifest = weights.load(saved).manifest
         if manifest.preprocessing != pinned.preprocessing:
             raise ModelError(
                 f"model {manifest.model_id} was trained on pixels of preprocessing {manifest.preprocessing}, lake "

@@ -1,7 +1,6 @@
 """Open the FEATURES table of one model at one version, and put a model where workers can load it."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 from pyspark.sql import DataFrame
 
@@ -10,7 +9,7 @@ from cbmir_spark.errors import ModelError, TableError
 from cbmir_spark.lake import delta
 from cbmir_spark.lake.delta import Latest, TableVersion
 from cbmir_spark.lake.open import OpenLake
-from cbmir_spark.models.artifact import MANIFEST_FILE, WEIGHTS_FILE, Loaded, Manifest, Saved
+from cbmir_spark.models.artifact import MANIFEST_FILE, WEIGHTS_FILE, Manifest, Saved
 from cbmir_spark.models.projection import Projection
 from cbmir_spark.models.registry import CHAMPION, Registry
 from cbmir_spark.storage import ObjectStore
@@ -83,15 +82,6 @@ def publish_model(lake: OpenLake, model: Saved) -> str:
             f"{folder} holds another manifest under the name {model.manifest.model_id}: remove that folder"
         )
     return folder
-
-
-@lru_cache(maxsize=1)
-def load(folder: str, store: ObjectStore) -> Loaded:
-    """Load the model that `publish_model` put into a folder, once per Python worker; see `read_model`.
-
-    A folder's content never changes, since its name holds the model's digest.
-    """
-    return read_model(folder, store).load()
 
 
 def read_model(folder: str, store: ObjectStore) -> Saved:

@@ -143,7 +143,9 @@ def run(spark: SparkSession, settings: Settings) -> Checked:
     frames = live_frames(lake.tags, lake.pixels)
     registry = Registry(settings.mlflow, lake.paths.uri, lake.store)
     index = open_index(lake, registry, settings.retrieval.model)
-    if read_model(index.folder, lake.store).load().manifest != index.manifest:
+    published = read_model(index.folder, lake.store)
+    published.check()
+    if published.manifest != index.manifest:
         raise ModelError(
             f"{index.folder} holds another model than the registry: delete that folder; it is written again"
         )

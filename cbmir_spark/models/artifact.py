@@ -1,19 +1,18 @@
-"""Save and load a trained network: weights, manifest, projection. torch, numpy and safetensors only.
+"""A trained network as its two files, weights and manifest. numpy and safetensors only; `weights` is the torch side.
 
 Runs where there is no Spark and no MLflow: on executors, in notebooks, behind a service.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-import safetensors.torch
-import torch
+import safetensors
+import safetensors.numpy
 
 from cbmir_spark.errors import ModelError
-from cbmir_spark.models.networks import Network, build
 from cbmir_spark.models.projection import Projection
 
 FORMAT = 1
@@ -22,11 +21,10 @@ WEIGHTS_FILE, MANIFEST_FILE = "weights.safetensors", "manifest.json"
 
 LabelKind = Literal["body_part", "modality/body_part"]
 
-_MODEL = "model."
-_MEAN = "projection.mean"
-_DIRECTIONS = "projection.directions"
-_METADATA_KEY = "cbmir"
-_FOREIGN = "the weights file is not one that cbmir wrote; export the model again"
+# Within the weights file: the projection's arrays, and the copy of the manifest in the metadata.
+MEAN, DIRECTIONS = "projection.mean", "projection.directions"
+METADATA_KEY = "cbmir"
+FOREIGN = "the weights file is not one that cbmir wrote; export the model again"
 
 
 def body_part_of(label: str) -> str:
@@ -110,15 +108,6 @@ def _well_formed(values: Mapping[str, Any]) -> bool:
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A model ready to embed: in evaluation mode, on the CPU until `model.to` moves it."""
-
-    model: Network
-    manifest: Manifest
-    projection: Projection
-
-
-@dataclass(frozen=True)
 class Saved:
     """A model as its two files, `weights.safetensors` and `manifest.json`; nothing in them can carry code."""
 
@@ -140,82 +129,20 @@ class Saved:
             )
         return cls(weights, manifest)
 
+    def check(self) -> None:
+        """Raise ModelError where the weights are not a file of ours, or hold the copy of another manifest."""
+        try:
+            header = json.loads(self.weights[8 : 8 + int.from_bytes(self.weights[:8], "little")])
+            inner = header["__metadata__"][METADATA_KEY]
+        except (ValueError, KeyError, TypeError):
+            raise ModelError(FOREIGN) from None
+        if inner != replace(self.manifest, weights_sha256="").to_json():
+            raise ModelError("the manifest differs from the copy within the weights; fetch the model again")
+
     def projection(self) -> Projection:
         """Read the projection alone. Raises ModelError where the weights are not a file of ours."""
         try:
-            tensors = safetensors.torch.load(self.weights)
-            return Projection(tensors[_MEAN].numpy(), tensors[_DIRECTIONS].numpy())
+            arrays = safetensors.numpy.load(self.weights)
+            return Projection(arrays[MEAN], arrays[DIRECTIONS])
         except (safetensors.SafetensorError, KeyError, ValueError):
-            raise ModelError(_FOREIGN) from None
-
-    def load(self) -> Loaded:
-        """Build the network with its weights.
-
-        Raises ModelError where the weights are not a file of ours, the manifest was changed after it was written, or
-        this version builds another network for the preset.
-        """
-        try:
-            tensors = safetensors.torch.load(self.weights)
-            header = json.loads(self.weights[8 : 8 + int.from_bytes(self.weights[:8], "little")])
-            inner = header["__metadata__"][_METADATA_KEY]
-        except (safetensors.SafetensorError, ValueError, KeyError, TypeError):
-            raise ModelError(_FOREIGN) from None
-        manifest = self.manifest
-        if inner != replace(manifest, weights_sha256="").to_json():
-            raise ModelError("the manifest differs from the copy within the weights; fetch the model again")
-        try:
-            projection = Projection(tensors.pop(_MEAN).numpy(), tensors.pop(_DIRECTIONS).numpy())
-            model = build(manifest.preset, len(manifest.classes))
-            model.load_state_dict({name.removeprefix(_MODEL): tensor for name, tensor in tensors.items()})
-        except (KeyError, RuntimeError):
-            raise ModelError(
-                f"the weights do not fit preset {manifest.preset} with {len(manifest.classes)} classes as "
-                "this version builds it; train the model again"
-            ) from None
-        # The memory order that convolutions are fastest in, on CPUs too.
-        model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return Loaded(model, manifest, projection)
-
-
-def save(
-    model: Network,
-    projection: Projection,
-    *,
-    label: LabelKind,
-    classes: Sequence[str],
-    possible: Mapping[str, Sequence[str]],
-    preprocessing: str,
-    snapshot: str,
-) -> Saved:
-    """Make the files of a trained model. The same model gives the same bytes, and so the same model id.
-
-    Raises ModelError where classes, model and projection do not fit together.
-    """
-    if len(classes) != model.classes:
-        raise ModelError(f"{len(classes)} classes for a network with {model.classes} outputs")
-    if projection.mean.shape != (model.embedding,):
-        raise ModelError(f"a projection of {projection.mean.shape} for vectors of {model.embedding}")
-    if UNKNOWN in {body_part_of(name) for name in classes}:
-        raise ModelError("UNKNOWN is no class; leave such rows out of training")
-    manifest = Manifest(
-        format=FORMAT,
-        preset=model.preset.name,
-        label=label,
-        classes=tuple(classes),
-        possible={modality: tuple(labels) for modality, labels in sorted(possible.items())},
-        preprocessing=preprocessing,
-        embedding_dim=model.embedding,
-        projection_dim=len(projection.directions),
-        snapshot=snapshot,
-        weights_sha256="",
-    )
-    tensors = {_MODEL + name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    tensors[_MEAN] = torch.from_numpy(projection.mean)
-    tensors[_DIRECTIONS] = torch.from_numpy(projection.directions)
-    weights = safetensors.torch.save(tensors, metadata={_METADATA_KEY: manifest.to_json()})
-    return Saved(weights, replace(manifest, weights_sha256=hashlib.sha256(weights).hexdigest()))
-
-
-def load(weights: bytes, manifest_json: str | bytes) -> Loaded:
-    """Load the model of two files. Raises ModelError as `Saved.of` and `Saved.load` do."""
-    return Saved.of(weights, manifest_json).load()
+            raise ModelError(FOREIGN) from None

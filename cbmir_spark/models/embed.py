@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from cbmir_spark.errors import ModelError
-from cbmir_spark.models.artifact import UNKNOWN, Loaded, Manifest
+from cbmir_spark.models.artifact import UNKNOWN, Manifest
 from cbmir_spark.models.networks import SIDE
+from cbmir_spark.models.weights import Loaded
 
 # Rows of one forward pass of embed_batches; smaller batches are filled up. BLAS kernels work on blocks of 4 or 6 rows
 # and may round the rest of a batch differently: 12 leaves no rest, and one query costs little.

@@ -1,8 +1,10 @@
 """The gate that a new model passes to become `candidate`."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from cbmir_spark.models.artifact import Loaded
+if TYPE_CHECKING:
+    from cbmir_spark.models.weights import Loaded
 
 
 @dataclass(frozen=True)
@@ -10,7 +12,7 @@ class Incumbent:
     """The model that a new one is compared with."""
 
     version: str
-    loaded: Loaded
+    loaded: "Loaded"
 
 
 @dataclass(frozen=True)

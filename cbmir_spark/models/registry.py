@@ -1,32 +1,30 @@
 """MLflow's registry: the models of a lake, the runs that made them, and the aliases by which they are found.
 
-MLflow is imported where it is used, since training processes on executors do without it. Of all that a run holds, only
+MLflow is imported where it is used, since training processes on executors do without it; so is torch, which only
+`register` and `incumbent` need. Of all that a run holds, only
 `cbmir/manifest.json` and `cbmir/weights.safetensors` are ever loaded again; neither can carry code. Everything here
 runs on the driver.
 """
 
 import logging
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
-
-import numpy as np
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from cbmir_spark import storage
 from cbmir_spark.config import MlflowSettings
 from cbmir_spark.errors import ConfigError, ModelError
 from cbmir_spark.models.artifact import MANIFEST_FILE, WEIGHTS_FILE, Saved
-from cbmir_spark.models.networks import SIDE, Network
 from cbmir_spark.models.promotion import Incumbent, Promotion, decide
 from cbmir_spark.models.tracking import Tracking
 from cbmir_spark.storage import ObjectStore
+
+if TYPE_CHECKING:
+    from cbmir_spark.models.networks import Network
 
 logger = logging.getLogger(__name__)
 
@@ -170,32 +168,17 @@ class Registry:
                 )
             return str(found.experiment_id)
 
-    def register(self, run_id: str, model: Network, saved: Saved) -> str:
+    def register(self, run_id: str, model: "Network", saved: Saved) -> str:
         """Log the two files and the served model to the active run, and register a version; its number."""
         from mlflow.exceptions import MlflowException
-        from mlflow.models import ModelSignature
-        from mlflow.types import Schema, TensorSpec
+
+        from cbmir_spark.models.served import log_served
 
         with self.connect() as mlflow:
             client = mlflow.MlflowClient()
             files = {MANIFEST_FILE: saved.manifest.to_json().encode(), WEIGHTS_FILE: saved.weights}
             _log_files(client, run_id, files, _FOLDER)
-            with warnings.catch_warnings():
-                # torch warns that it reads the program from a buffer that is not writable.
-                warnings.simplefilter("ignore", UserWarning)
-                logged = mlflow.pytorch.log_model(
-                    _Served(model).eval(),
-                    name="model",
-                    serialization_format="pt2",
-                    signature=ModelSignature(
-                        inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, SIDE, SIDE))]),
-                        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, len(saved.manifest.classes)))]),
-                    ),
-                    # Two rows: torch.export takes a side of length one for a constant.
-                    input_example=np.zeros((2, SIDE, SIDE), dtype=np.uint8),
-                    # Otherwise MLflow starts another Python to find out.
-                    pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}", f"numpy=={np.__version__}"],
-                )
+            logged = log_served(model, saved.manifest.classes)
             try:
                 client.get_registered_model(self.name)
             except MlflowException:
@@ -218,9 +201,11 @@ class Registry:
 
     def incumbent(self) -> Incumbent | None:
         """Load the model that `candidate` points at; None where there is none, or where it no longer loads."""
+        from cbmir_spark.models import weights
+
         uri = self.alias_uri(CANDIDATE)
         try:
-            loaded = self.resolve(uri).load()
+            loaded = weights.load(self.resolve(uri))
         except ModelError:
             return None
         with self._existing(uri) as mlflow:
@@ -290,17 +275,6 @@ class Registry:
             for version in client.search_model_versions(f"name = '{self.name}'")
             if version.tags.get(_MODEL_ID_TAG) == model_id
         ]
-
-
-class _Served(nn.Module):
-    """What MLflow users load: uint8 (N, 256, 256) pixels in, float32 (N, classes) probabilities out."""
-
-    def __init__(self, network: Network) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return torch.softmax(self.network(self.network.to_input(pixels)), dim=1)
 
 
 def _run(run: Any, version: Any, aliases: Mapping[str, list[str]]) -> Run:

@@ -71,8 +71,6 @@ class Tracking:
             # MLflow's import warns of its own type hints.
             warnings.simplefilter("ignore")
             import mlflow
-            import mlflow.pyfunc
-            import mlflow.pytorch
 
         if self.database is not None:
             self.database.parent.mkdir(parents=True, exist_ok=True)

@@ -21,15 +21,13 @@ from pyspark.sql.types import (
     StructType,
 )
 
-from cbmir_spark import storage
+from cbmir_spark import extras, storage
 from cbmir_spark.dicom.vocabulary_tables import UNKNOWN
 from cbmir_spark.index import arrays
-from cbmir_spark.index import open as index_open
 from cbmir_spark.index.open import Index
 from cbmir_spark.ingest import parse
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake.open import OpenLake
-from cbmir_spark.models import embed as embedding
 from cbmir_spark.reports.gallery import ShownQuery
 from cbmir_spark.retrieval.answer import Resolved
 from cbmir_spark.retrieval.query import Query, QueryRow, QueryStatus, Status
@@ -80,8 +78,10 @@ class Reader:
 def read_files(lake: OpenLake, rows: Sequence[QueryRow], index: Index, reader: Reader) -> Resolved:
     """Read, decode and embed the files that rows name by `uri`, in tasks.
 
-    The driver gets a vector per file, and the picture of those in `reader.shown`.
+    The driver gets a vector per file, and the picture of those in `reader.shown`. Raises EnvironmentProblem without
+    torch.
     """
+    extras.require(extras.EMBED, "retrieve by uri")
     spark = lake.spark
     tasks = max(math.ceil(len(rows) / QUERIES_PER_TASK), min(len(rows), spark.sparkContext.defaultParallelism))
     # Relative paths are the driver's.
@@ -139,7 +139,11 @@ def read_batch(batch: pa.RecordBatch, reader: Reader) -> Iterator[pa.RecordBatch
     if failed:
         yield pa.RecordBatch.from_pylist(failed, schema=arrow)
     if read:
-        loaded = index_open.load(reader.folder, reader.parser.store)
+        # Torch is optional: lists without files do without it.
+        from cbmir_spark.index.load import load
+        from cbmir_spark.models import embed as embedding
+
+        loaded = load(reader.folder, reader.parser.store)
         embedded = embedding.embed_batches(loaded, np.stack(pixels), [row[cols.MODALITY] for row in read])
         for row, label, probability in zip(read, embedded.labels, embedded.probabilities.tolist(), strict=True):
             row |= {cols.PREDICTED: label or UNKNOWN, cols.PROBABILITY: probability}

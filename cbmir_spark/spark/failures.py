@@ -9,6 +9,7 @@ from py4j.protocol import Py4JError, Py4JNetworkError
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
+from cbmir_spark import extras
 from cbmir_spark.config import DEBUG_VARIABLE
 from cbmir_spark.errors import JobFailed
 
@@ -23,6 +24,7 @@ _CLASS = re.compile(r"(?P<package>(?:[\w$]+\.)*)(?P<name>[A-Za-z_$][\w$]*): (?P<
 # Codes, and advice on Spark's settings that does not help if a worker was killed.
 _NOISE = re.compile(r"\s*SQLSTATE: \w+|\. Consider setting 'spark\..*", re.S)
 _OURS = "cbmir_spark.errors."
+_LACKING = re.compile(r"ModuleNotFoundError: No module named '(?P<package>\w+)[\w.]*'")
 
 
 @contextmanager
@@ -54,12 +56,21 @@ def cause(text: str) -> str:
         line = _first_line(text)
     line = " ".join(_NOISE.sub("", line).split())
     named = _CLASS.fullmatch(line)
-    if named and (named["package"] == _OURS or named["name"] == "SparkException"):
+    if lacking := _LACKING.fullmatch(line):
+        line = _without(lacking["package"])
+    elif named and (named["package"] == _OURS or named["name"] == "SparkException"):
         line = named["text"]
     elif named and named["package"]:
         line = f"{named['name']}: {named['text']}"
     line = line.rstrip(".; ")
     return line if len(line) <= _MAX_LENGTH else line[: _MAX_LENGTH - 1] + "…"
+
+
+def _without(package: str) -> str:
+    """Say what to install where tasks run: the driver's own Python was checked before."""
+    extra = extras.extra_of(package)
+    install = extras.install(extra) if extra else f"install {package}"
+    return f"the Python of the executors has no {package}: in it, {install}"
 
 
 def _first_line(text: str) -> str:

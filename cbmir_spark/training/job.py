@@ -16,7 +16,8 @@ from cbmir_spark.errors import ConfigError
 from cbmir_spark.lake.open import OpenLake, check_roots, locate, open_lake
 from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.lake.runs import Record
-from cbmir_spark.models.artifact import Saved, save
+from cbmir_spark.models import weights
+from cbmir_spark.models.artifact import Saved
 from cbmir_spark.models.networks import Network
 from cbmir_spark.models.presets import PRESETS, Preset, preset_of
 from cbmir_spark.models.projection import Projection
@@ -245,7 +246,7 @@ def _task(lake: OpenLake, snapshot: Snapshot, sections: Sections, preset: Preset
 
 
 def _saved(model: Network, projection: Projection, snapshot: Snapshot) -> Saved:
-    return save(
+    return weights.save(
         model,
         projection,
         label=snapshot.label,

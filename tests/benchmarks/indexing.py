@@ -22,8 +22,8 @@ import torch
 from cbmir_spark import config, storage
 from cbmir_spark.index import job as index_job
 from cbmir_spark.lake.paths import LakePaths
-from cbmir_spark.models import artifact
 from cbmir_spark.models import embed as embedding
+from cbmir_spark.models import weights
 from cbmir_spark.models.artifact import MANIFEST_FILE, WEIGHTS_FILE
 from cbmir_spark.spark import session
 from tests.benchmarks.common import keep, tell
@@ -42,7 +42,7 @@ def main() -> None:
     spark = session.build(settings, "bench")
     cores = os.cpu_count() or 1
     torch.set_num_threads(cores)
-    loaded = artifact.load(*((folder / name).read_bytes() for name in (WEIGHTS_FILE, MANIFEST_FILE)))
+    loaded = weights.load_files(*((folder / name).read_bytes() for name in (WEIGHTS_FILE, MANIFEST_FILE)))
     pixels = pictures(asked.lake)
     table = Path(storage.local_path(LakePaths.of(settings.lake).features(loaded.manifest.model_id)))
     runs: list[dict[str, Any]] = []

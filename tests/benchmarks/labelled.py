@@ -31,6 +31,7 @@ from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, pseudonyms, publication, schemas
 from cbmir_spark.lake.open import open_lake
 from cbmir_spark.lake.paths import LakePaths
+from cbmir_spark.models import weights
 from cbmir_spark.models.registry import CHAMPION, Registry
 from cbmir_spark.spark import session
 from cbmir_spark.storage import ObjectStore
@@ -65,7 +66,7 @@ def gather(spark: SparkSession, settings: config.Settings) -> tuple[pd.DataFrame
     vectors = np.stack(told.pop(cols.VECTOR).to_list()).astype(np.float32)
     # Every class is open to each picture here, whatever its modality: nothing is circular.
     registry = Registry(settings.mlflow, lake.uri, ObjectStore(settings.storage))
-    loaded = registry.resolve(registry.alias_uri(CHAMPION)).load()
+    loaded = weights.load(registry.resolve(registry.alias_uri(CHAMPION)))
     with torch.inference_mode():
         best = loaded.model.classify(torch.from_numpy(vectors)).argmax(1).numpy()
     told[cols.PREDICTED] = [loaded.manifest.classes[number] for number in best]

@@ -41,7 +41,7 @@ from cbmir_spark.index.vector_files import DataFile
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, schemas
 from cbmir_spark.lake.runs import Stages
-from cbmir_spark.models import artifact
+from cbmir_spark.models import weights
 from cbmir_spark.models.artifact import MANIFEST_FILE, WEIGHTS_FILE
 from cbmir_spark.models.layers import Draw
 from cbmir_spark.models.projection import Projection
@@ -90,7 +90,7 @@ def embed(lake: Path, count: int) -> tuple[Floats, Floats]:
     asked, made = lake / "asked.npy", lake / f"base-{count}.npy"
     if not made.exists():
         folder = next(f for f in sorted((lake / "lake" / "models").glob("alexnet-*")) if "small" not in f.name)
-        loaded = artifact.load((folder / WEIGHTS_FILE).read_bytes(), (folder / MANIFEST_FILE).read_bytes())
+        loaded = weights.load_files((folder / WEIGHTS_FILE).read_bytes(), (folder / MANIFEST_FILE).read_bytes())
         network = loaded.model.to(memory_format=torch.channels_last)
         pixels = torch.from_numpy(pictures(lake))
         unfinished = lake / "unfinished.npy"

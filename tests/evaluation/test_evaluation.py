@@ -24,7 +24,7 @@ from cbmir_spark.index import job as index_job
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import schemas
 from cbmir_spark.lake.open import open_lake
-from cbmir_spark.models import artifact, networks
+from cbmir_spark.models import networks, weights
 from cbmir_spark.models.projection import Projection
 from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training import metrics
@@ -215,7 +215,7 @@ def evaluated(
     snapshot = write_snapshot(open_lake(spark, settings), settings.dataset)
     torch.manual_seed(1)
     network = networks.build("alexnet-small", len(snapshot.classes)).eval()
-    saved = artifact.save(
+    saved = weights.save(
         network,
         Projection.fit([np.random.default_rng(1).random((64, 512), dtype=np.float32)]),
         label=snapshot.label,

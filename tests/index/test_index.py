@@ -24,10 +24,11 @@ from cbmir_spark.index.layout import FEATURES
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, publication, schemas
 from cbmir_spark.lake.paths import LakePaths
-from cbmir_spark.models import artifact
 from cbmir_spark.models import embed as embedding
-from cbmir_spark.models.artifact import Loaded, Saved
+from cbmir_spark.models import weights
+from cbmir_spark.models.artifact import Saved
 from cbmir_spark.models.registry import Registry
+from cbmir_spark.models.weights import Loaded
 from cbmir_spark.storage import ObjectStore
 from tests.conftest import MakeSettings
 from tests.support.models import open_index, registry_of, save_model
@@ -67,7 +68,7 @@ def indexed(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> In
     overrides += [f"{section}.model={folder / 'model'}" for section in ("index", "retrieval")]
     settings = config.load(overrides=overrides, environ={})
     lake = publish(spark, settings, IMAGES)
-    loaded = artifact.load(saved.weights, saved.manifest.to_json())
+    loaded = weights.load_files(saved.weights, saved.manifest.to_json())
     return Indexed(settings, lake, index_job.run(spark, settings), loaded)
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from cbmir_spark.errors import ModelError
-from cbmir_spark.models import artifact, networks, presets
 from cbmir_spark.models import embed as embedding
+from cbmir_spark.models import networks, presets, weights
 from cbmir_spark.models import projection as models_projection
 from cbmir_spark.models.artifact import Manifest, Saved
 from cbmir_spark.models.projection import Projection
@@ -24,7 +24,7 @@ def saved(seed: int = 0, preset: str = "alexnet-small") -> Saved:
     torch.manual_seed(seed)
     network = networks.build(preset, len(CLASSES)).eval()
     rows = np.random.default_rng(seed).random((50, network.embedding), dtype=np.float32)
-    return artifact.save(
+    return weights.save(
         network,
         Projection.fit([rows]),
         label="modality/body_part",
@@ -107,7 +107,7 @@ def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
 
 def test_a_saved_model_loads_to_the_same_vectors_and_scores() -> None:
     files = saved()
-    loaded = artifact.load(files.weights, files.manifest.to_json())
+    loaded = weights.load_files(files.weights, files.manifest.to_json())
     assert loaded.manifest == files.manifest
     assert loaded.manifest.model_id == f"alexnet-small-{hashlib.sha256(files.weights).hexdigest()[:12]}"
     torch.manual_seed(0)
@@ -127,11 +127,11 @@ def test_the_same_model_saves_to_the_same_bytes() -> None:
 
 def test_weights_that_were_changed_are_refused_with_both_digests() -> None:
     files = saved()
-    weights = bytearray(files.weights)
-    weights[-1] ^= 1
+    changed = bytearray(files.weights)
+    changed[-1] ^= 1
     with pytest.raises(ModelError) as refusal:
-        artifact.load(bytes(weights), files.manifest.to_json())
-    assert hashlib.sha256(weights).hexdigest() in str(refusal.value)
+        weights.load_files(bytes(changed), files.manifest.to_json())
+    assert hashlib.sha256(changed).hexdigest() in str(refusal.value)
     assert files.manifest.weights_sha256 in str(refusal.value)
 
 
@@ -149,7 +149,7 @@ def test_a_manifest_that_was_changed_is_refused(change: dict[str, object], messa
     files = saved()
     changed = {**json.loads(files.manifest.to_json()), **change}
     with pytest.raises(ModelError, match=message):
-        artifact.load(files.weights, json.dumps(changed))
+        weights.load_files(files.weights, json.dumps(changed))
 
 
 def test_what_is_no_manifest_or_no_weights_is_refused() -> None:
@@ -160,7 +160,7 @@ def test_what_is_no_manifest_or_no_weights_is_refused() -> None:
     junk = b"not safetensors"
     manifest = {**json.loads(files.manifest.to_json()), "weights_sha256": hashlib.sha256(junk).hexdigest()}
     with pytest.raises(ModelError, match="not one that cbmir wrote"):
-        artifact.load(junk, json.dumps(manifest))
+        weights.load_files(junk, json.dumps(manifest))
 
 
 def test_saving_refuses_what_does_not_belong_together() -> None:
@@ -168,9 +168,9 @@ def test_saving_refuses_what_does_not_belong_together() -> None:
     projection = Projection(np.zeros(network.embedding), np.eye(32, network.embedding))
     rest = {"possible": {}, "preprocessing": "p", "snapshot": "s"}
     with pytest.raises(ModelError, match="2 classes for a network with 3 outputs"):
-        artifact.save(network, projection, label="body_part", classes=["A", "B"], **rest)
+        weights.save(network, projection, label="body_part", classes=["A", "B"], **rest)
     with pytest.raises(ModelError, match="UNKNOWN is no class"):
-        artifact.save(network, projection, label="modality/body_part", classes=["CT/A", "CT/B", "CT/UNKNOWN"], **rest)
+        weights.save(network, projection, label="modality/body_part", classes=["CT/A", "CT/B", "CT/UNKNOWN"], **rest)
 
 
 def bytes_of(embedded: embedding.Embedded, row: int) -> bytes:
@@ -189,7 +189,7 @@ def threads() -> Iterator[None]:
 def test_a_picture_has_one_vector_whoever_shares_its_batch(preset: str) -> None:
     """Bit for bit, on any number of threads: a query that is in the archive has distance 0 to itself."""
     files = saved(preset=preset)
-    loaded = artifact.load(files.weights, files.manifest.to_json())
+    loaded = weights.load_files(files.weights, files.manifest.to_json())
     many = pictures(26)
     alone = bytes_of(embedding.embed_batches(loaded, many[:1]), 0)
     for number in (1, 2, 3):
@@ -208,7 +208,7 @@ def test_a_picture_has_one_vector_whoever_shares_its_batch(preset: str) -> None:
 def test_a_network_runs_on_the_same_rows_and_threads_whatever_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     """What makes bytes agree also on processors where this one's agreement says nothing."""
     files = saved()
-    loaded = artifact.load(files.weights, files.manifest.to_json())
+    loaded = weights.load_files(files.weights, files.manifest.to_json())
     seen = set()
     embed = loaded.model.embed
 
@@ -238,7 +238,7 @@ def test_scores_go_to_the_classes_of_the_pictures_modality_only() -> None:
 
 def test_a_modality_that_was_not_learned_gets_no_label() -> None:
     files = saved()
-    loaded = artifact.load(files.weights, files.manifest.to_json())
+    loaded = weights.load_files(files.weights, files.manifest.to_json())
     embedded = embedding.embed_batches(loaded, pictures(3), ["US", "MR", "CT"])
     assert embedded.labels[:2] == (None, "MR/HEAD") and embedded.labels[2] in ("CT/CHEST", "CT/HEAD")
     assert embedded.probabilities[0] == 0.0 and embedded.probabilities[1] == pytest.approx(1.0)
@@ -247,7 +247,7 @@ def test_a_modality_that_was_not_learned_gets_no_label() -> None:
 
 def test_pixels_of_another_shape_or_type_are_refused() -> None:
     files = saved()
-    loaded = artifact.load(files.weights, files.manifest.to_json())
+    loaded = weights.load_files(files.weights, files.manifest.to_json())
     with pytest.raises(ModelError, match=r"float32 \(1, 256, 256\)"):
         embedding.embed_batches(loaded, np.zeros((1, 256, 256), dtype=np.float32))
     with pytest.raises(ModelError, match=r"uint8 \(1, 128, 128\)"):

@@ -18,7 +18,7 @@ from cbmir_spark.cli import command
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import ModelError
 from cbmir_spark.index import job as index_job
-from cbmir_spark.models import registry
+from cbmir_spark.models import registry, weights
 from cbmir_spark.models.artifact import Saved
 from tests.conftest import Cbmir
 from tests.support.models import registry_of, save_model
@@ -96,7 +96,7 @@ def test_a_pickle_in_a_model_s_folder_is_refused_and_not_run(
         digest = hashlib.sha256(content).hexdigest()
         (folder / "manifest.json").write_text(dataclasses.replace(saved.manifest, weights_sha256=digest).to_json())
     with pytest.raises(ModelError, match=message):
-        registry_of(lake).resolve(str(folder)).load()
+        weights.load(registry_of(lake).resolve(str(folder)))
     status, out, err = index("--set", f"index.model={folder}")
     assert (status, out, err.count("\n")) == (1, "", 1) and message in err
     assert not bait.exists()
@@ -108,7 +108,7 @@ def registered(lake: Settings, tmp_path_factory: pytest.TempPathFactory) -> tupl
     saved = save_model(tmp_path_factory.mktemp("registered") / "model")
     models = registry_of(lake)
     with models.connect() as mlflow, mlflow.start_run(experiment_id=models.experiment()) as run:
-        version = models.register(run.info.run_id, saved.load().model, saved)
+        version = models.register(run.info.run_id, weights.load(saved).model, saved)
         mlflow.MlflowClient().set_registered_model_alias("cbmir", registry.CANDIDATE, version)
     assert models.tracking.database is not None
     files = models.tracking.database.parent / "artifacts"

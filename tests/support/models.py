@@ -11,7 +11,7 @@ from cbmir_spark.config import Settings
 from cbmir_spark.index import open as index_open
 from cbmir_spark.lake.open import open_lake
 from cbmir_spark.lake.paths import LakePaths
-from cbmir_spark.models import artifact, networks
+from cbmir_spark.models import networks, weights
 from cbmir_spark.models.artifact import Saved
 from cbmir_spark.models.projection import Projection
 from cbmir_spark.models.registry import Registry
@@ -39,7 +39,7 @@ def save_model(folder: Path, seed: int = 1, preprocessing: str = PREPROCESSING, 
             for parameter in network.fc2.parameters():
                 parameter.fill_(spoil)
     random = np.random.default_rng(seed)
-    saved = artifact.save(
+    saved = weights.save(
         network,
         Projection.fit([random.random((64, 512), dtype=np.float32)]),
         label="modality/body_part",

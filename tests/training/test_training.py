@@ -20,7 +20,7 @@ from cbmir_spark.errors import ConfigError, ModelError, TrainingError
 from cbmir_spark.lake import delta, schemas
 from cbmir_spark.lake.paths import LakePaths
 from cbmir_spark.models import embed as embedding
-from cbmir_spark.models import registry
+from cbmir_spark.models import registry, weights
 from cbmir_spark.training import job as training_job
 from cbmir_spark.training.history import Epoch
 from cbmir_spark.training.job import TrainingReport
@@ -143,7 +143,7 @@ def test_the_served_model_gives_the_scores_of_ours(trained: Trained) -> None:
     import mlflow
 
     settings, report, _, _ = trained
-    loaded = registry_of(settings).resolve(report.model_uri).load()
+    loaded = weights.load(registry_of(settings).resolve(report.model_uri))
     pixels = np.random.default_rng(0).integers(0, 256, (5, 256, 256), dtype=np.uint8)
     with registry_of(settings).connect():
         served = mlflow.pyfunc.load_model(report.model_uri).predict(pixels)
@@ -153,7 +153,7 @@ def test_the_served_model_gives_the_scores_of_ours(trained: Trained) -> None:
 def test_a_model_is_found_by_alias_version_run_and_folder(trained: Trained, tmp_path: Path) -> None:
     settings, report, _, _ = trained
     saved = registry_of(settings).resolve("models:/cbmir@candidate")
-    loaded = saved.load()
+    loaded = weights.load(saved)
     assert loaded.manifest.model_id == report.model_id and loaded.manifest.preprocessing == "px1-test"
     assert loaded.manifest.classes == ("CT/CHEST", "CT/HEAD", "MR/HEAD")
     assert loaded.manifest.possible == {"CT": ("CT/CHEST", "CT/HEAD"), "MR": ("MR/HEAD",)}
@@ -215,7 +215,7 @@ def test_two_processes_train_one_model(
     assert [epoch.number for epoch in second.history.epochs] == [1, 2]
     alone = [epoch.loss for epoch in report.history.epochs]
     assert [epoch.loss for epoch in second.history.epochs] == pytest.approx(alone, rel=0.02)
-    loaded = registry_of(two).resolve("models:/cbmir@candidate").load()
+    loaded = weights.load(registry_of(two).resolve("models:/cbmir@candidate"))
     assert loaded.manifest.model_id == second.model_id
     assert registry_of(two).move_alias(registry.CHAMPION, report.model_id) == "1"
     assert capfd.readouterr().out == ""
