@@ -58,7 +58,7 @@ WITHOUT = {
 }
 # Third-party packages that a few modules alone may import.
 ONLY_IN = {
-    "petastorm": {"training.loader"},
+    "petastorm": {"training.petastorm_reader"},
     "mlflow": {"models.registry", "models.served", "models.tracking", "training.run_log"},
     "delta": {"lake.delta"},
     "py4j": {"lake.delta", "spark.session", "spark.failures", "ingest.listing"},

@@ -27,7 +27,6 @@ from cbmir_spark.training import run_log
 from cbmir_spark.training.course import Fitting
 from cbmir_spark.training.distribute import fit_distributed
 from cbmir_spark.training.history import Epoch, History
-from cbmir_spark.training.loader import petastorm_warnings_ignored
 from cbmir_spark.training.loop import class_weights, confusion_of
 from cbmir_spark.training.manifest import SPLITS, TEST, TRAIN, VALIDATION, Snapshot
 from cbmir_spark.training.metrics import (
@@ -147,7 +146,6 @@ def _train(lake: OpenLake, registry: Registry, sections: Sections, on_epoch: Cal
         snapshot = write_snapshot(lake, sections.dataset, sections.burned_in)
     task = _task(lake, snapshot, sections, preset)
     with (
-        petastorm_warnings_ignored(),
         registry.connect() as mlflow,
         mlflow.start_run(
             experiment_id=registry.experiment(),

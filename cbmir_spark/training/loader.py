@@ -1,16 +1,10 @@
-"""Read a snapshot's row groups through Petastorm, shuffled and sharded.
-
-Petastorm knows nothing of Delta's log and unpickles what it finds in a dataset's folder, so it gets the files that the
-manifest names and never a folder.
-"""
+"""Read a snapshot's row groups through Petastorm, shuffled and sharded."""
 
 import hashlib
 import math
 import time
-import warnings
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from typing import Any
+from collections.abc import Generator
+from contextlib import ExitStack, closing
 
 import numpy as np
 import torch
@@ -22,30 +16,14 @@ from cbmir_spark.lake import columns as cols
 from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training.loop import Batch
 from cbmir_spark.training.manifest import TARGET, Snapshot
+from cbmir_spark.training.petastorm_reader import open_reader
 
 # Without a row for so long, a reader is taken for one that has ended too early.
 STALLED_SECONDS = 120.0
 # Shards that each batch consists of, where there are enough row groups; each is read by one thread.
 _SHARDS = 4
 
-with warnings.catch_warnings():
-    # Its import warns of distutils and of pyarrow's old file systems.
-    warnings.simplefilter("ignore")
-    from petastorm import make_batch_reader
-
 RowGroup = tuple[NDArray[np.uint8], NDArray[np.int64]]
-
-
-@contextmanager
-def petastorm_warnings_ignored() -> Iterator[None]:
-    """Ignore the FutureWarnings of Petastorm's own modules for the duration of the block.
-
-    Its threads warn at each row group, and filters are those of the whole process: enter this once for a job or a
-    training process, not for each reader.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"petastorm\.")
-        yield
 
 
 class Loader:
@@ -128,9 +106,9 @@ class Loader:
                 yield part
 
     def _row_groups(self, epoch: int, shard: int) -> Generator[RowGroup, None, None]:
-        urls, filesystem = _petastorm_source(self._files, self._store)
-        reader = make_batch_reader(
-            urls,
+        reader = open_reader(
+            self._files,
+            self._store,
             schema_fields=[f"^{TARGET}$", f"^{cols.PIXELS_COLUMN}$"],
             reader_pool_type="thread",
             # One worker gives row groups in a fixed order; several race at the start of each epoch.
@@ -143,7 +121,6 @@ class Loader:
             num_epochs=1,
             cur_shard=shard,
             shard_count=self._shards,
-            filesystem=filesystem,
         )
         seen, since, expected = 0, time.monotonic(), sum(self._rows_of_steps[shard])
         try:
@@ -200,16 +177,3 @@ def _take(buffered: list[RowGroup], size: int) -> tuple[RowGroup, list[RowGroup]
 def _epoch_seed(seed: int, epoch: int) -> int:
     """Derive the seed of an epoch, never 0."""
     return 1 + int.from_bytes(hashlib.sha256(f"{seed}:{epoch}".encode()).digest()[:4], "big") // 2
-
-
-def _petastorm_source(uris: Sequence[str], store: ObjectStore) -> tuple[list[str], Any]:
-    """The URLs, and the file system for object storage, which Petastorm cannot set up by itself."""
-    if all(storage.is_local(uri) for uri in uris):
-        return list(uris), None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        # Petastorm needs pyarrow's old reader, which only the old file systems select.
-        from pyarrow.filesystem import S3FSWrapper
-
-        wrapped = S3FSWrapper(store.file_system())
-    return [uri.replace("s3a://", "s3://", 1) for uri in uris], wrapped

@@ -27,7 +27,7 @@ from cbmir_spark.training.allocator import retain_freed_memory
 from cbmir_spark.training.checkpoints import CheckpointFolder
 from cbmir_spark.training.course import Fitting
 from cbmir_spark.training.history import Epoch, History
-from cbmir_spark.training.loader import Loader, petastorm_warnings_ignored
+from cbmir_spark.training.loader import Loader
 from cbmir_spark.training.loop import Loaders, fit
 from cbmir_spark.training.manifest import TRAIN, VALIDATION, Snapshot
 
@@ -155,8 +155,7 @@ def train_process(values: Mapping[str, Any], threads: int | None) -> dict[str, A
         torch.set_num_threads(threads)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        with petastorm_warnings_ignored():
-            model, history = fit_task(task, device, dist.get_rank(), dist.get_world_size())
+        model, history = fit_task(task, device, dist.get_rank(), dist.get_world_size())
         state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
         return {"weights": safetensors.torch.save(state), "history": asdict(history)}
     finally:

@@ -4,10 +4,11 @@ import contextlib
 import itertools
 import json
 import pickle
+import sys
 import threading
-import warnings
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +26,7 @@ from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training import loader as training_loader
 from cbmir_spark.training import loop
 from cbmir_spark.training.course import Fitting
-from cbmir_spark.training.loader import Loader, petastorm_warnings_ignored
+from cbmir_spark.training.loader import Loader
 from cbmir_spark.training.manifest import FORMAT, TEST, TRAIN, VALIDATION, DataFile, Snapshot
 
 LOCAL = StorageSettings(endpoint=None, region="us-east-1", path_style=True, attempts=8)
@@ -221,20 +222,8 @@ def test_a_pickle_planted_in_the_folder_is_never_run(tmp_path: Path) -> None:
         pq.write_metadata(schema, folder / "_common_metadata")
     assert len(numbers(Loader(snapshot, TRAIN, ObjectStore(LOCAL), batch_size=5, seed=1))) == 2
     assert not bait.exists()
-    # The bait is a real one: a folder is all it takes.
+    # The bait is a real one: a summary file is all it takes.
+    summary = SimpleNamespace(common_metadata=pq.read_metadata(tmp_path / "train" / "_common_metadata"))
     with contextlib.suppress(Exception):
-        training_loader.make_batch_reader((tmp_path / "train").as_uri())
+        sys.modules["petastorm.etl.dataset_metadata"].get_schema(summary)
     assert bait.exists()
-
-
-def test_the_warnings_of_petastorm_are_ignored_within_a_block_and_no_longer(tmp_path: Path) -> None:
-    loader = Loader(write_split(tmp_path, [[4, 4]]), TRAIN, ObjectStore(LOCAL), batch_size=4, seed=1)
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        before = list(warnings.filters)
-        with petastorm_warnings_ignored():
-            numbers(loader)
-        assert not [each for each in seen if each.category is FutureWarning]
-        assert list(warnings.filters) == before
-        numbers(loader)
-        assert [each for each in seen if each.category is FutureWarning], "nothing to be ignored"
