@@ -1,25 +1,31 @@
 # Everything a fresh machine needs: Python 3.11, Java 17 and make. Each target sets up what it uses.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-VENV   := .venv
+# The versions to work with: `current`, or `oldest`, the lower bounds of pyproject.toml.
+STACK  ?= current
+VENV   := $(if $(filter current,$(STACK)),.venv,.venv-$(STACK))
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 LAKE   ?= bench
 # Two processes, a file at a time: one computes while the other waits for Spark.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
+ifeq ($(wildcard requirements/$(STACK).lock),)
+$(error STACK=$(STACK) has no lock below requirements/: give current or oldest)
+endif
+
 .DEFAULT_GOAL := help
-.PHONY: help setup check-machine demo test test-fast test-more soak bench bench-retrieval lint settings notebook clean
+.PHONY: help setup lock installs check-machine demo test test-fast test-more soak bench bench-retrieval lint settings notebook clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
-setup: $(READY) ## create .venv, install the locked dependencies, resolve Delta's jars
+setup: $(READY) ## create .venv (STACK=oldest: .venv-oldest), install the locked dependencies, fetch Delta's jars
 
 demo: $(READY) ## make a small archive and run ingest, train, index, retrieve, evaluate over it
 	$(BIN)/cbmir demo
 
-test: lint ## ruff, mypy and the tests, but for those of test-more and soak; at most 15 minutes on two cores
+test: $(if $(filter current,$(STACK)),lint,$(READY)) ## ruff, mypy and the tests, but for those of test-more and soak; at most 15 minutes on two cores; STACK=oldest: the tests alone
 	$(PYTEST)
 
 test-fast: $(READY) ## the tests without servers, clusters and training, for the loop of a change; 4 minutes
@@ -51,6 +57,12 @@ lint: $(READY) ## ruff, mypy and the other hooks of pre-commit, over every file
 	$(BIN)/mypy
 	SKIP=ruff,ruff-format,mypy $(BIN)/pre-commit run --all-files
 
+lock: $(READY) ## renew the locks below requirements/ from pyproject.toml; UPGRADE=--upgrade takes newer versions
+	PATH=$(CURDIR)/$(BIN):$$PATH deploy/lock.sh $(UPGRADE)
+
+installs: $(READY) ## install base, [embed] and [all] into empty environments: time, size, packages; results in tests/benchmarks
+	$(BIN)/python -m tests.benchmarks.installs
+
 settings: $(READY) ## renew conf/base.yaml with the descriptions that stand in the code
 	$(BIN)/python -m cbmir_spark.config.annotate
 
@@ -59,15 +71,12 @@ notebook: $(READY) ## run the notebook over the demo's lake
 	$(BIN)/jupyter-execute --inplace demo/demo_lake.ipynb
 
 clean: ## remove the environment and all that the targets made
-	rm -rf $(VENV) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-oldest demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 check-machine:
 	@bash deploy/check_machine.sh "$(PYTHON)"
 
 # The stamp makes a second `make` start at once, and a changed lock or jar list install again.
-$(READY): pyproject.toml setup.py requirements.lock conf/spark-defaults.conf deploy/fetch_jars.py | check-machine
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
-	$(BIN)/python deploy/fetch_jars.py
+$(READY): pyproject.toml setup.py requirements/$(STACK).lock $(wildcard conf/spark-*.conf) deploy/install.sh deploy/fetch_jars.py | check-machine
+	deploy/install.sh "$(PYTHON)" $(VENV) requirements/$(STACK).lock
 	@touch $@

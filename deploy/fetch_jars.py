@@ -2,7 +2,7 @@
 
 With them in SPARK_HOME/jars a session starts without resolving anything, drivers and workers of a cluster that share
 the installation need no `--packages`, and nothing is downloaded at run time. Spark's own Ivy does the resolving, from
-the coordinates in conf/spark-defaults.conf.
+the coordinates in conf/spark-4.2.conf or that of another line of Spark.
 """
 
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pyspark
 
-CONF = Path(__file__).resolve().parent.parent / "conf" / "spark-defaults.conf"
+CONF = Path(__file__).resolve().parent.parent / "conf"
 # Spark also asks a repository that is not there, and prints a wall of harmless lines for it; Central is enough.
 IVY_SETTINGS = """<ivysettings>
   <settings defaultResolver="central"/>
@@ -26,7 +26,11 @@ IVY_SETTINGS = """<ivysettings>
 
 def main() -> int:
     home = Path(os.environ.get("SPARK_HOME") or Path(pyspark.__file__).parent)
-    properties = _properties(CONF)
+    file = CONF / f"spark-{'.'.join(pyspark.__version__.split('.')[:2])}.conf"
+    if not file.exists():
+        sys.stderr.write(f"{file.name} is missing: no jars are known for Spark {pyspark.__version__}\n")
+        return 1
+    properties = _properties(file)
     stamp = home / "jars" / ".cbmir-jars"
     wanted = properties["spark.jars.packages"] + "\n" + properties["spark.jars.excludes"]
     if stamp.exists() and stamp.read_text() == wanted:

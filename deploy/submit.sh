@@ -60,6 +60,7 @@ java="\"-Dlog4j2.configurationFile=file:$repo/conf/log4j2.properties\""
 [[ "${CBMIR_DEBUG:-0}" == 0 ]] || java+=" -Dcbmir.traces=error"
 options+=(--driver-java-options "$java")
 if ! compgen -G "$SPARK_HOME/jars/delta-spark_*.jar" >/dev/null; then
-  options+=(--properties-file "$repo/conf/spark-defaults.conf")
+  line="$("$python" -c 'import pyspark; print(".".join(pyspark.__version__.split(".")[:2]))')"
+  options+=(--properties-file "$repo/conf/spark-$line.conf")
 fi
 exec "$SPARK_HOME/bin/spark-submit" "${options[@]}" "$@" "$repo/jobs/$job.py" ${flags[@]+"${flags[@]}"}

@@ -229,9 +229,21 @@ def _jars() -> dict[str, str]:
     """Properties that let Spark resolve the jars when it starts, if its folder lacks them."""
     if has_delta_jars():
         return {}
-    lines = (conf_folder() / "spark-defaults.conf").read_text(encoding="utf-8").splitlines()
-    pairs = dict(line.split(None, 1) for line in lines if line.startswith("spark.jars."))
+    file = conf_folder() / f"spark-{spark_line()}.conf"
+    if not file.is_file():
+        raise EnvironmentProblem(
+            f"no jars of Delta are known for Spark {pyspark.__version__}: install a version that cbmir-spark names, "
+            f"or put the jars for it into {spark_home() / 'jars'}"
+        )
+    pairs = dict(
+        line.split(None, 1) for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("spark.jars.")
+    )
     return {key: value.strip() for key, value in pairs.items()}
+
+
+def spark_line() -> str:
+    """The line of releases of the installed pyspark, as `4.2`."""
+    return ".".join(pyspark.__version__.split(".")[:2])
 
 
 def _check_delta(spark: SparkSession) -> None:
@@ -241,5 +253,5 @@ def _check_delta(spark: SparkSession) -> None:
     except Py4JJavaError:
         raise EnvironmentProblem(
             "Delta's jars are not on Spark's class path: run deploy/fetch_jars.py for this Spark, "
-            "or submit with --properties-file conf/spark-defaults.conf"
+            f"or submit with --properties-file conf/spark-{spark_line()}.conf"
         ) from None
