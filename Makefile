@@ -15,7 +15,7 @@ $(error STACK=$(STACK) has no lock below requirements/: give current or oldest)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock installs check-machine demo test test-fast test-more soak bench bench-retrieval lint settings notebook clean
+.PHONY: help setup lock installs bench-stacks check-machine demo test test-fast test-more soak bench bench-retrieval lint settings notebook clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -59,6 +59,9 @@ lint: $(READY) ## ruff, mypy and the other hooks of pre-commit, over every file
 
 lock: $(READY) ## renew the locks below requirements/ from pyproject.toml; UPGRADE=--upgrade takes newer versions
 	PATH=$(CURDIR)/$(BIN):$$PATH deploy/lock.sh $(UPGRADE)
+
+bench-stacks: $(READY) ## ingest, index and retrieve on both stacks in turn; after make setup STACK=oldest
+	$(BIN)/python -m tests.benchmarks.stacks
 
 installs: $(READY) ## install base, [embed] and [all] into empty environments: time, size, packages; results in tests/benchmarks
 	$(BIN)/python -m tests.benchmarks.installs

@@ -18,8 +18,9 @@ def missing(extra: str) -> list[str]:
 def require(extra: str, job: str) -> None:
     """Raise EnvironmentProblem, naming what to install, if this Python lacks a package that `job` needs."""
     if names := missing(extra):
-        are = "which is" if len(names) == 1 else "which are"
-        raise EnvironmentProblem(f"{job} needs {' and '.join(names)}, {are} not installed: {install(extra)}")
+        *most, last = names
+        packages = f"{', '.join(most)} and {last}, which are" if most else f"{last}, which is"
+        raise EnvironmentProblem(f"{job} needs {packages} not installed: {install(extra)}")
 
 
 def install(extra: str) -> str:

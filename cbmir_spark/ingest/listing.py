@@ -11,13 +11,13 @@ from py4j.protocol import Py4JJavaError
 from pyspark.errors import AnalysisException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.pandas.types import to_arrow_schema
 from pyspark.sql.types import StructType
 
 from cbmir_spark import storage
 from cbmir_spark.errors import EnvironmentProblem, InputError
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import schemas
+from cbmir_spark.lake.arrow import arrow_schema
 from cbmir_spark.storage import ObjectStore
 
 # Tasks that list, for each core: folders differ in size, and a task costs a third of a second.
@@ -44,7 +44,7 @@ def list_archive(spark: SparkSession, archive: str, store: ObjectStore) -> DataF
     if not storage.is_native(archive):
         return _listed_by_hadoop(spark, archive)
     found: list[storage.StoredObject] = []
-    folders, arrow = [archive], to_arrow_schema(LISTING)
+    folders, arrow = [archive], arrow_schema(LISTING)
     tasks = TASKS_FOR_A_CORE * spark.sparkContext.defaultParallelism
     while folders and len(folders) < tasks:
         deeper: list[str] = []
@@ -158,7 +158,7 @@ def _objects(folder: str, store: ObjectStore) -> Iterator[storage.StoredObject]:
 
 
 def _batches(objects: Iterable[storage.StoredObject]) -> Iterator[pa.RecordBatch]:
-    left, arrow = iter(objects), to_arrow_schema(LISTING)
+    left, arrow = iter(objects), arrow_schema(LISTING)
     while some := list(islice(left, _ROWS)):
         columns = {
             cols.URI: [each.uri for each in some],

@@ -17,7 +17,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyspark.sql import DataFrame
-from pyspark.sql.pandas.types import to_arrow_schema
 from pyspark.sql.types import IntegerType, MapType, StringType, StructField, StructType
 
 from cbmir_spark import storage
@@ -31,6 +30,7 @@ from cbmir_spark.ingest.listing import CONTENT
 from cbmir_spark.ingest.reconcile import IDENTIFIERS, PARSED, STAGED_BY
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import schemas
+from cbmir_spark.lake.arrow import arrow_schema
 from cbmir_spark.lake.pseudonyms import Identity, Pseudonyms, identities, is_forgotten
 from cbmir_spark.storage import ObjectStore, StoredObject
 
@@ -149,7 +149,7 @@ def parse(objects: DataFrame, parser: Parser, frames_folder: str, tally: Tally) 
 
     Objects that come with their bytes, in the column CONTENT, are not read again.
     """
-    arrow = to_arrow_schema(STAGED)
+    arrow = arrow_schema(STAGED)
 
     def stage(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         frames = _Frames(frames_folder, parser.store, parser.preprocessing.version)
@@ -244,7 +244,7 @@ class _Frames:
         self._folder = folder
         self._store = store
         self._preprocessing = preprocessing
-        self._schema = to_arrow_schema(STAGED_FRAMES)
+        self._schema = arrow_schema(STAGED_FRAMES)
         self._rows: list[dict[str, Any]] = []
         self._files = 0
 

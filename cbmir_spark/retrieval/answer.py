@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from pyspark.sql import SparkSession
-from pyspark.sql.pandas.types import to_arrow_schema
 
 from cbmir_spark.config import RetrievalSettings
 from cbmir_spark.errors import InputError, ModelError
@@ -22,6 +21,7 @@ from cbmir_spark.index.open import Index
 from cbmir_spark.index.vector_files import DataFile
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import schemas
+from cbmir_spark.lake.arrow import arrow_schema
 from cbmir_spark.models.projection import Projection
 from cbmir_spark.reports.gallery import ShownQuery
 from cbmir_spark.retrieval.distribute import tasks_of
@@ -205,7 +205,7 @@ def hits_of(
 
     query, distance: (n,); rows: n rows of HIT_COLUMNS and the partition columns.
     """
-    schema = to_arrow_schema(schemas.RESULTS_HITS.schema)
+    schema = arrow_schema(schemas.RESULTS_HITS.schema)
     begins = np.flatnonzero(np.diff(query, prepend=-1))
     rank = 1 + np.arange(len(query)) - np.repeat(begins, np.diff(begins, append=len(query)))
     ranked = {
@@ -220,7 +220,7 @@ def hits_of(
 def _in_order(answered: Sequence[tuple[Group, GroupAnswer]]) -> pa.Table:
     if len(answered) == 1:
         return answered[0][1].hits
-    schema = to_arrow_schema(schemas.RESULTS_HITS.schema)
+    schema = arrow_schema(schemas.RESULTS_HITS.schema)
     hits = pa.concat_tables([schema.empty_table(), *(answer.hits for _, answer in answered)])
     numbers = np.concatenate(
         [np.empty(0, dtype=np.int64), *(group.numbers[answer.query] for group, answer in answered)]

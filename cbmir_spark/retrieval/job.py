@@ -12,7 +12,6 @@ from functools import cache
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyspark.sql import SparkSession
-from pyspark.sql.pandas.types import to_arrow_schema
 
 from cbmir_spark import storage
 from cbmir_spark.config import RetrievalSettings, Settings
@@ -21,6 +20,7 @@ from cbmir_spark.index.layout import Place
 from cbmir_spark.index.open import Index, open_index
 from cbmir_spark.ingest import parse
 from cbmir_spark.lake import identity, schemas
+from cbmir_spark.lake.arrow import arrow_schema
 from cbmir_spark.lake.open import OpenLake, check_roots, locate, open_lake
 from cbmir_spark.lake.runs import Record
 from cbmir_spark.lake.schemas import Table
@@ -232,7 +232,7 @@ def _write_batch(
 
 
 def _rows(rows: Sequence[tuple[object, ...]], table: Table) -> pa.Table:
-    schema = to_arrow_schema(table.schema)
+    schema = arrow_schema(table.schema)
     columns = zip(*rows, strict=True) if rows else ((),) * len(schema)
     return pa.table([pa.array(values, kind.type) for values, kind in zip(columns, schema, strict=True)], schema=schema)
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from pyspark.sql import functions as F
-from pyspark.sql.pandas.types import to_arrow_schema
 from pyspark.sql.types import (
     ArrayType,
     BinaryType,
@@ -27,6 +26,7 @@ from cbmir_spark.index import arrays
 from cbmir_spark.index.open import Index
 from cbmir_spark.ingest import parse
 from cbmir_spark.lake import columns as cols
+from cbmir_spark.lake.arrow import arrow_schema
 from cbmir_spark.lake.open import OpenLake
 from cbmir_spark.reports.gallery import ShownQuery
 from cbmir_spark.retrieval.answer import Resolved
@@ -124,7 +124,7 @@ def middle(frames: Sequence[int]) -> int | None:
 
 def read_batch(batch: pa.RecordBatch, reader: Reader) -> Iterator[pa.RecordBatch]:
     """Turn rows of query_id, uri, frame into QUERY_FILE_ROWS. Runs per task, with ingest's parser and its child."""
-    arrow = to_arrow_schema(QUERY_FILE_ROWS)
+    arrow = arrow_schema(QUERY_FILE_ROWS)
     failed, read, pixels = [], [], []
     for row in batch.to_pylist():
         parsed = read_uri(row[cols.URI], row[cols.FRAME], row[_ALLOWED], reader)

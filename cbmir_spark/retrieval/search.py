@@ -16,12 +16,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyspark import Broadcast
 from pyspark.sql import SparkSession
-from pyspark.sql.pandas.types import to_arrow_schema
 
 from cbmir_spark.config import RetrievalSettings
 from cbmir_spark.index.layout import Place
 from cbmir_spark.index.vector_files import DataFile, Read
 from cbmir_spark.lake import schemas
+from cbmir_spark.lake.arrow import arrow_schema
 from cbmir_spark.lake.runs import Stages
 from cbmir_spark.retrieval import bounds, kernel
 from cbmir_spark.retrieval import tasks as search_tasks
@@ -176,7 +176,7 @@ def _rank(queries: Sequence[Query], found: Sequence[Found], inputs: SearchInputs
     """Rank what all tasks found: the query of each hit, and RESULTS_HITS in the order of query and rank."""
     found = [each for each in found if len(each.query)]
     if not found:
-        return np.empty(0, dtype=np.int64), to_arrow_schema(schemas.RESULTS_HITS.schema).empty_table()
+        return np.empty(0, dtype=np.int64), arrow_schema(schemas.RESULTS_HITS.schema).empty_table()
     rows = pa.concat_tables([each.rows for each in found])
     starts = np.cumsum([0, *(len(each.rows) for each in found[:-1])])
     query = np.concatenate([each.query for each in found])

@@ -17,13 +17,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyspark import RDD
 from pyspark.sql import SparkSession
-from pyspark.sql.pandas.types import to_arrow_schema
 
 from cbmir_spark.config import RetrievalSettings
 from cbmir_spark.index.layout import Place
 from cbmir_spark.index.vector_files import DataFile, Read
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import schemas
+from cbmir_spark.lake.arrow import arrow_schema
 from cbmir_spark.lake.runs import Stages
 from cbmir_spark.retrieval import kernel, series_tasks
 from cbmir_spark.retrieval.answer import (
@@ -213,7 +213,7 @@ def _rank(
     finally:
         broadcast.unpersist()
     if not found:
-        return np.empty(0, dtype=np.int64), to_arrow_schema(schemas.RESULTS_HITS.schema).empty_table(), Read()
+        return np.empty(0, dtype=np.int64), arrow_schema(schemas.RESULTS_HITS.schema).empty_table(), Read()
     query = np.concatenate([each.query for each in found])
     distance = np.concatenate([each.distance for each in found])
     rows = pa.concat_tables([each.rows.take(each.row) for each in found])

@@ -31,7 +31,6 @@ import torch
 from numpy.typing import NDArray
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.pandas.types import to_arrow_schema
 
 from cbmir_spark import config, storage
 from cbmir_spark.config import RetrievalSettings
@@ -40,6 +39,7 @@ from cbmir_spark.index.layout import FEATURES, place_of
 from cbmir_spark.index.vector_files import DataFile
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, schemas
+from cbmir_spark.lake.arrow import arrow_schema
 from cbmir_spark.lake.runs import Stages
 from cbmir_spark.models import weights
 from cbmir_spark.models.artifact import MANIFEST_FILE, WEIGHTS_FILE
@@ -146,7 +146,7 @@ def store(spark: SparkSession, lake: Path, source: Path, count: int, projection:
 
     def rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         base = np.load(source, mmap_mode="r")
-        schema = to_arrow_schema(FEATURES.schema)
+        schema = arrow_schema(FEATURES.schema)
         for batch in batches:
             for numbers in np.array_split(batch.column(0).to_numpy(), max(1, batch.num_rows // 256)):
                 vectors = np.asarray(base[numbers])

@@ -8,12 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import SparkSession
-from pyspark.sql.pandas.types import to_arrow_schema
 
 from cbmir_spark import config, storage
 from cbmir_spark.config import Choice
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import schemas
+from cbmir_spark.lake.arrow import arrow_schema
 from cbmir_spark.lake.open import OpenLake, open_lake
 from cbmir_spark.reports.gallery import ShownQuery, thumbnail
 from cbmir_spark.retrieval.gallery import SHOWN_HITS, pictures_of, write_gallery
@@ -54,7 +54,7 @@ def page_of(
 def write_parquet(rows: list[tuple[object, ...]], table: schemas.Table, folder: Path) -> None:
     (folder / table.name).mkdir(parents=True)
     values = [dict(zip(table.schema.names, row, strict=True)) for row in rows]
-    found = pa.Table.from_pylist(values, schema=to_arrow_schema(table.schema))
+    found = pa.Table.from_pylist(values, schema=arrow_schema(table.schema))
     pq.write_table(found, folder / table.name / "part-00000.parquet")
 
 

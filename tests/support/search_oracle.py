@@ -10,13 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pyspark.sql.pandas.types import to_arrow_schema
 
 from cbmir_spark import config, storage
 from cbmir_spark.config import RetrievalSettings, StorageSettings
 from cbmir_spark.index.layout import FEATURES
 from cbmir_spark.index.vector_files import DataFile
 from cbmir_spark.lake import columns as cols
+from cbmir_spark.lake.arrow import arrow_schema
 from cbmir_spark.models.projection import Projection
 from cbmir_spark.retrieval import answer as answers
 from cbmir_spark.retrieval.query import HitFilter, Query, QueryOverrides
@@ -72,7 +72,7 @@ class Made:
         random = np.random.default_rng(seed)
         projection = self.projection
         coordinates, residuals = projection.apply(self.vectors)
-        schema = to_arrow_schema(FEATURES.schema)
+        schema = arrow_schema(FEATURES.schema)
         columns = self.columns | {
             cols.VECTOR: list(self.vectors),
             cols.PROJECTION: list(coordinates),

@@ -5,9 +5,6 @@ the other in one process that was started in the unpacked folder.
 """
 
 import json
-import os
-import subprocess
-import sys
 import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,25 +15,14 @@ import pyarrow.parquet as pq
 import pydicom
 import pytest
 
-import cbmir_spark
+from tests.support import chain
 
 # A minute on an idle machine, for whichever test comes first.
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
 DATA = Path(__file__).parent.parent / "data"
 ROOT = "/proc/self/cwd"
-COMMON = [
-    f"--lake={ROOT}/lake",
-    "--json",
-    "--set=spark.master=local[2]",
-    "--set=spark.driver_memory=2g",
-    "--set=spark.conf.spark.sql.shuffle.partitions=2",
-    "--set=spark.conf.spark.databricks.delta.snapshotPartitions=2",
-    "--set=spark.conf.spark.sql.codegen.wholeStage=false",
-    "--set=spark.conf.spark.sql.codegen.factoryMode=NO_CODEGEN",
-    "--set=spark.conf.spark.driver.extraJavaOptions="
-    "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=240m -XX:+UseSerialGC",
-]
+COMMON = [f"--lake={ROOT}/lake", "--json", *chain.QUICK]
 SEARCH = ["--k=5", "--prefilter=none"]
 # The settings of the training that was killed: with others it would start over.
 STOPPED = [
@@ -67,23 +53,6 @@ COMMANDS = {
     "search more": ["retrieve", "--queries=more.csv", "--out=found-more", "--set=retrieval.unique=none", *SEARCH],
     "forget": ["forget", f"--patient={FORGOTTEN}"],
 }
-
-CHAIN = """
-import contextlib, io, json, runpy, sys
-ended = []
-for arguments in json.load(sys.stdin):
-    sys.argv, printed, status = ["cbmir", *arguments], io.StringIO(), 0
-    try:
-        with contextlib.redirect_stdout(printed):
-            runpy.run_module("cbmir_spark", run_name="__main__")
-    except SystemExit as error:
-        status = error.code or 0
-    ended.append((status, printed.getvalue()))
-    if status:
-        break
-with open("ended.json", "w") as file:
-    json.dump(ended, file)
-"""
 
 
 @dataclass(frozen=True)
@@ -117,20 +86,7 @@ def continued(tmp_path_factory: pytest.TempPathFactory) -> Continued:
     (root / "more.csv").write_text(f"query_id,uri\nnew,{ROOT}/more/new.dcm\n")
     # `runs` asks MLflow alone.
     commands = [[*each, *COMMON[: 2 if name == "runs" else None]] for name, each in COMMANDS.items()]
-    ran = subprocess.run(
-        [sys.executable, "-c", CHAIN],
-        input=json.dumps(commands),
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(Path(cbmir_spark.__file__).parent.parent)},
-        capture_output=True,
-        text=True,
-        timeout=800,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    ended = json.loads((root / "ended.json").read_text())
-    assert [status for status, _ in ended] == [0] * len(COMMANDS), ran.stderr
-    printed = {name: json.loads(text.splitlines()[-1]) for name, (_, text) in zip(COMMANDS, ended, strict=True)}
+    printed = chain.run(dict(zip(COMMANDS, commands, strict=True)), root)
     return Continued(root, expected, printed, asked["uid"]["patient_id"])
 
 
