@@ -74,8 +74,8 @@ _RED, _GREEN, _BLUE = np.float32(0.299), np.float32(0.587), np.float32(0.114)
 
 def _luma(red: Array, green: Array, blue: Array) -> Floats:
     # Element by element: the order of sums in a matrix product depends on the machine's threads.
-    luma: Floats = red * _RED + green * _GREEN + blue * _BLUE
-    return luma.astype(np.float32, copy=False)
+    luma = red * _RED + green * _GREEN + blue * _BLUE
+    return luma.astype(np.float32, copy=False)  # type: ignore[no-any-return, unused-ignore]
 
 
 def _table(raw: Any, entries: int | None, bits: int, little_endian: bool) -> Array:
@@ -227,7 +227,8 @@ def to_unit(values: Floats, low: float, high: float) -> Floats:
     unit = values - np.float32(low)
     unit *= np.float32(1.0 / (high - low))
     np.clip(unit, 0.0, 1.0, out=unit)
-    return np.nan_to_num(unit, copy=False, nan=0.0)
+    np.nan_to_num(unit, copy=False, nan=0.0)
+    return unit
 
 
 def voi(values: Floats, mask: NDArray[np.bool_] | None, ds: Dataset, frame: int, little_endian: bool) -> Floats:
@@ -245,7 +246,8 @@ def voi(values: Floats, mask: NDArray[np.bool_] | None, ds: Dataset, frame: int,
         return to_unit(values, *percentile_window(values, mask, 0.0, 100.0))
     function = str(value(source, "VOILUTFunction") or "LINEAR").strip().upper()
     if function == "SIGMOID":
-        return (1.0 / (1.0 + np.exp(np.clip(-4.0 * (values - center) / width, -80.0, 80.0)))).astype(np.float32)
+        curve: Floats = 1.0 / (1.0 + np.exp(np.clip(-4.0 * (values - center) / width, -80.0, 80.0)))
+        return curve.astype(np.float32)
     if function == "LINEAR_EXACT":
         return to_unit(values, center - width / 2, center + width / 2)
     if width <= 1:

@@ -206,8 +206,9 @@ def measure(pairs: MeasureInputs, inputs: SearchInputs) -> Found:
             first, last = last, last * _MORE_TURNS
         rows_of_hits, row = hit_rows(files, locations[:, best.row])
         read = files.read
+    square = np.asarray(best.lower, np.float64)
     return Found(
-        best.query.astype(np.int64), best.lower, row, rows_of_hits, np.zeros(len(inputs.k), dtype=np.int64), read
+        best.query.astype(np.int64), square, row, rows_of_hits, np.zeros(len(inputs.k), dtype=np.int64), read
     )
 
 

@@ -24,4 +24,4 @@ if __name__ == "__main__":
 
     # Workers collect garbage after each task; what they are forked with needs no inspection.
     gc.freeze()
-    manager()  # type: ignore[no-untyped-call]
+    manager()

@@ -5,6 +5,7 @@ Planes are (rows, columns) float32. All randomness comes from generators seeded 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from cbmir_spark.synthetic.names import generator_of
 __all__ = ["Canvas", "PhantomClass", "Plane", "Subject", "grid", "paint", "step"]
 
 # Single precision: drawing takes most of the time of an archive, and no phantom has more than 16 bits.
-Plane = NDArray[np.float32]
+Plane = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,8 @@ def _magnitude(signal: Plane, c: Canvas) -> Plane:
     px, py = c.body.uniform(-0.6, 0.6, 2)
     shaded = signal * (0.75 + 0.4 * np.exp(-((c.x - px) ** 2 + (c.y - py) ** 2)))
     strength = c.vary(0.03, 0.4)
-    return np.hypot(shaded + c.noise(strength), c.noise(strength)) / 1.3
+    magnitude: Plane = np.hypot(shaded + c.noise(strength), c.noise(strength)) / 1.3
+    return magnitude
 
 
 # --- ultrasound ---

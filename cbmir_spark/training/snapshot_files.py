@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import pyarrow as pa
@@ -80,10 +80,10 @@ _PATH = "path"
 _ERASED = f"{_PATH} string, made string, groups array<int>, sha256 string, lost map<string, int>"
 
 
-def _eraser(uri: str, store: ObjectStore) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
+def _eraser(uri: str, store: ObjectStore) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     """Per task: files and the images to remove from each → a row for each file that replaces one."""
 
-    def erase_from(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    def erase_from(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
             for path, images in zip(batch[_PATH].to_pylist(), batch[cols.IMAGE_ID].to_pylist(), strict=True):
                 old = pq.ParquetFile(pa.BufferReader(store.read_bytes(storage.join(uri, path))))
@@ -162,10 +162,10 @@ def write_files(
 
 def _part_writer(
     uri: str, group_rows: Mapping[str, int], store: ObjectStore
-) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
+) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     """Per task: sorted rows → one Parquet file for each (split, part), and a row that describes it."""
 
-    def write(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    def write(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         open_part: _Part | None = None
         for batch in batches:
             names = list(zip(batch[SPLIT].to_pylist(), batch[PART].to_pylist(), strict=True))
