@@ -76,3 +76,12 @@ def test_this_environment_is_one_of_the_stacks() -> None:
     installed = {name: importlib.metadata.version(name) for name in declared("embed", "train")}
     stacks = [stack for stack in ("current", "oldest") if installed.items() <= locked(stack).items()]
     assert stacks, "not the versions of a lock: make setup"
+
+
+@pytest.mark.parametrize("stack", ["current", "oldest"])
+def test_the_jars_are_those_of_the_locked_versions(stack: str) -> None:
+    versions = locked(stack)
+    line = ".".join(versions["pyspark"].split(".")[:2])
+    jars = (REPO / "conf" / f"spark-{line}.conf").read_text()
+    (delta,) = re.findall(r"io\.delta:delta-spark_(?:[\d.]+_)?2\.13:([\d.]+)", jars)
+    assert delta == versions["delta-spark"]

@@ -207,9 +207,7 @@ def measure(pairs: MeasureInputs, inputs: SearchInputs) -> Found:
         rows_of_hits, row = hit_rows(files, locations[:, best.row])
         read = files.read
     square = np.asarray(best.lower, np.float64)
-    return Found(
-        best.query.astype(np.int64), square, row, rows_of_hits, np.zeros(len(inputs.k), dtype=np.int64), read
-    )
+    return Found(best.query.astype(np.int64), square, row, rows_of_hits, np.zeros(len(inputs.k), dtype=np.int64), read)
 
 
 def _blocks_of(row: NDArray[np.int64], pairs: NDArray[np.int64], height: int) -> Iterator[NDArray[np.int64]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from pyspark.sql import SparkSession
 
@@ -283,6 +284,30 @@ def test_upkeep_looks_versions_up_once(world: World, call: Callable[[Lake], obje
         call(lake)
     assert counts.histories[sources] == 1
     assert all(times == 1 for times in counts.opened.values()), counts.opened
+
+
+@pytest.mark.skipif(int(pa.__version__.partition(".")[0]) < 15, reason="deltalake's to_pandas needs a newer pyarrow")
+def test_the_readmes_lines_for_reading_without_spark_run_as_they_stand(world: World, tmp_path: Path) -> None:
+    if not storage.is_local(world.lake.uri):
+        pytest.skip("the lines name folders")
+    readme = (REPO / "README.md").read_text(encoding="utf-8")
+    block = re.findall(r"## Reading the tables without Spark\n.*?```python\n(.*?)```", readme, re.DOTALL)[0]
+    shutil.copytree(storage.local_path(world.lake.uri), tmp_path / "lake")
+    # A name that stands for one in the text.
+    (model,) = (tmp_path / "lake" / "features").iterdir()
+    model.rename(model.with_name("MODEL_ID"))
+    world.lake.search(world.images(world.files), k=4, out=str(tmp_path / "answers"))
+    end = "\nprint(len(hits), len(sources), len(tags), picture.shape, vectors.shape, vectors.dtype)\n"
+    (tmp_path / "lines.py").write_text(block + end)
+    command = [sys.executable, "-W", "error", "lines.py"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    *_, last = ended.stdout.splitlines()
+    hits, sources, tags, *rest = last.split(maxsplit=3)
+    assert int(hits) == 4 * len(world.files)
+    assert int(sources) == world.lake.sources.count() and int(tags) == world.lake.tags.count()
+    dimension = world.lake.features().select("vector").head()["vector"]
+    assert rest == [f"(256, 256) ({world.lake.features().count()}, {len(dimension)}) float32"]
 
 
 @pytest.mark.more

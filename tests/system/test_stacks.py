@@ -156,6 +156,13 @@ def test_one_archive_gives_the_same_rows(written: dict[str, Written], name: str)
     assert current == oldest
 
 
+@pytest.mark.parametrize("name", ["tags", "pixels", "vault/sources", "runs"])
+def test_tables_have_the_same_protocol(written: dict[str, Written], name: str) -> None:
+    """A newer Delta must not write what an older one cannot read."""
+    current, oldest = (DeltaTable(str(written[stack].folder / "lake" / name)).protocol() for stack in STACKS)
+    assert current == oldest
+
+
 def test_snapshots_are_the_same_files(written: dict[str, Written]) -> None:
     current, oldest = (
         {path.name: path.read_bytes() for path in (written[stack].folder / "lake" / "snapshots").rglob("manifest.json")}
