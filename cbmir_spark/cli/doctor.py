@@ -21,7 +21,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from cbmir_spark import storage
+from cbmir_spark import extras, storage
 from cbmir_spark.config import Settings
 from cbmir_spark.errors import CbmirError, EnvironmentProblem, InputError
 from cbmir_spark.lake import pseudonyms
@@ -43,6 +43,7 @@ SYNTAXES = (
     JPEG2000,
 )
 FREE_GIB = 5
+_NAMED = ("delta-spark", "pyarrow", "numpy", "pandas", "pydicom")
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ def run(settings: Settings) -> list[Check]:
             ("Java", session.check_java),
             ("Spark", lambda: f"{importlib.metadata.version('pyspark')} at {session.spark_home()}"),
             ("Delta's jars", _jars),
+            ("Packages", _packages),
+            ("Extras", _extras),
             ("Decoders", _decoders),
             ("Lake", lambda: _lake(settings)),
             ("Archive", lambda: _archive(settings)),
@@ -90,6 +93,18 @@ def _jars() -> str:
     if session.has_delta_jars():
         return "in Spark's folder"
     return "not in Spark's folder: resolved at each start; deploy/fetch_jars.py puts them there once"
+
+
+def _packages() -> str:
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _NAMED)
+
+
+def _extras() -> str:
+    found = {extra: extras.missing(extra) for extra in extras.PACKAGES}
+    return ", ".join(
+        f"[{extra}] is there" if not names else f"[{extra}] lacks {' and '.join(names)}"
+        for extra, names in found.items()
+    )
 
 
 def _decoders() -> str:
