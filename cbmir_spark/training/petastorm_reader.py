@@ -15,12 +15,12 @@ import threading
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs
 import pyarrow.parquet as pq
 
 from cbmir_spark import storage
@@ -42,23 +42,29 @@ _IMPORTED_IN_VAIN = {
 _LOCK = threading.Lock()
 
 
-def open_reader(uris: Sequence[str], store: ObjectStore, **options: Any) -> Any:
-    """Open Petastorm's batch reader over Parquet files, by canonical URI, in this order; `options` are its own.
+def open_reader(files: "Files", **options: Any) -> Any:
+    """Open Petastorm's batch reader over Parquet files, in their order; `options` are its own.
 
     Runs per training process. Raises EnvironmentProblem if another release of Petastorm is installed.
     """
-    files = Files(uris, store)
     return _petastorm().make_batch_reader(files.urls, filesystem=files, **options)
 
 
 class Files:
-    """Parquet files as Petastorm's file system. It knows them by number, so that no path is parsed as a URL.
+    """Parquet files by canonical URI, as the file system of any number of Petastorm's readers.
 
-    Footers are read once and stay in memory: a few kilobytes per file.
+    They know the files by number, so that no path is parsed as a URL. Footers are read once for all readers and stay in
+    memory: a few kilobytes per file.
     """
 
     def __init__(self, uris: Sequence[str], store: ObjectStore) -> None:
-        self._files = {f"/{number}": File(uri, store) for number, uri in enumerate(uris)}
+        self._store = store
+        self._files = {f"/{number}": File(uri, self) for number, uri in enumerate(uris)}
+
+    @cached_property
+    def object_storage(self) -> Any:
+        """One s3fs file system for all threads: fsspec may build, and retain, another one for each that asks."""
+        return self._store.file_system(ahead=False)
 
     @property
     def urls(self) -> list[str]:
@@ -73,9 +79,10 @@ class Files:
 class File:
     """One Parquet file, opened for each read, so that none stays open behind an abandoned reader."""
 
-    def __init__(self, uri: str, store: ObjectStore) -> None:
-        self._uri, self._store = uri, store
+    def __init__(self, uri: str, files: Files) -> None:
+        self._uri, self._files = uri, files
         self._footer: pq.FileMetaData | None = None
+        self._details: dict[str, Any] | None = None
 
     def footer(self) -> pq.FileMetaData:
         """The file's metadata; read once."""
@@ -97,8 +104,13 @@ class File:
     def _input(self) -> pa.NativeFile:
         if storage.is_local(self._uri):
             return pa.OSFile(storage.local_path(self._uri))
-        files = pa.fs.PyFileSystem(pa.fs.FSSpecHandler(self._store.file_system(ahead=False)))
-        return files.open_input_file(self._uri.removeprefix(S3A))
+        size = self._details["size"] if self._details else None
+        file = self._files.object_storage.open(self._uri.removeprefix(S3A), "rb", size=size)
+        if self._details:
+            # Without them it would ask the storage again, for each row group.
+            file.details = self._details
+        self._details = file.details
+        return pa.PythonFile(file, mode="r")
 
 
 class _Dataset:
