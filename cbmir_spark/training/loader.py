@@ -16,7 +16,7 @@ from cbmir_spark.lake import columns as cols
 from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training.loop import Batch
 from cbmir_spark.training.manifest import TARGET, Snapshot
-from cbmir_spark.training.petastorm_reader import open_reader
+from cbmir_spark.training.petastorm_reader import Files, open_reader
 
 # Without a row for so long, a reader is taken for one that has ended too early.
 STALLED_SECONDS = 120.0
@@ -69,8 +69,7 @@ class Loader:
         each = self._shards // world
         self._local_shards = range(rank * each, (rank + 1) * each)
         self.rows = sum(shares[shard] for shard in self._local_shards)
-        self._files = [storage.join(snapshot.uri, file.path) for file in files]
-        self._store = store
+        self._files = Files([storage.join(snapshot.uri, file.path) for file in files], store)
         self._seed, self._shuffle = seed, shuffle
 
     def span(self, step: int) -> tuple[int, int]:
@@ -81,7 +80,7 @@ class Loader:
     def epoch(self, number: int) -> Generator[Batch, None, None]:
         """Give the batches of one epoch; the same seed and epoch give the same batches in the same order.
 
-        Raises TrainingError where the files have fewer or more rows than the manifest says.
+        Raises TrainingError where a file is missing or damaged, or they have fewer or more rows than the manifest says.
         """
         with ExitStack() as readers:
             parts = []
@@ -108,7 +107,6 @@ class Loader:
     def _row_groups(self, epoch: int, shard: int) -> Generator[RowGroup, None, None]:
         reader = open_reader(
             self._files,
-            self._store,
             schema_fields=[f"^{TARGET}$", f"^{cols.PIXELS_COLUMN}$"],
             reader_pool_type="thread",
             # One worker gives row groups in a fixed order; several race at the start of each epoch.

@@ -15,16 +15,16 @@ import threading
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs
 import pyarrow.parquet as pq
 
-from cbmir_spark import storage
-from cbmir_spark.errors import EnvironmentProblem
+from cbmir_spark import extras, storage
+from cbmir_spark.errors import EnvironmentProblem, TrainingError
 from cbmir_spark.storage import ObjectStore
 from cbmir_spark.storage.uri import S3A
 
@@ -42,23 +42,30 @@ _IMPORTED_IN_VAIN = {
 _LOCK = threading.Lock()
 
 
-def open_reader(uris: Sequence[str], store: ObjectStore, **options: Any) -> Any:
-    """Open Petastorm's batch reader over Parquet files, by canonical URI, in this order; `options` are its own.
+def open_reader(files: "Files", **options: Any) -> Any:
+    """Open Petastorm's batch reader over Parquet files, in their order; `options` are its own.
 
-    Runs per training process. Raises EnvironmentProblem if another release of Petastorm is installed.
+    Runs per training process. Raises EnvironmentProblem if Petastorm is missing or another release, and TrainingError,
+    as the reader does later, for a file that is missing or damaged.
     """
-    files = Files(uris, store)
     return _petastorm().make_batch_reader(files.urls, filesystem=files, **options)
 
 
 class Files:
-    """Parquet files as Petastorm's file system. It knows them by number, so that no path is parsed as a URL.
+    """Parquet files by canonical URI, as the file system of any number of Petastorm's readers.
 
-    Footers are read once and stay in memory: a few kilobytes per file.
+    They know the files by number, so that no path is parsed as a URL. Footers are read once for all readers and stay in
+    memory: a few kilobytes per file.
     """
 
     def __init__(self, uris: Sequence[str], store: ObjectStore) -> None:
-        self._files = {f"/{number}": File(uri, store) for number, uri in enumerate(uris)}
+        self._store = store
+        self._files = {f"/{number}": File(uri, self) for number, uri in enumerate(uris)}
+
+    @cached_property
+    def object_storage(self) -> Any:
+        """One s3fs file system for all threads: fsspec may build, and retain, another one for each that asks."""
+        return self._store.file_system(ahead=False)
 
     @property
     def urls(self) -> list[str]:
@@ -73,9 +80,10 @@ class Files:
 class File:
     """One Parquet file, opened for each read, so that none stays open behind an abandoned reader."""
 
-    def __init__(self, uri: str, store: ObjectStore) -> None:
-        self._uri, self._store = uri, store
+    def __init__(self, uri: str, files: Files) -> None:
+        self._uri, self._files = uri, files
         self._footer: pq.FileMetaData | None = None
+        self._details: dict[str, Any] | None = None
 
     def footer(self) -> pq.FileMetaData:
         """The file's metadata; read once."""
@@ -91,14 +99,32 @@ class File:
 
     @contextmanager
     def _opened(self) -> Iterator[pq.ParquetFile]:
-        with self._input() as source, pq.ParquetFile(source, metadata=self._footer, pre_buffer=True) as file:
-            yield file
+        try:
+            with self._input() as source, pq.ParquetFile(source, metadata=self._footer, pre_buffer=True) as file:
+                yield file
+        except (OSError, pa.ArrowInvalid) as error:
+            if not _is_of_the_file(error):
+                raise
+            raise TrainingError(
+                f"{self._uri} is missing or damaged: delete the snapshot that it belongs to and train again"
+            ) from error
 
     def _input(self) -> pa.NativeFile:
         if storage.is_local(self._uri):
             return pa.OSFile(storage.local_path(self._uri))
-        files = pa.fs.PyFileSystem(pa.fs.FSSpecHandler(self._store.file_system(ahead=False)))
-        return files.open_input_file(self._uri.removeprefix(S3A))
+        size = self._details["size"] if self._details else None
+        file = self._files.object_storage.open(self._uri.removeprefix(S3A), "rb", size=size)
+        if self._details:
+            # Without them it would ask the storage again, for each row group.
+            file.details = self._details
+        self._details = file.details
+        return pa.PythonFile(file, mode="r")
+
+
+def _is_of_the_file(error: Exception) -> bool:
+    """True where the file is at fault, rather than the disk, the network or the permissions."""
+    # pyarrow raises what it cannot decode as ArrowInvalid, or as a plain OSError without a number.
+    return isinstance(error, pa.ArrowInvalid | FileNotFoundError) or (type(error) is OSError and error.errno is None)
 
 
 class _Dataset:
@@ -168,6 +194,7 @@ def _petastorm() -> ModuleType:
         found = sys.modules.get(_READER)
         if found is not None and isinstance(found.pq, _Parquet):
             return found
+        extras.require(extras.TRAIN, "train")
         version = importlib.metadata.version("petastorm")
         if version != VERSION:
             raise EnvironmentProblem(

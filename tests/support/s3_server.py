@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,11 @@ class S3Server:
     def read(self, bucket: str) -> list[str]:
         """The keys of a bucket that somebody has read, one for each request, as the server's access log has them."""
         return re.findall(rf" {bucket} \[[^]]*\] \S+ \S+ \S+ s3_GetObject (\S+) ", self.log.read_text(errors="replace"))
+
+    def requests(self, bucket: str) -> Counter[str]:
+        """The number of requests to a bucket, by operation, as the server's access log has them."""
+        log = self.log.read_text(errors="replace")
+        return Counter(re.findall(rf" {bucket} \[[^]]*\] \S+ \S+ \S+ s3_(\w+) ", log))
 
     @property
     def endpoint(self) -> str:

@@ -1,22 +1,25 @@
 """Petastorm's reader on any pyarrow gives what it gives, unmodified, on the pyarrow that it was written for."""
 
+import errno
 import importlib.metadata
 import json
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+import s3fs
 
-from cbmir_spark import storage
+from cbmir_spark import extras, storage
 from cbmir_spark.config import StorageSettings
-from cbmir_spark.errors import EnvironmentProblem
+from cbmir_spark.errors import EnvironmentProblem, TrainingError
 from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training import petastorm_reader
-from cbmir_spark.training.petastorm_reader import open_reader
+from cbmir_spark.training.petastorm_reader import Files, open_reader
 from tests.conftest import REPO
 from tests.support import petastorm_orders
 from tests.support.s3_server import S3Server
@@ -51,14 +54,15 @@ def test_rows_order_and_shards_are_those_of_the_unmodified_petastorm(tmp_path: P
     folder = tmp_path / name
     folder.mkdir()
     uris = [storage.canonical(str(path)) for path in petastorm_orders.write(folder)]
-    assert petastorm_orders.orders(lambda **options: open_reader(uris, ObjectStore(LOCAL), **options)) == recorded()
+    files = Files(uris, ObjectStore(LOCAL))
+    assert petastorm_orders.orders(lambda **options: open_reader(files, **options)) == recorded()
 
 
 def test_from_object_storage_they_are_the_same(s3: S3Server) -> None:
     bucket = s3.bucket("orders")
     uris = [f"s3a://{bucket.name}/{path.name}" for path in petastorm_orders.write(bucket)]
     store = ObjectStore(StorageSettings(endpoint=s3.endpoint, region="us-east-1", path_style=True, attempts=3))
-    assert petastorm_orders.orders(lambda **options: open_reader(uris, store, **options)) == recorded()
+    assert petastorm_orders.orders(lambda **options: open_reader(Files(uris, store), **options)) == recorded()
 
 
 def test_nothing_changes_outside_of_petastorm(tmp_path: Path) -> None:
@@ -71,7 +75,7 @@ import numpy, pyarrow, pyarrow.parquet
 from cbmir_spark import storage
 from cbmir_spark.config import StorageSettings
 from cbmir_spark.storage import ObjectStore
-from cbmir_spark.training.petastorm_reader import open_reader
+from cbmir_spark.training.petastorm_reader import Files, open_reader
 from tests.support import petastorm_orders
 store = ObjectStore(StorageSettings(endpoint=None, region="us-east-1", path_style=True, attempts=1))
 before = {each.__name__: dict(vars(each)) for each in (numpy, pyarrow, pyarrow.parquet)}
@@ -81,7 +85,7 @@ filters = list(warnings.filters)
 uris = sorted(storage.canonical(str(path)) for path in Path(sys.argv[1]).iterdir())
 rows = []
 def read():
-    reader = open_reader(uris, store, num_epochs=1, shuffle_row_groups=False, workers_count=1)
+    reader = open_reader(Files(uris, store), num_epochs=1, shuffle_row_groups=False, workers_count=1)
     rows.append(petastorm_orders.read(reader, int(sys.argv[2])) == list(range(int(sys.argv[3]))))
 threads = [threading.Thread(target=read) for _ in range(2)]
 [thread.start() for thread in threads]
@@ -108,11 +112,11 @@ from petastorm import make_batch_reader
 from cbmir_spark import storage
 from cbmir_spark.config import StorageSettings
 from cbmir_spark.storage import ObjectStore
-from cbmir_spark.training.petastorm_reader import open_reader
+from cbmir_spark.training.petastorm_reader import Files, open_reader
 from tests.support import petastorm_orders
 store = ObjectStore(StorageSettings(endpoint=None, region="us-east-1", path_style=True, attempts=1))
 folder = Path(sys.argv[1])
-ours = open_reader([storage.canonical(str(folder / "part-0.parquet"))], store, num_epochs=1, workers_count=1)
+ours = open_reader(Files([storage.canonical(str(folder / "part-0.parquet"))], store), num_epochs=1, workers_count=1)
 theirs = make_batch_reader(folder.as_uri(), num_epochs=1, workers_count=1)
 print(len(petastorm_orders.read(theirs, int(sys.argv[2]))), len(petastorm_orders.read(ours, 2)))
 """
@@ -124,10 +128,10 @@ def test_another_release_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "petastorm.reader", raising=False)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.14.0")
     with pytest.raises(EnvironmentProblem, match=r"petastorm 0\.14\.0 is .* pip install petastorm==0\.13\.1"):
-        open_reader([], ObjectStore(LOCAL))
+        open_reader(Files([], ObjectStore(LOCAL)))
 
 
-def test_a_footer_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_footer_is_read_once_for_all_readers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     footers: list[str] = []
     original = petastorm_reader.File.footer
 
@@ -140,6 +144,71 @@ def test_a_footer_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(petastorm_reader.File, "footer", counted)
     uris = [storage.canonical(str(path)) for path in petastorm_orders.write(tmp_path)]
-    reader = open_reader(uris, ObjectStore(LOCAL), num_epochs=1, workers_count=1)
-    assert len(petastorm_orders.read(reader, GROUPS)) == ROWS
+    files = Files(uris, ObjectStore(LOCAL))
+    for _ in range(2):
+        reader = open_reader(files, num_epochs=1, workers_count=1)
+        assert len(petastorm_orders.read(reader, GROUPS)) == ROWS
     assert len(footers) == len(petastorm_orders.FILES)
+
+
+def test_object_storage_is_asked_for_a_footer_once_and_for_each_row_group_once(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = s3.bucket("requests")
+    uris = [f"s3a://{bucket.name}/{path.name}" for path in petastorm_orders.write(bucket)]
+    store = ObjectStore(StorageSettings(endpoint=s3.endpoint, region="us-east-1", path_style=True, attempts=3))
+    files = Files(uris, store)
+    # fsspec's own, of this class: each holds connections and is never dropped, so threads must not add to it.
+    systems: dict[str, object] = {}
+    monkeypatch.setattr(s3fs.S3FileSystem, "_cache", systems)
+    for _ in range(2):
+        reader = open_reader(files, num_epochs=1, workers_count=1, schema_fields=list(petastorm_orders.COLUMNS))
+        assert len(petastorm_orders.read(reader, GROUPS)) == ROWS
+    assert s3.requests(bucket.name) == {"HeadObject": len(uris), "GetObject": len(uris) + 2 * GROUPS}
+    assert len(systems) == 1
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _overwrite(file: Path) -> None:
+    """Damage a row group, but not the footer."""
+    content = file.read_bytes()
+    file.write_bytes(content[:4] + b"\xff" * 500 + content[504:])
+
+
+@pytest.mark.parametrize("damage", [_cut, _overwrite, Path.unlink], ids=["cut", "overwritten", "missing"])
+def test_a_damaged_file_is_named(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    paths = petastorm_orders.write(tmp_path)
+    damage(paths[2])
+    files = Files([storage.canonical(str(path)) for path in paths], ObjectStore(LOCAL))
+    with pytest.raises(TrainingError, match=r"part-2\.parquet is missing or damaged: delete the snapshot"):
+        petastorm_orders.read(open_reader(files, num_epochs=1, workers_count=1), GROUPS)
+
+
+def test_a_missing_object_is_named(s3: S3Server) -> None:
+    store = ObjectStore(StorageSettings(endpoint=s3.endpoint, region="us-east-1", path_style=True, attempts=3))
+    bucket = s3.bucket("missing")
+    with pytest.raises(TrainingError, match=r"s3a://missing/part-0\.parquet is missing or damaged"):
+        open_reader(Files([f"s3a://{bucket.name}/part-0.parquet"], store))
+
+
+def test_a_failure_that_is_not_of_the_file_stays_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = Files([storage.canonical(str(path)) for path in petastorm_orders.write(tmp_path)], ObjectStore(LOCAL))
+
+    def refuse(file: petastorm_reader.File) -> None:
+        raise PermissionError(errno.EACCES, "refused")
+
+    monkeypatch.setattr(petastorm_reader.File, "_input", refuse)
+    with pytest.raises(PermissionError, match="refused"):
+        open_reader(files)
+
+
+def test_without_petastorm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "petastorm.reader", raising=False)
+    monkeypatch.setattr(extras, "missing", lambda extra: ["petastorm"])
+    with pytest.raises(
+        EnvironmentProblem, match=r"petastorm, which is not installed: pip install 'cbmir-spark\[train\]'"
+    ):
+        open_reader(Files([], ObjectStore(LOCAL)))
