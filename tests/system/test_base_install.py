@@ -33,7 +33,9 @@ import numpy as np
 import cbmir_spark as cbmir
 
 lake = cbmir.open("lake", **{"spark.master": "local[2]"})
-vectors = np.asarray([row["vector"] for row in lake.features().orderBy("image_id", "frame").limit(3).collect()])
+phantoms = lake.features().where("modality = 'CT' and body_part_source = 'tag'")
+rows = phantoms.orderBy("image_id", "frame").limit(3).collect()
+vectors = np.asarray([row["vector"] for row in rows])
 answer = lake.search(vectors.astype(np.float32), k=1, prefilter="none")
 hits = answer.hits.orderBy("query_id").collect()
 with open("vectors.json", "w") as file:
