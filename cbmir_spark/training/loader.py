@@ -80,7 +80,7 @@ class Loader:
     def epoch(self, number: int) -> Generator[Batch, None, None]:
         """Give the batches of one epoch; the same seed and epoch give the same batches in the same order.
 
-        Raises TrainingError where the files have fewer or more rows than the manifest says.
+        Raises TrainingError where a file is missing or damaged, or they have fewer or more rows than the manifest says.
         """
         with ExitStack() as readers:
             parts = []

@@ -23,8 +23,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cbmir_spark import storage
-from cbmir_spark.errors import EnvironmentProblem
+from cbmir_spark import extras, storage
+from cbmir_spark.errors import EnvironmentProblem, TrainingError
 from cbmir_spark.storage import ObjectStore
 from cbmir_spark.storage.uri import S3A
 
@@ -45,7 +45,8 @@ _LOCK = threading.Lock()
 def open_reader(files: "Files", **options: Any) -> Any:
     """Open Petastorm's batch reader over Parquet files, in their order; `options` are its own.
 
-    Runs per training process. Raises EnvironmentProblem if another release of Petastorm is installed.
+    Runs per training process. Raises EnvironmentProblem if Petastorm is missing or another release, and TrainingError,
+    as the reader does later, for a file that is missing or damaged.
     """
     return _petastorm().make_batch_reader(files.urls, filesystem=files, **options)
 
@@ -98,8 +99,15 @@ class File:
 
     @contextmanager
     def _opened(self) -> Iterator[pq.ParquetFile]:
-        with self._input() as source, pq.ParquetFile(source, metadata=self._footer, pre_buffer=True) as file:
-            yield file
+        try:
+            with self._input() as source, pq.ParquetFile(source, metadata=self._footer, pre_buffer=True) as file:
+                yield file
+        except (OSError, pa.ArrowInvalid) as error:
+            if not _is_of_the_file(error):
+                raise
+            raise TrainingError(
+                f"{self._uri} is missing or damaged: delete the snapshot that it belongs to and train again"
+            ) from error
 
     def _input(self) -> pa.NativeFile:
         if storage.is_local(self._uri):
@@ -111,6 +119,12 @@ class File:
             file.details = self._details
         self._details = file.details
         return pa.PythonFile(file, mode="r")
+
+
+def _is_of_the_file(error: Exception) -> bool:
+    """True where the file is at fault, rather than the disk, the network or the permissions."""
+    # pyarrow raises what it cannot decode as ArrowInvalid, or as a plain OSError without a number.
+    return isinstance(error, pa.ArrowInvalid | FileNotFoundError) or (type(error) is OSError and error.errno is None)
 
 
 class _Dataset:
@@ -180,6 +194,7 @@ def _petastorm() -> ModuleType:
         found = sys.modules.get(_READER)
         if found is not None and isinstance(found.pq, _Parquet):
             return found
+        extras.require(extras.TRAIN, "train")
         version = importlib.metadata.version("petastorm")
         if version != VERSION:
             raise EnvironmentProblem(

@@ -1,10 +1,12 @@
 """Petastorm's reader on any pyarrow gives what it gives, unmodified, on the pyarrow that it was written for."""
 
+import errno
 import importlib.metadata
 import json
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,9 @@ import pyarrow as pa
 import pytest
 import s3fs
 
-from cbmir_spark import storage
+from cbmir_spark import extras, storage
 from cbmir_spark.config import StorageSettings
-from cbmir_spark.errors import EnvironmentProblem
+from cbmir_spark.errors import EnvironmentProblem, TrainingError
 from cbmir_spark.storage import ObjectStore
 from cbmir_spark.training import petastorm_reader
 from cbmir_spark.training.petastorm_reader import Files, open_reader
@@ -164,3 +166,49 @@ def test_object_storage_is_asked_for_a_footer_once_and_for_each_row_group_once(
         assert len(petastorm_orders.read(reader, GROUPS)) == ROWS
     assert s3.requests(bucket.name) == {"HeadObject": len(uris), "GetObject": len(uris) + 2 * GROUPS}
     assert len(systems) == 1
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _overwrite(file: Path) -> None:
+    """Damage a row group, but not the footer."""
+    content = file.read_bytes()
+    file.write_bytes(content[:4] + b"\xff" * 500 + content[504:])
+
+
+@pytest.mark.parametrize("damage", [_cut, _overwrite, Path.unlink], ids=["cut", "overwritten", "missing"])
+def test_a_damaged_file_is_named(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    paths = petastorm_orders.write(tmp_path)
+    damage(paths[2])
+    files = Files([storage.canonical(str(path)) for path in paths], ObjectStore(LOCAL))
+    with pytest.raises(TrainingError, match=r"part-2\.parquet is missing or damaged: delete the snapshot"):
+        petastorm_orders.read(open_reader(files, num_epochs=1, workers_count=1), GROUPS)
+
+
+def test_a_missing_object_is_named(s3: S3Server) -> None:
+    store = ObjectStore(StorageSettings(endpoint=s3.endpoint, region="us-east-1", path_style=True, attempts=3))
+    bucket = s3.bucket("missing")
+    with pytest.raises(TrainingError, match=r"s3a://missing/part-0\.parquet is missing or damaged"):
+        open_reader(Files([f"s3a://{bucket.name}/part-0.parquet"], store))
+
+
+def test_a_failure_that_is_not_of_the_file_stays_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = Files([storage.canonical(str(path)) for path in petastorm_orders.write(tmp_path)], ObjectStore(LOCAL))
+
+    def refuse(file: petastorm_reader.File) -> None:
+        raise PermissionError(errno.EACCES, "refused")
+
+    monkeypatch.setattr(petastorm_reader.File, "_input", refuse)
+    with pytest.raises(PermissionError, match="refused"):
+        open_reader(files)
+
+
+def test_without_petastorm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "petastorm.reader", raising=False)
+    monkeypatch.setattr(extras, "missing", lambda extra: ["petastorm"])
+    with pytest.raises(
+        EnvironmentProblem, match=r"petastorm, which is not installed: pip install 'cbmir-spark\[train\]'"
+    ):
+        open_reader(Files([], ObjectStore(LOCAL)))
