@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pydicom
 import pytest
@@ -141,8 +140,7 @@ def by_local(spark: SparkSession, site: Site, job: str, **flags: str | Path) -> 
 
 def rows(table: Path, *without: str) -> list[dict[str, Any]]:
     """Live rows of a Delta table in the order of their text, without the named columns."""
-    # deltalake's own readers of partitioned tables want a newer pyarrow than petastorm allows.
-    read = ds.dataset(DeltaTable(str(table)).file_uris(), partitioning="hive").to_table()
+    read = DeltaTable(str(table)).to_pyarrow_table()
     found: list[dict[str, Any]] = read.drop(list(without)).to_pylist()
     return sorted(found, key=repr)
 
