@@ -7,8 +7,8 @@ VENV   := $(if $(filter current,$(STACK)),.venv,.venv-$(STACK))
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 LAKE   ?= bench
-# Two processes, a file at a time: one computes while the other waits for Spark.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+# Two processes, a file at a time in the order of tests/conftest.py: one computes while the other waits for Spark.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 ifeq ($(wildcard requirements/$(STACK).lock),)
 $(error STACK=$(STACK) has no lock below requirements/: give current or oldest)

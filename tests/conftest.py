@@ -26,10 +26,15 @@ os.environ.update(s3_server.CREDENTIALS)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that use the S3 server, wherever they are."""
+    """Mark the tests that use the S3 server, and run the files with slow tests first.
+
+    Each of two processes takes a file at a time: a long one at the end would leave the other without work.
+    """
     for item in items:
         if "s3" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.server)
+    slow = {item.path for item in items if any(item.get_closest_marker(mark) for mark in ("slow", "more"))}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
