@@ -80,6 +80,6 @@ check-machine:
 	@bash deploy/check_machine.sh "$(PYTHON)"
 
 # The stamp makes a second `make` start at once, and a changed lock or jar list install again.
-$(READY): pyproject.toml setup.py requirements/$(STACK).lock $(wildcard conf/spark-*.conf) deploy/install.sh deploy/fetch_jars.py | check-machine
+$(READY): pyproject.toml setup.py requirements/$(STACK).lock $(wildcard requirements/jars-*.lock) deploy/install.sh deploy/fetch_jars.py | check-machine
 	deploy/install.sh "$(PYTHON)" $(VENV) requirements/$(STACK).lock
 	@touch $@

@@ -1,80 +1,143 @@
 """Put Delta's and S3A's jars beside Spark's own, once for an environment or an image.
 
 With them in SPARK_HOME/jars a session starts without resolving anything, drivers and workers of a cluster that share
-the installation need no `--packages`, and nothing is downloaded at run time. Spark's own Ivy does the resolving, from
-the coordinates in conf/spark-4.2.conf or that of another line of Spark.
+the installation need no `--packages`, and nothing is downloaded at run time.
+
+requirements/jars-4.2.lock, or that of another line of Spark, has the coordinates and SHA-256 of each jar, so that
+Spark's own Ivy downloads these files and nothing else. `--lock` renews it from conf/spark-4.2.conf: then Ivy follows
+hundreds of descriptors, which takes over a minute.
 """
 
+import hashlib
+import importlib.metadata
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyspark
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
+REPO = Path(__file__).resolve().parent.parent
+LINE = ".".join(pyspark.__version__.split(".")[:2])
+CONF = REPO / "conf" / f"spark-{LINE}.conf"
+LOCK = REPO / "requirements" / f"jars-{LINE}.lock"
 # Spark also asks a repository that is not there, and prints a wall of harmless lines for it; Central is enough.
 IVY_SETTINGS = """<ivysettings>
   <settings defaultResolver="central"/>
-  <resolvers><ibiblio name="central" m2compatible="true"/></resolvers>
+  <resolvers><ibiblio name="central" m2compatible="true" usepoms="{descriptors}"/></resolvers>
 </ivysettings>
 """
 
 
-def main() -> int:
+class Unresolved(Exception):
+    """Jars are missing or are not those of the lock; the message says which and why."""
+
+
+def main(arguments: Sequence[str]) -> int:
     home = Path(os.environ.get("SPARK_HOME") or Path(pyspark.__file__).parent)
-    file = CONF / f"spark-{'.'.join(pyspark.__version__.split('.')[:2])}.conf"
+    file = CONF if arguments == ["--lock"] else LOCK
     if not file.exists():
         sys.stderr.write(f"{file.name} is missing: no jars are known for Spark {pyspark.__version__}\n")
         return 1
-    properties = _properties(file)
+    try:
+        return lock(home) if file == CONF else fetch(home)
+    except Unresolved as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+
+
+def fetch(home: Path) -> int:
+    """Add the jars of the lock to Spark's folder, unless they are there."""
     stamp = home / "jars" / ".cbmir-jars"
-    wanted = properties["spark.jars.packages"] + "\n" + properties["spark.jars.excludes"]
-    if stamp.exists() and stamp.read_text() == wanted:
+    text = LOCK.read_text()
+    if stamp.exists() and stamp.read_text() == text:
         return 0
+    wanted = locked(text)
     with tempfile.TemporaryDirectory() as scratch:
-        settings = Path(scratch) / "ivysettings.xml"
-        settings.write_text(IVY_SETTINGS)
-        # An empty program: spark-submit resolves, runs it and stops.
-        program = Path(scratch) / "nothing.py"
-        program.write_text("")
-        command = [
-            str(home / "bin" / "spark-submit"),
-            "--master", "local[1]",
-            "--packages", properties["spark.jars.packages"],
-            "--exclude-packages", properties["spark.jars.excludes"],
-            "--conf", f"spark.jars.ivySettings={settings}",
-            "--conf", f"spark.jars.ivy={scratch}/ivy",
-            str(program),
-        ]  # fmt: skip
-        environment = {**os.environ, "SPARK_HOME": str(home), "PYSPARK_PYTHON": sys.executable}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        jars = sorted(Path(scratch, "ivy", "jars").glob("*.jar"))
-        if done.returncode != 0 or not jars:
-            sys.stderr.write(done.stderr[-4000:])
-            sys.stderr.write("\nThe jars of Delta and S3A could not be resolved: is Maven Central reachable?\n")
-            return 1
-        # Spark's own copy of a library stays the only one: two versions on one class path shadow each other.
-        present = {_artifact(path.name) for path in (home / "jars").glob("*.jar")}
-        new = {jar: name for jar in jars if _artifact(name := jar.name.split("_", 1)[1]) not in present}
-        for jar, name in new.items():
-            shutil.copy(jar, home / "jars" / name)
-    stamp.write_text(wanted)
-    sys.stdout.write(f"{len(new)} jars added to {home / 'jars'}\n")
+        found = resolve(home, Path(scratch), ",".join(wanted))
+        for each, digest in wanted.items():
+            if each not in found:
+                raise Unresolved(f"{each} of {LOCK.name} was not found: nothing was added")
+            if sha256(found[each]) != digest:
+                raise Unresolved(f"{each} does not have the SHA-256 of {LOCK.name}: nothing was added")
+        for former in locked(stamp.read_text()) if stamp.exists() else ():
+            _, name, version = former.split(":")
+            (home / "jars" / f"{name}-{version}.jar").unlink(missing_ok=True)
+        for each in wanted:
+            shutil.copy(found[each], home / "jars" / jar_name(found[each]))
+    stamp.write_text(text)
+    sys.stdout.write(f"{len(wanted)} jars added to {home / 'jars'}\n")
     return 0
 
 
-def _artifact(file_name: str) -> str:
+def locked(text: str) -> dict[str, str]:
+    """SHA-256 by coordinates, from the text of a lock."""
+    lines = [line.split() for line in text.splitlines()]
+    return {words[0]: words[1] for words in lines if len(words) == 2 and words[0].count(":") == 2}
+
+
+def lock(home: Path) -> int:
+    """Write the lock from the coordinates in conf/ and what these depend on."""
+    lines = (line.split(None, 1) for line in CONF.read_text().splitlines() if line and not line.startswith("#"))
+    properties = {name: value.strip() for name, value in lines}
+    # Spark's own copy of a library stays the only one: two versions on one class path shadow each other.
+    spark = {artifact(path.name) for path in importlib.metadata.files("pyspark") or () if path.suffix == ".jar"}
+    with tempfile.TemporaryDirectory() as scratch:
+        packages, excludes = properties["spark.jars.packages"], properties["spark.jars.excludes"]
+        found = resolve(home, Path(scratch), packages, excludes)
+        new = {key: sha256(jar) for key, jar in found.items() if artifact(jar_name(jar)) not in spark}
+    head = f"# The jars that Spark {LINE} lacks, with their SHA-256; `make lock` renews them from conf/{CONF.name}.\n"
+    LOCK.write_text(head + "".join(f"{key} {new[key]}\n" for key in sorted(new)))
+    return 0
+
+
+def resolve(home: Path, scratch: Path, packages: str, excludes: str | None = None) -> Mapping[str, Path]:
+    """Download jars below `scratch`, by coordinates; with `excludes`, also what they depend on but for these."""
+    settings = scratch / "ivysettings.xml"
+    settings.write_text(IVY_SETTINGS.format(descriptors="false" if excludes is None else "true"))
+    # An empty program: spark-submit resolves, runs it and stops.
+    program = scratch / "nothing.py"
+    program.write_text("")
+    command = [
+        str(home / "bin" / "spark-submit"),
+        "--master", "local[1]",
+        "--packages", packages,
+        *([] if excludes is None else ["--exclude-packages", excludes]),
+        "--conf", f"spark.jars.ivySettings={settings}",
+        "--conf", f"spark.jars.ivy={scratch}/ivy",
+        str(program),
+    ]  # fmt: skip
+    environment = {**os.environ, "SPARK_HOME": str(home), "PYSPARK_PYTHON": sys.executable}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    jars = sorted((scratch / "ivy" / "jars").glob("*.jar"))
+    if done.returncode != 0 or not jars:
+        raise Unresolved(
+            f"{done.stderr[-4000:]}\nThe jars of Delta and S3A could not be resolved: is Maven Central reachable?"
+        )
+    return {coordinates(jar): jar for jar in jars}
+
+
+def coordinates(jar: Path) -> str:
+    """Group, artifact and version of a jar that Ivy names GROUP_ARTIFACT-VERSION.jar."""
+    group, name = jar.name.split("_", 1)
+    return f"{group}:{artifact(name)}:{name.removeprefix(artifact(name) + '-').removesuffix('.jar')}"
+
+
+def jar_name(jar: Path) -> str:
+    return jar.name.split("_", 1)[1]
+
+
+def artifact(file_name: str) -> str:
     return re.sub(r"-\d[\w.\-]*\.jar$", "", file_name)
 
 
-def _properties(path: Path) -> dict[str, str]:
-    lines = (line.split(None, 1) for line in path.read_text().splitlines() if line and not line.startswith("#"))
-    return {name: value.strip() for name, value in lines}
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

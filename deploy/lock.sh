@@ -4,6 +4,7 @@
 # current.lock   the newest versions that fit: what `make` installs, with the tools of development
 # oldest.lock    the lower bounds of pyproject.toml, with the same tools
 # base, embed, all.lock   the current stack without the tools: what is deployed
+# jars-4.0, jars-4.2.lock the jars beside those of Spark, from conf/spark-*.conf, of each stack that is set up
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -31,3 +32,7 @@ compile --extra dev --constraint "$scratch/oldest" "${hashed[@]}" --output-file 
 
 # The installer itself, for environments that have only pip.
 grep -E '^uv==' "$scratch/current" | uv pip compile --quiet --no-header --no-annotate --generate-hashes --output-file requirements/uv.lock -
+
+for environment in .venv .venv-oldest; do
+  [ ! -x "$environment/bin/python" ] || "$environment/bin/python" deploy/fetch_jars.py --lock
+done

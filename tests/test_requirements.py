@@ -1,9 +1,15 @@
 """The bounds of pyproject.toml are those of the two stacks that are locked and tested."""
 
 import importlib.metadata
+import os
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
+from pathlib import Path
 
+import pyspark
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -85,3 +91,31 @@ def test_the_jars_are_those_of_the_locked_versions(stack: str) -> None:
     jars = (REPO / "conf" / f"spark-{line}.conf").read_text()
     (delta,) = re.findall(r"io\.delta:delta-spark_(?:[\d.]+_)?2\.13:([\d.]+)", jars)
     assert delta == versions["delta-spark"]
+
+
+@pytest.mark.parametrize("line", ["4.0", "4.2"])
+def test_jars_are_locked_at_the_versions_that_spark_would_resolve(line: str) -> None:
+    properties = (REPO / "conf" / f"spark-{line}.conf").read_text()
+    packages = re.search(r"^spark\.jars\.packages\s+(\S+)", properties, re.M)
+    rows = [row.split() for row in (REPO / "requirements" / f"jars-{line}.lock").read_text().splitlines()[1:]]
+    assert packages and set(packages[1].split(",")) <= {coordinates for coordinates, _ in rows}
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for _, digest in rows)
+
+
+@pytest.mark.more
+def test_a_jar_that_is_not_the_locked_one_is_not_added(tmp_path: Path) -> None:
+    """Spark resolves from Maven Central into a copy of its folder."""
+    for name in ("deploy", "requirements"):
+        shutil.copytree(REPO / name, tmp_path / name)
+    home = tmp_path / "spark"
+    shutil.copytree(Path(pyspark.__file__).parent, home, copy_function=os.link)
+    locks = sorted((tmp_path / "requirements").glob("jars-*.lock"))
+    for lock in locks:
+        lock.write_text(re.sub("[0-9a-f]{64}$", "0" * 64, lock.read_text(), count=1, flags=re.M))
+    (home / "jars" / ".cbmir-jars").unlink()
+    before = sorted(path.name for path in (home / "jars").iterdir())
+    command = [sys.executable, str(tmp_path / "deploy" / "fetch_jars.py")]
+    done = subprocess.run(command, env={**os.environ, "SPARK_HOME": str(home)}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "does not have the SHA-256 of jars-" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert sorted(path.name for path in (home / "jars").iterdir()) == before
