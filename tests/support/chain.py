@@ -40,6 +40,14 @@ with open("ended.json", "w") as file:
 """
 
 
+def inherited() -> dict[str, str]:
+    """The environment of this process for a process with another Python.
+
+    A session that runs here names this Python as that of Spark's workers.
+    """
+    return {name: value for name, value in os.environ.items() if not name.startswith(("SPARK_", "PYSPARK_"))}
+
+
 def run(
     commands: Mapping[str, Sequence[str]],
     cwd: Path,
@@ -53,7 +61,7 @@ def run(
         [str(python), "-c", _CHAIN],
         input=json.dumps([list(command) for command in commands.values()]),
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(REPO), **(environment or {})},
+        env={**inherited(), "PYTHONPATH": str(REPO), **(environment or {})},
         capture_output=True,
         text=True,
         timeout=timeout,

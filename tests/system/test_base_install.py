@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -120,7 +119,7 @@ def test_it_ingests_retrieves_by_id_verifies_and_forgets(base: Path, world: Path
 
 
 def test_it_retrieves_by_vectors_from_python(base: Path, world: Path) -> None:
-    environment = {**os.environ, **KEY, "PYTHONPATH": ""}
+    environment = {**chain.inherited(), **KEY, "PYTHONPATH": ""}
     ended = subprocess.run([base, "-c", VECTORS], cwd=world, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     answered, distances, torch = json.loads((world / "vectors.json").read_text())
@@ -134,7 +133,7 @@ def test_it_retrieves_by_vectors_from_python(base: Path, world: Path) -> None:
     ids=["index", "train", "retrieve by file"],
 )
 def test_what_it_lacks_is_named(base: Path, world: Path, command: list[str], extra: str) -> None:
-    environment = {**os.environ, **KEY, "PYTHONPATH": ""}
+    environment = {**chain.inherited(), **KEY, "PYTHONPATH": ""}
     arguments = [*command, f"--lake={world / 'lake'}", "--set=spark.master=local[2]"]
     ended = subprocess.run(
         [base.with_name("cbmir"), *arguments], cwd=world, env=environment, capture_output=True, text=True
