@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pyspark
@@ -38,25 +39,42 @@ class Unresolved(Exception):
 
 
 def main(arguments: Sequence[str]) -> int:
+    if arguments not in ([], ["--lock"]):
+        sys.stderr.write("usage: fetch_jars.py [--lock]\n")
+        return 2
     home = Path(os.environ.get("SPARK_HOME") or Path(pyspark.__file__).parent)
-    file = CONF if arguments == ["--lock"] else LOCK
+    file = CONF if arguments else LOCK
     if not file.exists():
         sys.stderr.write(f"{file.name} is missing: no jars are known for Spark {pyspark.__version__}\n")
         return 1
     try:
+        check_home(home)
         return lock(home) if file == CONF else fetch(home)
     except Unresolved as error:
         sys.stderr.write(f"{error}\n")
         return 1
 
 
+def check_home(home: Path) -> None:
+    """Raise Unresolved unless `home` is a Spark of the same line as the Python package, with jars that can be added."""
+    core = next(iter((home / "jars").glob("spark-core_*.jar")), None)
+    if core is None:
+        raise Unresolved(f"{home} is no Spark: it has no jars/spark-core_*.jar; set SPARK_HOME to one, or unset it")
+    version = core.stem.rsplit("-", 1)[1]
+    if not version.startswith(f"{LINE}."):
+        raise Unresolved(f"Spark {version} at {home} is not of the line of pyspark {pyspark.__version__}, {LINE}")
+    if not os.access(home / "jars", os.W_OK):
+        raise Unresolved(f"{home / 'jars'} cannot be written to: run this as the owner of the installation")
+
+
 def fetch(home: Path) -> int:
     """Add the jars of the lock to Spark's folder, unless they are there."""
     stamp = home / "jars" / ".cbmir-jars"
     text = LOCK.read_text()
-    if stamp.exists() and stamp.read_text() == text:
+    wanted = locked(text, LOCK.name)
+    there = [home / "jars" / file_name(each) for each in wanted]
+    if stamp.exists() and stamp.read_text() == text and all(jar.exists() and jar.stat().st_size for jar in there):
         return 0
-    wanted = locked(text)
     with tempfile.TemporaryDirectory() as scratch:
         found = resolve(home, Path(scratch), ",".join(wanted))
         for each, digest in wanted.items():
@@ -64,20 +82,35 @@ def fetch(home: Path) -> int:
                 raise Unresolved(f"{each} of {LOCK.name} was not found: nothing was added")
             if sha256(found[each]) != digest:
                 raise Unresolved(f"{each} does not have the SHA-256 of {LOCK.name}: nothing was added")
-        for former in locked(stamp.read_text()) if stamp.exists() else ():
-            _, name, version = former.split(":")
-            (home / "jars" / f"{name}-{version}.jar").unlink(missing_ok=True)
-        for each in wanted:
-            shutil.copy(found[each], home / "jars" / jar_name(found[each]))
+        for former in stamped(stamp):
+            (home / "jars" / file_name(former)).unlink(missing_ok=True)
+        for each, jar in zip(wanted, there, strict=True):
+            shutil.copy(found[each], f"{jar}.unfinished")
+            os.replace(f"{jar}.unfinished", jar)
     stamp.write_text(text)
     sys.stdout.write(f"{len(wanted)} jars added to {home / 'jars'}\n")
     return 0
 
 
-def locked(text: str) -> dict[str, str]:
-    """SHA-256 by coordinates, from the text of a lock."""
-    lines = [line.split() for line in text.splitlines()]
-    return {words[0]: words[1] for words in lines if len(words) == 2 and words[0].count(":") == 2}
+def locked(text: str, name: str) -> dict[str, str]:
+    """SHA-256 by coordinates, from the text of a lock. Raises Unresolved for a line that is none of a lock."""
+    found = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.startswith("#"):
+            match = re.fullmatch(r"([^\s:]+:[^\s:]+:[^\s:]+) ([0-9a-f]{64})", line)
+            if match is None:
+                raise Unresolved(f"{name}, line {number}: give group:artifact:version and a SHA-256")
+            found[match[1]] = match[2]
+    if not found:
+        raise Unresolved(f"{name} has no jars")
+    return found
+
+
+def stamped(stamp: Path) -> list[str]:
+    """Coordinates of the jars that an earlier run added."""
+    with suppress(FileNotFoundError, Unresolved):
+        return list(locked(stamp.read_text(), stamp.name))
+    return []
 
 
 def lock(home: Path) -> int:
@@ -115,9 +148,9 @@ def resolve(home: Path, scratch: Path, packages: str, excludes: str | None = Non
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     jars = sorted((scratch / "ivy" / "jars").glob("*.jar"))
     if done.returncode != 0 or not jars:
-        raise Unresolved(
-            f"{done.stderr[-4000:]}\nThe jars of Delta and S3A could not be resolved: is Maven Central reachable?"
-        )
+        telling = [line for line in done.stderr.splitlines() if re.search("not found|No such|rror|denied", line)]
+        reason = telling[0].strip()[:300] if telling else f"spark-submit ended with {done.returncode}"
+        raise Unresolved(f"the jars of Delta and S3A could not be resolved ({reason}): is Maven Central reachable?")
     return {coordinates(jar): jar for jar in jars}
 
 
@@ -129,6 +162,11 @@ def coordinates(jar: Path) -> str:
 
 def jar_name(jar: Path) -> str:
     return jar.name.split("_", 1)[1]
+
+
+def file_name(coordinates: str) -> str:
+    _, name, version = coordinates.split(":")
+    return f"{name}-{version}.jar"
 
 
 def artifact(file_name: str) -> str:

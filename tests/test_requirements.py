@@ -102,20 +102,65 @@ def test_jars_are_locked_at_the_versions_that_spark_would_resolve(line: str) -> 
     assert all(re.fullmatch("[0-9a-f]{64}", digest) for _, digest in rows)
 
 
-@pytest.mark.more
-def test_a_jar_that_is_not_the_locked_one_is_not_added(tmp_path: Path) -> None:
-    """Spark resolves from Maven Central into a copy of its folder."""
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """A copy of the script with its locks, beside a copy of Spark with the jars that it added."""
     for name in ("deploy", "requirements"):
         shutil.copytree(REPO / name, tmp_path / name)
-    home = tmp_path / "spark"
-    shutil.copytree(Path(pyspark.__file__).parent, home, copy_function=os.link)
-    locks = sorted((tmp_path / "requirements").glob("jars-*.lock"))
-    for lock in locks:
+    shutil.copytree(Path(pyspark.__file__).parent, tmp_path / "spark", copy_function=os.link)
+    return tmp_path
+
+
+def fetch_jars(folder: Path, *arguments: str, home: Path | None = None) -> tuple[int, list[str]]:
+    """Run the script: its exit status, and the lines on standard error."""
+    command = [sys.executable, str(folder / "deploy" / "fetch_jars.py"), *arguments]
+    environment = {**os.environ, "SPARK_HOME": str(home or folder / "spark")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stderr.splitlines()
+
+
+def jars(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "spark" / "jars").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "instead", "says"),
+    [
+        (r"^(\S+) [0-9a-f]{64}$", r"\1", "line 2: give group:artifact:version and a SHA-256"),
+        (r"^\S+ [0-9a-f]{64}\n", "a word too many here\n", "line 2: give"),
+        (r"(?s)\n.*", "\n", "has no jars"),
+    ],
+    ids=["hash", "garbage", "empty"],
+)
+def test_a_damaged_lock_adds_and_removes_nothing(copied: Path, pattern: str, instead: str, says: str) -> None:
+    for lock in (copied / "requirements").glob("jars-*.lock"):
+        lock.write_text(re.sub(pattern, instead, lock.read_text(), count=1, flags=re.M))
+    before = jars(copied)
+    status, printed = fetch_jars(copied)
+    assert status == 1 and len(printed) == 1 and says in printed[0]
+    assert jars(copied) == before
+
+
+def test_jars_are_added_to_the_spark_that_they_are_for(copied: Path) -> None:
+    status, printed = fetch_jars(copied, home=copied / "nowhere")
+    assert status == 1 and len(printed) == 1 and "is no Spark" in printed[0]
+    (core,) = (copied / "spark" / "jars").glob("spark-core_*.jar")
+    core.rename(core.with_name("spark-core_2.13-3.5.8.jar"))
+    status, printed = fetch_jars(copied)
+    assert status == 1 and len(printed) == 1 and "Spark 3.5.8" in printed[0]
+    assert fetch_jars(copied, "--lokc") == (2, ["usage: fetch_jars.py [--lock]"])
+
+
+@pytest.mark.more
+def test_missing_jars_are_added_again_but_no_other_ones(copied: Path) -> None:
+    """Spark resolves from Maven Central."""
+    before = jars(copied)
+    (stored,) = (copied / "spark" / "jars").glob("delta-storage-*.jar")
+    stored.unlink()
+    assert fetch_jars(copied) == (0, [])
+    assert jars(copied) == before
+    for lock in (copied / "requirements").glob("jars-*.lock"):
         lock.write_text(re.sub("[0-9a-f]{64}$", "0" * 64, lock.read_text(), count=1, flags=re.M))
-    (home / "jars" / ".cbmir-jars").unlink()
-    before = sorted(path.name for path in (home / "jars").iterdir())
-    command = [sys.executable, str(tmp_path / "deploy" / "fetch_jars.py")]
-    done = subprocess.run(command, env={**os.environ, "SPARK_HOME": str(home)}, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "does not have the SHA-256 of jars-" in done.stderr and len(done.stderr.splitlines()) == 1
-    assert sorted(path.name for path in (home / "jars").iterdir()) == before
+    status, printed = fetch_jars(copied)
+    assert status == 1 and len(printed) == 1 and "does not have the SHA-256 of jars-" in printed[0]
+    assert jars(copied) == before

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pyspark
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import (
     JPEG2000,
@@ -62,7 +63,7 @@ def run(settings: Settings) -> list[Check]:
         for name, look in (
             ("Python", _python),
             ("Java", session.check_java),
-            ("Spark", lambda: f"{importlib.metadata.version('pyspark')} at {session.spark_home()}"),
+            ("Spark", _spark),
             ("Delta's jars", _jars),
             ("Packages", _packages),
             ("Extras", _extras),
@@ -89,6 +90,13 @@ def _python() -> str:
     return version
 
 
+def _spark() -> str:
+    home = session.spark_home()
+    if not (home / "jars").is_dir():
+        raise EnvironmentProblem(f"{home} is no Spark: set SPARK_HOME to one, or unset it to use that of pyspark")
+    return f"{pyspark.__version__} at {home}"
+
+
 def _jars() -> str:
     if session.has_delta_jars():
         return "in Spark's folder"
@@ -96,7 +104,15 @@ def _jars() -> str:
 
 
 def _packages() -> str:
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _NAMED)
+    return ", ".join(f"{name} {_version(name)}" for name in _NAMED)
+
+
+def _version(package: str) -> str:
+    """The version of a package; a managed runtime may bring it without its metadata."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "of unknown version"
 
 
 def _extras() -> str:

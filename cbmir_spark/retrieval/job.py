@@ -13,12 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyspark.sql import SparkSession
 
-from cbmir_spark import storage
+from cbmir_spark import extras, storage
 from cbmir_spark.config import RetrievalSettings, Settings
 from cbmir_spark.errors import InputError, ModelError, TableError
 from cbmir_spark.index.layout import Place
 from cbmir_spark.index.open import Index, open_index
 from cbmir_spark.ingest import parse
+from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import identity, schemas
 from cbmir_spark.lake.arrow import arrow_schema
 from cbmir_spark.lake.open import OpenLake, check_roots, locate, open_lake
@@ -156,7 +157,10 @@ def check(settings: Settings, queries: QueryList | None) -> QueryList:
     options = settings.retrieval
     if options.out:
         _check_free(storage.canonical(options.out), store)
-    return _listed(options, store) if queries is None else queries
+    listed = _listed(options, store) if queries is None else queries
+    if any(isinstance(row, QueryRow) and row.naming == cols.URI for row in listed.rows):
+        extras.require(extras.EMBED, "retrieve by uri")
+    return listed
 
 
 def _listed(options: RetrievalSettings, store: ObjectStore) -> QueryList:
