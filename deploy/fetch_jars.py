@@ -56,15 +56,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def check_home(home: Path) -> None:
-    """Raise Unresolved unless `home` is a Spark of the same line as the Python package, with jars that can be added."""
+    """Raise Unresolved unless `home` is a Spark of the same line as the Python package."""
     core = next(iter((home / "jars").glob("spark-core_*.jar")), None)
     if core is None:
         raise Unresolved(f"{home} is no Spark: it has no jars/spark-core_*.jar; set SPARK_HOME to one, or unset it")
     version = core.stem.rsplit("-", 1)[1]
     if not version.startswith(f"{LINE}."):
         raise Unresolved(f"Spark {version} at {home} is not of the line of pyspark {pyspark.__version__}, {LINE}")
-    if not os.access(home / "jars", os.W_OK):
-        raise Unresolved(f"{home / 'jars'} cannot be written to: run this as the owner of the installation")
 
 
 def fetch(home: Path) -> int:
@@ -75,6 +73,8 @@ def fetch(home: Path) -> int:
     there = [home / "jars" / file_name(each) for each in wanted]
     if stamp.exists() and stamp.read_text() == text and all(jar.exists() and jar.stat().st_size for jar in there):
         return 0
+    if not os.access(home / "jars", os.W_OK):
+        raise Unresolved(f"{home / 'jars'} cannot be written to: run this as the owner of the installation")
     with tempfile.TemporaryDirectory() as scratch:
         found = resolve(home, Path(scratch), ",".join(wanted))
         for each, digest in wanted.items():
