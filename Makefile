@@ -74,7 +74,7 @@ notebook: $(READY) ## run the notebook over the demo's lake
 	$(BIN)/jupyter-execute --inplace demo/demo_lake.ipynb
 
 clean: ## remove the environment and all that the targets made
-	rm -rf .venv .venv-oldest demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-oldest demo build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 
 check-machine:
 	@bash deploy/check_machine.sh "$(PYTHON)"

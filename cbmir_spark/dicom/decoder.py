@@ -39,6 +39,7 @@ FILES_PER_CHILD = 5_000  # codecs leak (GDCM 3.2.2 did); a new child costs less 
 MAX_SHARE_AFTER_FILE = 0.75  # of the address space: a child that uses more after a file has leaked, and is replaced
 MAX_HEADER_BYTES = 64 * 2**20  # of an answer: about 60 bytes for a frame
 
+_EXHAUSTED = "past the decoder's memory"
 _LENGTH = struct.Struct(">Q")
 _FRAME_BYTES = SIDE * SIDE
 _PIPE_BYTES = 2**20
@@ -276,7 +277,7 @@ def main() -> None:
         except EOFError:
             return
         except MemoryError:
-            _answer(sink, {"rejected": Reason.TOO_LARGE, "exhausted": True}, ())
+            _answer(sink, {"rejected": Reason.TOO_LARGE, "detail": _EXHAUSTED, "exhausted": True}, ())
             return
         signal.alarm(alarm_seconds)
         header, frames = _read(content, preprocessing, vocabulary)
@@ -298,11 +299,11 @@ def _read(
     except NotAnImage as error:
         return {"not_an_image": error.reason}, ()
     except Rejected as error:
-        return {"rejected": error.reason}, ()
+        return {"rejected": error.reason, "detail": error.detail}, ()
     except MemoryError:
-        return {"rejected": Reason.TOO_LARGE, "exhausted": True}, ()
+        return {"rejected": Reason.TOO_LARGE, "detail": _EXHAUSTED, "exhausted": True}, ()
     except RecursionError:
-        return {"rejected": Reason.TOO_LARGE}, ()
+        return {"rejected": Reason.TOO_LARGE, "detail": "sequences nested too deep"}, ()
     except Exception as error:
         return {"rejected": Reason.INTERNAL, "detail": _location(error)}, ()
     except BaseException:

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydicom.dataset import Dataset
 
-from cbmir_spark.dicom.codecs import Stored
-from cbmir_spark.dicom.elements import Array, Floats, functional_group, items, number, numbers, value
-from cbmir_spark.dicom.preflight import Reason, Rejected
+from cbmir_spark.dicom.elements import Array, Floats, functional_group, is_given, items, number, numbers, value
+from cbmir_spark.dicom.reasons import Reason, Rejected
+from cbmir_spark.dicom.stored import Stored
 
 SIDE = 256  # of a picture, in pixels
 
@@ -48,7 +48,7 @@ def _palette_luma(array: Array, ds: Dataset, little_endian: bool) -> Floats:
     for color in ("Red", "Green", "Blue"):
         descriptor = numbers(ds, f"{color}PaletteColorLookupTableDescriptor")
         if len(descriptor) != 3:
-            raise Rejected(Reason.MALFORMED)
+            raise Rejected(Reason.MALFORMED, "a palette without a descriptor of three numbers")
         entries, first, bits = (int(x) for x in descriptor)
         entries = entries % 2**16 or 2**16
         plain = value(ds, f"{color}PaletteColorLookupTableData")
@@ -60,7 +60,7 @@ def _palette_luma(array: Array, ds: Dataset, little_endian: bool) -> Floats:
         colors.append(table)
     length = min(map(len, colors))
     if length == 0:
-        raise Rejected(Reason.MALFORMED)
+        raise Rejected(Reason.MALFORMED, "an empty palette")
     if array.dtype.kind == "i" and first >= 2**15:
         first -= 2**16
     index = np.clip(array.astype(np.int64) - first, 0, length - 1)
@@ -81,10 +81,13 @@ def _luma(red: Array, green: Array, blue: Array) -> Floats:
 def _table(raw: Any, entries: int | None, bits: int, little_endian: bool) -> Array:
     """Read the values of a lookup table, from bytes (OW) or numbers (US, SS), as unsigned integers."""
     if raw is None:
-        raise Rejected(Reason.MALFORMED)
+        raise Rejected(Reason.MALFORMED, "a lookup table without data")
     if not isinstance(raw, bytes | bytearray | memoryview):
         many = raw if isinstance(raw, Sequence) else [raw]
         return np.array([int(x) for x in many], dtype=np.int64)[:entries] & 0xFFFF
+    if bits > 8 and entries is not None and len(raw) in (entries, entries + entries % 2):
+        # The length tells that entries are bytes, whatever the descriptor says.
+        return np.frombuffer(bytes(raw), dtype=np.uint8)[:entries]
     words = np.dtype("<u2" if little_endian else ">u2")
     if bits <= 8 and (entries is None or len(raw) < 2 * entries):
         # Two entries in each 16-bit word, the first one in its low byte.
@@ -115,7 +118,7 @@ def _segmented(words: Array, entries: int, wide: bool) -> Array:
                 source = _segment(data, source, out)
             at += 4 if wide else 6
     except IndexError:
-        raise Rejected(Reason.MALFORMED) from None
+        raise Rejected(Reason.MALFORMED, "a segmented palette that breaks off") from None
     return np.array(out[:entries], dtype=np.int64)
 
 
@@ -141,14 +144,28 @@ def _segment(data: list[int], at: int, out: list[int]) -> int:
 def padding_mask(array: Array, stored: Stored, ds: Dataset) -> NDArray[np.bool_] | None:
     """Mark the padding of a gray frame (PS3.3 section C.7.5.1.1.2); None where there is none.
 
-    Pixel Padding Value is a stored value; with a Range Limit all values between the two are padding.
+    Pixel Padding Value is a stored value; with a Range Limit all values between the two are padding. Those of floats
+    are elements of their own (sections C.7.6.24 to C.7.6.26).
     """
+    if array.dtype.kind == "f":
+        return _float_padding(array, stored, ds)
     pad = number(ds, "PixelPaddingValue")
     if pad is None or stored.samples != 1 or stored.photometric == "PALETTE COLOR" or array.dtype.kind not in "ui":
         return None
     limit = number(ds, "PixelPaddingRangeLimit")
     ends = sorted(_as_stored(int(x), stored) for x in (pad, pad if limit is None else limit))
     mask: NDArray[np.bool_] = array == ends[0] if ends[0] == ends[1] else (array >= ends[0]) & (array <= ends[1])
+    return mask if mask.any() else None
+
+
+def _float_padding(array: Array, stored: Stored, ds: Dataset) -> NDArray[np.bool_] | None:
+    kind = stored.keyword.removesuffix("PixelData")
+    pad, limit = number(ds, f"{kind}PixelPaddingValue"), number(ds, f"{kind}PixelPaddingRangeLimit")
+    if pad is None:
+        return None
+    # A value of the header may have more digits than the pixels.
+    low, high = (array.dtype.type(end) for end in sorted((pad, pad if limit is None else limit)))
+    mask: NDArray[np.bool_] = (array >= low) & (array <= high)
     return mask if mask.any() else None
 
 
@@ -166,11 +183,20 @@ def rescale(ds: Dataset, frame: int) -> tuple[float, float, str] | None:
     Reads the Modality LUT module (PS3.3 section C.11.1), or the Pixel Value Transformation functional group of
     enhanced objects (section C.7.6.16.2.9).
     """
-    source = functional_group(ds, frame, "PixelValueTransformationSequence") or ds
-    slope, intercept = number(source, "RescaleSlope"), number(source, "RescaleIntercept")
-    if slope is None or intercept is None or slope == 0:
+    group = functional_group(ds, frame, "PixelValueTransformationSequence")
+    halves = []
+    for keyword in ("RescaleSlope", "RescaleIntercept"):
+        source = group if group is not None and is_given(group, keyword) else ds
+        halves.append(number(source, keyword))
+        if halves[-1] is None and is_given(source, keyword):
+            # Something that is no number: the units are unknown.
+            return None
+    slope, intercept = halves
+    if (slope is None and intercept is None) or slope == 0:
         return None
-    return slope, intercept, str(value(source, "RescaleType") or "").strip().upper()
+    # Of some objects one half is missing or empty, where it changes nothing.
+    slope, intercept = 1.0 if slope is None else slope, intercept or 0.0
+    return slope, intercept, str(value(ds if group is None else group, "RescaleType") or "").strip().upper()
 
 
 def modality_values(array: Array, ds: Dataset, frame: int, little_endian: bool) -> Floats:
@@ -189,11 +215,11 @@ def _lut(array: Array, item: Dataset, little_endian: bool) -> Floats:
     """Apply a LUT item (PS3.3 sections C.11.1.1, C.11.2.1.1): values outside the table take the first or last entry."""
     descriptor = numbers(item, "LUTDescriptor")
     if len(descriptor) != 3:
-        raise Rejected(Reason.MALFORMED)
+        raise Rejected(Reason.MALFORMED, "a Modality LUT or VOI LUT without a descriptor of three numbers")
     entries, first, bits = (int(x) for x in descriptor)
     table = _table(value(item, "LUTData"), entries % 2**16 or 2**16, bits, little_endian)
     if len(table) == 0:
-        raise Rejected(Reason.MALFORMED)
+        raise Rejected(Reason.MALFORMED, "an empty Modality LUT or VOI LUT")
     if array.dtype.kind != "u" and first >= 2**15:
         first -= 2**16
     index = np.clip(np.rint(array).astype(np.int64) - first, 0, len(table) - 1)

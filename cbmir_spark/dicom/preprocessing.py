@@ -10,8 +10,12 @@ from typing import Literal
 from cbmir_spark.dicom.vocabulary_tables import BODY_PARTS, MODALITIES
 from cbmir_spark.errors import ConfigError
 
-# Increase it with every change of the code that changes a pixel: index, training and queries must agree on it.
+# Increase it with a change of the code that changes the pixels of sound objects: index, training and queries must agree
+# on it, so that no lake and no model can be used with another one.
 PIXELS_REVISION = 1
+# Increase it with a change that reads some objects in another way, and describe it in maintenance/revisions.py: then
+# `cbmir upgrade` finds what to read again. Models remain valid.
+READING_REVISION = 2
 
 
 @dataclass(frozen=True)

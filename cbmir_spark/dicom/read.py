@@ -14,12 +14,13 @@ from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
 
 from cbmir_spark.dicom import codecs, gray, suv
-from cbmir_spark.dicom.codecs import Stored
 from cbmir_spark.dicom.elements import Array, Floats
-from cbmir_spark.dicom.preflight import PIXEL_DATA_TAGS, SOP_CLASS, Layout, NotAnImage, Reason, Rejected, examine
+from cbmir_spark.dicom.preflight import PIXEL_DATA_TAGS, SOP_CLASS, Layout, examine
 from cbmir_spark.dicom.preprocessing import Preprocessing
 from cbmir_spark.dicom.quiet import quiet
+from cbmir_spark.dicom.reasons import NotAnImage, Reason, Rejected
 from cbmir_spark.dicom.sop_classes import ENHANCED_MULTIFRAME, MEDIA_DIRECTORY, STORAGE_ROOT, is_image
+from cbmir_spark.dicom.stored import JPIP, Stored, describe
 from cbmir_spark.dicom.tags import Tags, read_tags
 from cbmir_spark.dicom.vocabulary import Vocabulary
 
@@ -65,7 +66,7 @@ def read_instance(content: bytes | bytearray, preprocessing: Preprocessing, voca
         ds, layout, sop_class = _open(content)
         _check_class(sop_class)
         stored = _stored(ds, layout, sop_class)
-        tags = read_tags(ds, stored, sop_class, vocabulary)
+        tags = read_tags(ds, stored, sop_class, layout.media_uid, vocabulary)
         wanted = preprocessing.chosen(stored.frames, sop_class in ENHANCED_MULTIFRAME)
         return Instance(tags, tuple(_frames(ds, layout, stored, tags, preprocessing, wanted)))
 
@@ -127,14 +128,32 @@ def _open(content: bytes | bytearray) -> tuple[Dataset, Layout, str]:
     """Parse everything before the pixel data; return it with the object's layout and its SOP class."""
     layout = examine(content)
     end = min((layout.elements[t].header for t in PIXEL_DATA_TAGS if t in layout.elements), default=len(layout.data))
-    header = BytesIO(layout.data[layout.start : end])
+    header = BytesIO(layout.repaired(layout.start, end))
     try:
         ds = read_dataset(header, layout.implicit, layout.little_endian)
     except RecursionError:
-        raise Rejected(Reason.TOO_LARGE) from None
+        raise Rejected(Reason.TOO_LARGE, "sequences nested too deep") from None
     except Exception:
-        raise Rejected(Reason.MALFORMED) from None
+        raise Rejected(Reason.MALFORMED, "elements that no parser takes") from None
+    _add_elements_behind(ds, layout)
     return ds, layout, layout.text(SOP_CLASS) or layout.media_class
+
+
+def _add_elements_behind(ds: Dataset, layout: Layout) -> None:
+    """Add the elements that some writers put behind the pixel data, unless there is one before."""
+    pixels = [layout.elements[tag] for tag in PIXEL_DATA_TAGS if tag in layout.elements]
+    last = max((element.header for element in pixels), default=len(layout.data))
+    behind = [each.header for each in layout.elements.values() if each.header > last and each.tag < PIXEL_DATA_TAGS[0]]
+    if not behind:
+        return
+    data = BytesIO(layout.repaired(min(behind), len(layout.data)))
+    try:
+        found = read_dataset(data, layout.implicit, layout.little_endian)
+    except Exception:
+        return
+    for tag in list(found.keys()):
+        if tag not in ds:
+            ds[tag] = found.get_item(tag)
 
 
 def _check_class(sop_class: str) -> None:
@@ -151,9 +170,11 @@ def _stored(ds: Dataset, layout: Layout, sop_class: str) -> Stored:
     header alone, or a file that was cut between two elements before its pixels, is rejected. An object of a private
     class, or of none, is not an image.
     """
+    if layout.transfer_syntax in JPIP:
+        raise Rejected(Reason.UNSUPPORTED, "JPIP: the pixels are at a URL, not in the object")
     if not any(layout.elements[tag].length for tag in PIXEL_DATA_TAGS if tag in layout.elements):
         raise Rejected(Reason.NO_PIXELS) if sop_class.startswith(STORAGE_ROOT) else NotAnImage(Reason.NO_PIXELS)
-    return codecs.describe(ds, layout)
+    return describe(ds, layout)
 
 
 def _frames(
@@ -168,7 +189,7 @@ def _frames(
         if photometric in _GRAY:
             mask = gray.padding_mask(stored_gray, stored, ds)
             values = gray.modality_values(stored_gray, ds, frame, layout.little_endian)
-            window = _fixed_window(ds, frame, tags, preprocessing, factor)
+            window = _fixed_window(ds, stored, frame, tags, preprocessing, factor)
         else:
             values, window = stored_gray.astype(np.float32, copy=False), None
         inside = _inside(box)
@@ -181,7 +202,7 @@ def _frames(
 
 
 def _fixed_window(
-    ds: Dataset, frame: int, tags: Tags, preprocessing: Preprocessing, factor: float | None
+    ds: Dataset, stored: Stored, frame: int, tags: Tags, preprocessing: Preprocessing, factor: float | None
 ) -> tuple[float, float] | None:
     """Convert the configured window to the units of this frame's values; None where those units are unknown."""
     window = preprocessing.window(tags.modality, tags.body_part)
@@ -191,7 +212,10 @@ def _fixed_window(
         return None if factor is None else (window[0] / factor, window[1] / factor)
     if tags.modality == "CT":
         transform = gray.rescale(ds, frame)
-        return window if transform is not None and transform[2] in ("", "HU", "HU_MOD") else None
+        if transform is None or transform[2] not in ("", "HU", "HU_MOD"):
+            return None
+        # A capture of 8 bits may still have the intercept of the slice that it shows.
+        return None if stored.bits_stored <= 8 and abs(transform[0]) <= 1 else window
     return window
 
 

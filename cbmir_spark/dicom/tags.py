@@ -1,6 +1,7 @@
 """Read the allow-listed tags of a data set, normalized; no other value of a header is stored."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import Any, Literal
@@ -8,10 +9,10 @@ from typing import Any, Literal
 from pydicom.dataset import Dataset
 
 from cbmir_spark.dicom import burned_in, gray
-from cbmir_spark.dicom.codecs import Stored
-from cbmir_spark.dicom.elements import functional_group, items, number, value
-from cbmir_spark.dicom.preflight import Reason, Rejected
+from cbmir_spark.dicom.elements import functional_group, identifier, items, number, value
+from cbmir_spark.dicom.reasons import Reason, Rejected
 from cbmir_spark.dicom.sop_classes import SECONDARY_CAPTURE, WHOLE_SLIDE
+from cbmir_spark.dicom.stored import Stored
 from cbmir_spark.dicom.vocabulary import Vocabulary
 from cbmir_spark.dicom.vocabulary_tables import UNKNOWN
 
@@ -22,12 +23,14 @@ Kind = Literal["image", "localizer", "screen", "whole_slide"]
 
 @dataclass(frozen=True)
 class Tags:
-    """The allow-list: the only tags that are stored, the three UIDs and the Patient ID as pseudonyms."""
+    """The allow-list: the only tags that are stored, the UIDs, the Patient ID and its issuer as pseudonyms."""
 
     sop_instance_uid: str
     series_instance_uid: str | None
     study_instance_uid: str | None
-    patient_id_raw: str | None
+    patient_id_raw: str | None  # whole
+    patient_id_first: str | None  # up to the first backslash, undecodable bytes replaced: what lakes before had
+    patient_issuer: str | None
     modality: str
     body_part: str
     modality_raw: str | None
@@ -65,15 +68,19 @@ _OVERLAY_GROUPS = frozenset(range(0x6000, 0x6100, 2))
 _VIEWS = _terms("AP|PA|LL|RL|RLD|LLD|RLO|LLO|LAT|OBL|CC|MLO|ML|LM|LMO|SIO|XCC|XCCL|XCCM|FB|ISO|AT|CV|SPECIMEN")
 
 
-def read_tags(ds: Dataset, stored: Stored, sop_class: str, vocabulary: Vocabulary) -> Tags:
+def read_tags(ds: Dataset, stored: Stored, sop_class: str, media_uid: str, vocabulary: Vocabulary) -> Tags:
     """Read and normalize the tags of a data set whose Image Pixel module is `stored`.
+
+    `media_uid` of the file meta information names an instance whose data set does not.
 
     Raises Rejected (NO_UID) without a valid SOP Instance UID. Every other tag that is absent or invalid is None, or
     UNKNOWN where the table requires a value.
     """
     uid = _uid(ds, "SOPInstanceUID")
+    if uid is None and _is_uid(media_uid) and not _text(ds, "SOPInstanceUID"):
+        uid = media_uid
     if uid is None:
-        raise Rejected(Reason.NO_UID)
+        raise Rejected(Reason.NO_UID, "not a UID" if _text(ds, "SOPInstanceUID") else "absent or empty")
     raw_modality = _text(ds, "Modality")
     raw_body_part = _text(ds, "BodyPartExamined")
     if raw_body_part is None:
@@ -90,7 +97,9 @@ def read_tags(ds: Dataset, stored: Stored, sop_class: str, vocabulary: Vocabular
         sop_instance_uid=uid,
         series_instance_uid=_uid(ds, "SeriesInstanceUID"),
         study_instance_uid=_uid(ds, "StudyInstanceUID"),
-        patient_id_raw=_text(ds, "PatientID"),
+        patient_id_raw=identifier(ds, "PatientID"),
+        patient_id_first=_text(ds, "PatientID"),
+        patient_issuer=identifier(ds, "IssuerOfPatientID"),
         modality=modality,
         body_part=body_part,
         modality_raw=_code_string(raw_modality),
@@ -187,18 +196,23 @@ def _laterality(ds: Dataset) -> str | None:
 _AGE = re.compile(r"(\d{1,3})\s*([DWMY])")
 _DAYS_PER_YEAR = 365.25
 _PER_YEAR = {"D": _DAYS_PER_YEAR, "W": _DAYS_PER_YEAR / 7, "M": 12.0, "Y": 1.0}
+# Writers put such ages for an unknown one.
+_IMPOSSIBLE = 130
 # An age above 89 identifies by itself (45 CFR 164.514(b)(2)(i)(C)).
 _OLDEST = 90.0
+# Dates of birth that stand for an unknown one.
+_PLACEHOLDERS = (date(1900, 1, 1),)
 
 
 def _age_years(ds: Dataset) -> float | None:
     """Convert Patient's Age (0010,1010) to years, else count from birth to study; every age above 89 becomes 90."""
     match = _AGE.fullmatch((_text(ds, "PatientAge") or "").upper())
-    if match:
-        years = int(match[1]) / _PER_YEAR[match[2]]
-    else:
-        birth, study = _date(ds, "PatientBirthDate"), _date(ds, "StudyDate") or _date(ds, "AcquisitionDate")
-        if birth is None or study is None or birth > study:
+    years = int(match[1]) / _PER_YEAR[match[2]] if match else _IMPOSSIBLE
+    if years >= _IMPOSSIBLE:
+        birth = _date(ds, "PatientBirthDate")
+        dates = (_date(ds, keyword) for keyword in ("StudyDate", "AcquisitionDate", "AcquisitionDateTime"))
+        study = next((day for day in dates if day is not None), None)
+        if birth is None or study is None or birth > study or birth in _PLACEHOLDERS:
             return None
         years = (study - birth).days / _DAYS_PER_YEAR
         # By the calendar too: on a 90th birthday the days alone may add up to less than 90 years.
@@ -208,16 +222,21 @@ def _age_years(ds: Dataset) -> float | None:
 
 
 def _year(ds: Dataset) -> int | None:
-    dates = (_date(ds, keyword) for keyword in ("StudyDate", "AcquisitionDate", "SeriesDate", "ContentDate"))
+    dates = (
+        _date(ds, keyword)
+        for keyword in ("StudyDate", "AcquisitionDate", "AcquisitionDateTime", "SeriesDate", "ContentDate")
+    )
     return next((day.year for day in dates if day is not None), None)
 
 
-_DATE = re.compile(r"(\d{4})[.\-]?(\d{2})[.\-]?(\d{2})")
+_DATE = re.compile(r"(\d{4})[.\-/]?(\d{2})[.\-/]?(\d{2})")
 
 
 def _date(ds: Dataset, keyword: str) -> date | None:
-    """Parse a DA value, in the dotted form of ACR-NEMA too; None where it is invalid or outside 1850 to 2200."""
-    match = _DATE.fullmatch(_text(ds, keyword) or "")
+    """Parse a DA or DT value, in the dotted form of ACR-NEMA too; None where it is invalid or outside 1850 to 2200."""
+    text = _text(ds, keyword) or ""
+    # Some writers put a time behind the date of any element.
+    match = _DATE.fullmatch(text[:8] if keyword.endswith("DateTime") or text[:12].isdigit() else text)
     try:
         day = date(int(match[1]), int(match[2]), int(match[3])) if match else None
     except ValueError:
@@ -237,7 +256,8 @@ def _kind(ds: Dataset, stored: Stored, sop_class: str, modality: str) -> Kind:
     if sop_class in WHOLE_SLIDE or modality == "SM":
         return "whole_slide"
     found = value(ds, "ImageType")
-    types = {str(part).strip().upper() for part in ([found] if isinstance(found, str) else found or ())}
+    parts = found if isinstance(found, Sequence) and not isinstance(found, str) else [found]
+    types = {str(part).strip().upper() for part in parts}
     if "LOCALIZER" in types or "SCOUT" in types:
         return "localizer"
     series = (_text(ds, "SeriesDescription") or "").lower()

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from pydicom.pixels.decoders.base import JPEGExtended12BitDecoder
 
-from cbmir_spark.dicom import codecs, preflight
+from cbmir_spark.dicom import preflight, stored
 from cbmir_spark.dicom.read import Reason, Rejected
 from tests.support.dicom_files import TINY, header, header_offset, made, only_frame, read, real, stored_in, written
 from tests.support.pixel_oracle import equals_rounded, resized, windowed
@@ -121,8 +121,8 @@ def without_libjpeg() -> Iterator[None]:
 def test_twelve_bit_jpeg_by_gdcm_equals_libjpeg(request: pytest.FixtureRequest) -> None:
     """GDCM is the fallback where libjpeg refuses a valid stream: both agree within one level."""
     content = real("JPGExtended.dcm")
-    stored = codecs.describe(header(content), preflight.examine(content))
-    assert (stored.transfer_syntax, stored.bits_stored) == ("1.2.840.10008.1.2.4.51", 12)
+    described = stored.describe(header(content), preflight.examine(content))
+    assert (described.transfer_syntax, described.bits_stored) == ("1.2.840.10008.1.2.4.51", 12)
     by_libjpeg = only_frame(content)
     request.getfixturevalue("without_libjpeg")
     by_gdcm = only_frame(content)

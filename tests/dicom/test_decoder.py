@@ -91,7 +91,7 @@ def test_reasons_come_back_and_the_child_stays(decoder: Decoder) -> None:
     assert no_image.value.reason == Reason.NOT_IMAGE_CLASS
     with pytest.raises(Rejected) as rejected:
         decoder.read(real("CT_small.dcm")[:-5000])
-    assert rejected.value.reason == Reason.TRUNCATED
+    assert (rejected.value.reason, rejected.value.detail) == (Reason.TRUNCATED, "it ends in PixelData")
     with pytest.raises(Rejected) as empty:
         decoder.read(b"")
     assert empty.value.reason == Reason.EMPTY

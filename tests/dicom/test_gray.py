@@ -13,8 +13,9 @@ import pytest
 from pydicom.data import get_testdata_file
 from pydicom.sequence import Sequence
 
-from cbmir_spark.dicom import codecs, gray
+from cbmir_spark.dicom import gray
 from cbmir_spark.dicom.read import picture
+from cbmir_spark.dicom.stored import Stored
 from tests.support.dicom_files import (
     PREPROCESSING,
     ULTRASOUND,
@@ -151,7 +152,7 @@ def test_padding_written_with_the_other_sign_is_recognised() -> None:
     ds = header(made(values))
     ds.add_new("PixelPaddingValue", "US", 63536)
     # pydicom writes the VR it is given: the file then has 63536 for a signed picture.
-    stored = codecs.Stored("", True, "PixelData", "OW", 32, 32, 1, 1, 16, 16, 15, True, "MONOCHROME2", 0)
+    stored = Stored("", True, "PixelData", "OW", 32, 32, 1, 1, 16, 16, 15, True, "MONOCHROME2", 0, True)
     mask = gray.padding_mask(values, stored, ds)
     assert mask is not None
     assert mask.sum() == 32
@@ -278,3 +279,16 @@ def test_ultrasound_is_cropped_to_its_regions() -> None:
     assert equals_rounded(frame.pixels, resized(windowed(inner, low, high), 128, 256))
     for_people = picture(content, 0)
     assert for_people.max() < 255 * 80 / 255 * 1.02, "nothing from outside the regions"
+
+
+@pytest.mark.parametrize("intercept", [b"N/A    ", b"-1 024 ", b"-1024HU", b"-1.024,0"])
+def test_a_rescale_that_is_no_number_leaves_the_units_unknown(intercept: bytes) -> None:
+    placeholder = "-" + "7" * (len(intercept) - 1)
+    content = made(
+        np.arange(64, dtype=np.uint16).reshape(8, 8), RescaleSlope=["1"], RescaleIntercept=[placeholder]
+    ).replace(placeholder.encode(), intercept)
+    (frame,) = read(content).frames
+    # The percentiles of stored values, not the fixed window of CT.
+    assert (frame.low, frame.high) == pytest.approx((0.63, 62.37))
+    (frame,) = read(content.replace(intercept, b"-1024".ljust(len(intercept)))).frames
+    assert (frame.low, frame.high) == (-160.0, 240.0)

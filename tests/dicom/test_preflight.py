@@ -1,13 +1,16 @@
 """Files that are cut, that are not DICOM, and that lie about their contents."""
 
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from cbmir_spark.dicom import preflight
+from cbmir_spark.dicom.preflight import EXPLICIT_LITTLE
 from cbmir_spark.dicom.read import NotAnImage, Reason, Rejected
-from tests.support.bombs import deep, deflate_bomb, encapsulated, huge_length, patched
+from cbmir_spark.dicom.stored import RLE
+from tests.support.bombs import deep, deflate_bomb, deflated, encapsulated, huge_length, patched
 from tests.support.damaged import pixel_end
 from tests.support.dicom_files import SAMPLES, read, real
 
@@ -93,9 +96,9 @@ def test_a_file_cut_anywhere_is_never_accepted(name: str) -> None:
         (lambda: encapsulated(1, Rows=128), {Reason.UNDECODABLE}),
         (lambda: patched("NumberOfFrames", 1000), {Reason.TRUNCATED}),
         (lambda: patched("BitsAllocated", 64), {Reason.TRUNCATED}),
-        (lambda: patched("BitsAllocated", 7), {Reason.UNSUPPORTED}),
-        (lambda: patched("SamplesPerPixel", 4), {Reason.UNSUPPORTED}),
-        (lambda: patched("PhotometricInterpretation", "CMYK"), {Reason.UNSUPPORTED}),
+        (lambda: patched("BitsAllocated", 7), {Reason.UNSUPPORTED_FORMAT}),
+        (lambda: patched("SamplesPerPixel", 4), {Reason.UNSUPPORTED_FORMAT}),
+        (lambda: patched("PhotometricInterpretation", "CMYK"), {Reason.UNSUPPORTED_FORMAT}),
         (lambda: patched("Rows", 0), {Reason.MALFORMED}),
         (lambda: patched("NumberOfFrames", -1), {Reason.MALFORMED}),
         (lambda: patched("PhotometricInterpretation", "PALETTE COLOR"), {Reason.MALFORMED}),
@@ -111,6 +114,38 @@ def test_bombs_and_lies(content: object, reasons: set[Reason]) -> None:
     with pytest.raises(Rejected) as error:
         read(content())
     assert error.value.reason in reasons
+
+
+def under(syntax: str, content: bytes) -> bytes:
+    """The file with another transfer syntax, whose UID has the length of the one it names."""
+    before = b"\x02\x00\x10\x00UI\x14\x00"
+    at = content.index(before) + len(before)
+    assert len(syntax) == 19
+    return content[:at] + syntax.encode() + content[at + 19 :]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason", "detail"),
+    [
+        (lambda: under(RLE, patched("Rows", 4)), Reason.WRONG_SYNTAX, RLE),
+        (lambda: under(EXPLICIT_LITTLE, real("MR_small_RLE.dcm")), Reason.WRONG_SYNTAX, EXPLICIT_LITTLE),
+        (lambda: under("1.2.840.10008.1.2.7", real("MR_small_RLE.dcm")), Reason.UNSUPPORTED, "1.2.840.10008.1.2.7"),
+        (lambda: under("1.2.840.10008.5.1.4", patched("Rows", 8)), Reason.UNSUPPORTED, "1.2.840.10008.5.1.4"),
+        (lambda: under("1.2.276.0.7.1.1.2.3", patched("Rows", 8)), Reason.UNSUPPORTED, "not DICOM's"),
+        (lambda: under("MILLER^ANNA 1950-01", patched("Rows", 8)), Reason.UNSUPPORTED, "not DICOM's"),
+        (lambda: deflated(b"\xff" * 200), Reason.BAD_DEFLATE, ""),
+        (lambda: patched("PhotometricInterpretation", "CMYK"), Reason.UNSUPPORTED_FORMAT, "Photometric Interpretation"),
+        (lambda: patched("Rows", 9), Reason.TRUNCATED, "fewer pixels"),
+        (lambda: patched("Rows", 8)[:-1], Reason.TRUNCATED, "it ends in PixelData"),
+        (lambda: deep(2000), Reason.TOO_LARGE, "sequences nested deeper than 64"),
+    ],
+)
+def test_a_rejection_says_more_without_values(content: Callable[[], bytes], reason: Reason, detail: str) -> None:
+    with pytest.raises(Rejected) as error:
+        read(content())
+    assert error.value.reason == reason
+    assert detail in error.value.detail
+    assert "MILLER" not in str(error.value) and "1.2.276" not in str(error.value)
 
 
 def test_a_modest_nesting_is_read() -> None:

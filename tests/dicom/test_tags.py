@@ -10,7 +10,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 from cbmir_spark.dicom.read import Reason, Rejected
 from cbmir_spark.dicom.tags import Tags
 from cbmir_spark.dicom.vocabulary_tables import UNKNOWN
-from tests.support.dicom_files import CT, ENHANCED_CT, SECONDARY_CAPTURE, TINY, header, item, made, read, real
+from tests.support.dicom_files import CT, ENHANCED_CT, SECONDARY_CAPTURE, TINY, header, item, made, read, real, written
 
 
 @pytest.mark.parametrize(
@@ -121,11 +121,17 @@ def test_kinds(elements: dict[str, object], kind: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*Invalid value.*")
 @pytest.mark.filterwarnings("ignore:.*value length.*")
-@pytest.mark.parametrize("uid", [None, "", ".1.2", "1.2.", "1..2", "1.2.x", "1." * 32 + "1", "1.2/../../x"])
+@pytest.mark.parametrize("uid", [".1.2", "1.2.", "1..2", "1.2.x", "1." * 32 + "1", "1.2/../../x"])
 def test_an_instance_needs_a_valid_uid(uid: str | None) -> None:
     with pytest.raises(Rejected) as error:
         read(made(TINY, SOPInstanceUID=uid))
     assert error.value.reason == Reason.NO_UID
+
+
+@pytest.mark.parametrize("uid", [None, ""])
+def test_the_meta_information_names_an_instance_whose_data_set_does_not(uid: str | None) -> None:
+    content = made(TINY, SOPInstanceUID=uid)
+    assert read(content).tags.sop_instance_uid == header(content).file_meta.MediaStorageSOPInstanceUID
 
 
 @pytest.mark.filterwarnings("ignore:.*Invalid value.*")
@@ -137,3 +143,19 @@ def test_every_tag_that_the_table_requires_is_there(sop_class: str) -> None:
     optional = {field.name for field in fields(Tags) if "None" in str(field.type)}
     assert [name for name, value in tags.items() if value is None and name not in optional] == []
     assert tags["sop_class"] == UNKNOWN
+
+
+def test_elements_of_another_vr_are_absent_and_no_error() -> None:
+    ds = header(made(TINY))
+    ds.add_new(0x00080008, "US", 5)
+    ds.add_new(0x52009230, "US", 5)
+    tags = read(written(ds)).tags
+    assert (tags.kind, tags.modality) == ("image", "CT")
+
+
+@pytest.mark.parametrize("day", ["20200105", "2020.01.05", "2020/01/05", "20200105120000.000"])
+def test_dates_in_other_spellings(day: str) -> None:
+    ds = header(made(TINY, PatientBirthDate="19800105"))
+    ds.add_new(0x00080020, "LO", day)
+    tags = read(written(ds)).tags
+    assert (tags.year, tags.age_years) == (2020, pytest.approx(40.0, abs=0.01))

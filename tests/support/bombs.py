@@ -5,9 +5,11 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pydicom
+from numpy.typing import NDArray
 from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence as Items
 from pydicom.uid import UID
@@ -27,6 +29,13 @@ _END_OF_SEQUENCE = struct.pack("<HHL", 0xFFFE, 0xE0DD, 0)
 
 
 # --- headers ---
+
+
+def nameless(pixel_values: NDArray[Any]) -> bytes:
+    """Make an object whose SOP Instance UID is empty, and no UID in the file meta information either."""
+    content = made(pixel_values, SOPInstanceUID="")
+    uid = str(header(content).file_meta.MediaStorageSOPInstanceUID).encode()
+    return content.replace(uid, b"A" * len(uid))
 
 
 def patched(keyword: str, value: object, **elements: object) -> bytes:

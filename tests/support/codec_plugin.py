@@ -1,4 +1,4 @@
-"""A pydicom plugin for RLE that dies in a given way, for processes that decode: `sitecustomize` on their path adds it.
+"""A pydicom plugin for JPEG that dies in a given way, for processes that decode: `sitecustomize` on their path adds it.
 
 A file with `FAULT:hang` in its pixel data makes the codec hang, where a native codec would.
 """
@@ -7,13 +7,14 @@ import textwrap
 from pathlib import Path
 
 from pydicom.encaps import encapsulate
+from pydicom.uid import JPEGBaseline8Bit
 
 from tests.support.dicom_files import header, real, written
 
 _CODEC = """
     import os, signal, sys, time
 
-    DECODER_DEPENDENCIES = {"1.2.840.10008.1.2.5": ("numpy",)}
+    DECODER_DEPENDENCIES = {"1.2.840.10008.1.2.4.50": ("numpy",)}
 
     def is_available(uid):
         return True
@@ -50,9 +51,11 @@ _CODEC = """
         raise ValueError("no such fault")
 """
 _SITE = """
-    from pydicom.pixels.decoders.base import RLELosslessDecoder
+    from pydicom.pixels.decoders.base import JPEGBaseline8BitDecoder as decoder
 
-    RLELosslessDecoder.add_plugin("faulty", ("faulty_codec", "decode"))
+    for label in decoder.available_plugins:
+        decoder.remove_plugin(label)
+    decoder.add_plugin("faulty", ("faulty_codec", "decode"))
 """
 
 
@@ -65,5 +68,8 @@ def install(folder: Path) -> None:
 def faulty(fault: str) -> bytes:
     """Make a file on which the codec dies in the given way."""
     ds = header(real("MR_small_RLE.dcm"))
-    ds.PixelData = encapsulate([f"FAULT:{fault}!".encode().ljust(128, b"\0")])
+    ds.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
+    # A frame header of 64×64 samples of 8 bits and an end, as the codestream has to have before any codec sees it.
+    start = bytes.fromhex("ffd8 ffc0 000b 08 0040 0040 01 011100 ffda")
+    ds.PixelData = encapsulate([start + f"FAULT:{fault}!".encode().ljust(126, b"\0") + b"\xff\xd9"])
     return written(ds)

@@ -109,7 +109,7 @@ def cut(number: int) -> tuple[bytes, bytes]:
 
 
 def pixel_end(content: bytes) -> int:
-    """Return where the pixel data ends, with its delimiter: no picture needs a byte behind it."""
+    """Return where the pixel data ends, without its delimiter: no picture needs a byte behind it."""
     ds = header(content)
     if ds.file_meta.TransferSyntaxUID == preflight.DEFLATED:
         stream = zlib.decompressobj(-zlib.MAX_WBITS)
@@ -117,18 +117,9 @@ def pixel_end(content: bytes) -> int:
         stream.decompress(content[start:])
         return len(content) - len(stream.unused_data)
     data = ds.PixelData
-    end = content.rindex(data) + len(data)
-    return end + (8 if ds.file_meta.TransferSyntaxUID.is_encapsulated else 0)
+    return content.rindex(data) + len(data)
 
 
-def lost_only_padding(content: bytes, left: int) -> bool:
-    """Tell whether only padding followed the first `left` bytes.
-
-    Padding is the element Data Set Trailing Padding (FFFC,FFFC) or zeros behind the data set (PS3.10 section 7.2), and
-    any bytes behind a deflated stream.
-    """
-    end = pixel_end(content)
-    behind = content[end:]
-    deflated = header(content).file_meta.TransferSyntaxUID == preflight.DEFLATED
-    is_padding = deflated or not any(behind) or behind[:4] in (b"\xfc\xff\xfc\xff", b"\xff\xfc\xff\xfc")
-    return left >= end and is_padding
+def has_all_pixels(content: bytes, left: int) -> bool:
+    """Tell whether the first `left` bytes of an object contain its whole pixel data."""
+    return left >= pixel_end(content)
