@@ -9,7 +9,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -43,7 +43,7 @@ LONGEST_CELL = 4096
 
 _PSEUDONYM = re.compile(r"[0-9a-f]{32}")
 _UID = re.compile(r"[0-9.]{1,64}")
-_FRAME_NUMBER = re.compile(r"[0-9]{1,9}(\.0)?")
+_FRAME_NUMBER = re.compile(r"[0-9]{1,9}([.,]0+)?")
 # Parquet may store whole numbers as floats.
 _WHOLE = re.compile(r"[0-9]{1,6}(\.0)?")
 _AGE = re.compile(r"[0-9]{1,3}(\.[0-9]{1,6})?")
@@ -95,26 +95,48 @@ def check(columns: Sequence[str], rows: Sequence[Mapping[str, str]], level: str,
     return QueryList(tuple(checked), tuple(name for name in columns if name not in known))
 
 
-# Where a CSV row with too many or too few cells has their number.
+# Where a CSV row with more cells than the header has their number.
 _CELLS = "\0cells"
 
 
 def _csv_rows(content: bytes) -> tuple[list[str], list[dict[str, str]]]:
-    """Return the column names, and the cells of each row that are not empty."""
+    """Return the column names, and the cells of each row that are not blank.
+
+    Columns without a name and rows without a cell, which spreadsheets write, do not count.
+    """
+    if b"\0" in content:
+        raise csv.Error("it contains NUL characters; save it as UTF-8")
     before = csv.field_size_limit(len(content) + 1)
     try:
-        lines = [cells for cells in csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")) if cells]
+        text = content.decode("utf-8-sig")
+        lines = list(_lines(text, _delimiter(text)))
     finally:
         csv.field_size_limit(before)
     columns = [name.strip() for name in lines[0]] if lines else []
-    check_unique(columns)
+    named = [name for name in columns if name]
+    check_unique(named)
     rows = []
     for cells in lines[1:]:
-        row = {name: cell for name, cell in zip(columns, cells, strict=False) if cell}
-        if len(cells) != len(columns):
+        row = {name: cell for name, cell in zip(columns, cells, strict=False) if name and cell.strip()}
+        # Spreadsheets leave out blank cells at the end of a row.
+        if any(cell.strip() for cell in cells[len(columns) :]):
             row[_CELLS] = str(len(cells))
         rows.append(row)
-    return columns, rows
+    return named, rows
+
+
+def _lines(text: str, delimiter: str) -> Iterator[list[str]]:
+    """Yield the rows that have a cell with something in it."""
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    return (cells for cells in rows if any(cell.strip() for cell in cells))
+
+
+def _delimiter(text: str) -> str:
+    """Return the delimiter by which the header has a query_id: spreadsheets of some languages write semicolons."""
+    for delimiter in ",;\t":
+        if cols.QUERY_ID in map(str.strip, next(_lines(text, delimiter), [])):
+            return delimiter
+    return ","
 
 
 def _parquet_rows(content: bytes) -> tuple[list[str], list[dict[str, str]]]:
@@ -129,7 +151,7 @@ def text_rows(table: pa.Table) -> list[dict[str, str]]:
     """Return the cells that are not empty of each row, as text, of the columns that a query list may have."""
     table = table.select([name for name in table.column_names if name in _COLUMNS])
     text = table.cast(pa.schema([(name, pa.string()) for name in table.column_names]))
-    return [{name: cell for name, cell in row.items() if cell} for row in text.to_pylist()]
+    return [{name: cell for name, cell in row.items() if cell and cell.strip()} for row in text.to_pylist()]
 
 
 def check_unique(columns: Sequence[str]) -> None:
@@ -139,11 +161,11 @@ def check_unique(columns: Sequence[str]) -> None:
 
 
 def _checked(number: int, row: Mapping[str, str], times: int, names: Sequence[str]) -> QueryRow | Status:
-    query_id, frame = row.get(cols.QUERY_ID, ""), row.get(cols.FRAME)
+    query_id, frame = row.get(cols.QUERY_ID, ""), row[cols.FRAME].strip() if cols.FRAME in row else None
     given = {name: row[name] for name in names if name in row}
     problem = None
     if _CELLS in row:
-        problem = f"row {number} has {row[_CELLS]} cells, unlike the header"
+        problem = f"row {number} has {row[_CELLS]} cells, more than the header"
     elif not query_id:
         problem = f"row {number} has no query_id"
     elif len(query_id) > LONGEST_CELL:
@@ -160,7 +182,8 @@ def _checked(number: int, row: Mapping[str, str], times: int, names: Sequence[st
     if problem is None:
         overrides = _overrides({name: row[name].strip() for name in OVERRIDES if name in row})
         if isinstance(overrides, QueryOverrides):
-            return QueryRow(query_id, naming, value.strip(), None if frame is None else int(float(frame)), overrides)
+            frame_number = None if frame is None else int(re.split("[.,]", frame)[0])
+            return QueryRow(query_id, naming, value.strip(), frame_number, overrides)
         problem = overrides
     return Status(query_id[:LONGEST_CELL], QueryStatus.BAD_ROW, problem)
 
@@ -220,7 +243,8 @@ def _unfit(naming: str, value: str) -> str | None:
         return None if _PSEUDONYM.fullmatch(value) else f"{naming} is not 32 hexadecimal digits"
     if naming in (SOP_INSTANCE_UID, SERIES_INSTANCE_UID):
         return None if _UID.fullmatch(value) else f"{naming} is not a UID"
-    if len(value) > LONGEST_CELL or not value.isprintable():
+    # A file's name may contain line breaks.
+    if len(value) > LONGEST_CELL or not "".join(value.splitlines()).replace("\t", "").isprintable():
         return "uri is too long or holds control characters"
     try:
         usable = storage.is_native(storage.canonical(value))

@@ -118,9 +118,10 @@ def test_a_list_keeps_every_row_good_or_bad(tmp_path: Path) -> None:
         f"twice,,{ID},,,\r\n"
         f"twice,,{ID},,,\r\n"
         f"short,,{ID}\r\n"
+        f"more,,{ID},,,,x\r\n"
         f"{'long' * 2000},,{ID},,,\r\n"
         f"k,{'x' * 5000},,,,\r\n"
-        "l,a\x00b.dcm,,,,\r\n",
+        "l,a\x07b.dcm,,,,\r\n",
     )
     assert found.ignored == ("note",)
     good = [row for row in found.rows if isinstance(row, QueryRow)]
@@ -128,9 +129,10 @@ def test_a_list_keeps_every_row_good_or_bad(tmp_path: Path) -> None:
         QueryRow("a", "image_id", ID, None),
         QueryRow("b", "sop_instance_uid", "1.2.3", 7),
         QueryRow("c", "uri", "scan, one.dcm", None),
+        QueryRow("short", "image_id", ID, None),
     ]
     bad = [row for row in found.rows if isinstance(row, Status)]
-    assert len(found.rows) == 16
+    assert len(found.rows) == 17
     assert {row.status for row in bad} == {QueryStatus.BAD_ROW}
     reasons = [(row.query_id[:5], row.reason) for row in bad]
     for (name, reason), words in zip(
@@ -145,7 +147,7 @@ def test_a_list_keeps_every_row_good_or_bad(tmp_path: Path) -> None:
             ("", "no query_id"),
             ("twice", "2 times"),
             ("twice", "2 times"),
-            ("short", "3 cells"),
+            ("more", "7 cells"),
             ("longl", "8000 characters"),
             ("k", "too long"),
             ("l", "control characters"),
