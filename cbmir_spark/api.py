@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from cbmir_spark.maintenance.forget import Report as ForgetReport
     from cbmir_spark.maintenance.remap import Gaps
     from cbmir_spark.maintenance.remap import Report as RemapReport
+    from cbmir_spark.maintenance.upgrade import Report as UpgradeReport
     from cbmir_spark.models.registry import Run
     from cbmir_spark.retrieval.job import Report as SearchReport
     from cbmir_spark.training.history import Epoch
@@ -304,10 +305,21 @@ class Lake:
         with self._job("vocabulary") as spark:
             return remap.unmapped(spark, chosen)
 
+    def upgrade(self, *, apply: bool = False, skip: Sequence[str] = ()) -> "UpgradeReport":
+        """Count the objects that this version reads in another way than the one that read them; `apply` marks them.
+
+        The next ingest reads the marked ones again. `skip` names changes that concern nothing in this lake.
+        """
+        from cbmir_spark.maintenance import upgrade
+
+        with self._job("upgrade") as spark:
+            return upgrade.run(spark, self.settings, apply=apply, skip=_texts("skip", skip))
+
     def forget(
         self,
         *,
         patients: Sequence[str] = (),
+        issuer: str | None = None,
         studies: Sequence[str] = (),
         series: Sequence[str] = (),
         images: Sequence[str] = (),
@@ -319,8 +331,9 @@ class Lake:
         """Erase patients, studies, series or images everywhere; later ingests skip them.
 
         They are named by their identifiers, by `pseudonyms` as kind:pseudonym, or `listed_in` a CSV file with columns
-        kind and identifier. `now` also removes superseded files at once, which breaks running readers of them; `purge`
-        removes those that were superseded a week ago.
+        kind, identifier and, if needed, issuer. A patient whose images name an Issuer of Patient ID is another one than
+        the patient of the same ID without: give the `issuer` of all `patients`. `now` also removes superseded files at
+        once, which breaks running readers of them; `purge` removes those that were superseded a week ago.
         """
         from cbmir_spark.maintenance import forget
 
@@ -331,8 +344,14 @@ class Lake:
             "image": _texts("images", images),
             forget.PSEUDONYM: _texts("pseudonyms", pseudonyms),
         }
+        if issuer is not None and not named[forget.PATIENT]:
+            raise InputError("issuer: give the patients that it belongs to")
         listed = _path("listed_in", listed_in)
-        requests = [forget.Request(kind, value) for kind, values in named.items() for value in values]
+        requests = [
+            forget.Request(kind, value, issuer if kind == forget.PATIENT else None)
+            for kind, values in named.items()
+            for value in values
+        ]
         if listed is not None:
             requests += forget.read_list(listed, storage.ObjectStore(self.settings.storage))
         with self._job("forget") as spark:

@@ -6,7 +6,7 @@ usage() {
   cat >&2 <<'USAGE'
 usage: deploy/submit.sh spark://HOST:PORT JOB [flags of the job] [-- options of spark-submit]
 
-  JOB is ingest, remap, train, index, retrieve or evaluate; its flags are those of `cbmir JOB`.
+  JOB is ingest, remap, upgrade, train, index, retrieve or evaluate; its flags are those of `cbmir JOB`.
 
   deploy/submit.sh spark://head:7077 ingest --config site.yaml --archive s3a://pacs/2026
   deploy/submit.sh spark://head:7077 retrieve --queries q.csv -- --executor-memory 8g
@@ -30,7 +30,7 @@ job="$2"
 shift 2
 [[ "$master" == spark://*:* ]] || fail "master $master must look like spark://HOST:PORT"
 case "$job" in
-  ingest | remap | train | index | retrieve | evaluate) ;;
+  ingest | remap | upgrade | train | index | retrieve | evaluate) ;;
   *) fail "there is no job $job" ;;
 esac
 

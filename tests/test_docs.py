@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cbmir_spark.lake.reasons import EXPLANATIONS
 from tests.conftest import REPO
 
 HOOKS = REPO / ".pre-commit-config.yaml"
@@ -156,3 +157,23 @@ def test_links_lead_somewhere(page: str) -> None:
                 for h in re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
             ]
             assert heading in headings, target
+
+
+def reasons_in(page: str) -> dict[str, tuple[str, str]]:
+    """The rows of a page's table of reasons: what each means, and what to do."""
+    table = page.partition("| reason | meaning | what to do |\n")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[1:]]
+    assert all(len(row) == 3 for row in rows) and len({row[0] for row in rows}) == len(rows)
+    return {reason.strip("`"): (meaning, action) for reason, meaning, action in rows}
+
+
+def test_the_readme_explains_each_reason_as_the_code_does() -> None:
+    explained = {reason: (each.meaning, each.action) for reason, each in EXPLANATIONS.items()}
+    assert reasons_in((REPO / "README.md").read_text(encoding="utf-8")) == explained
+
+
+def test_the_table_of_reasons_is_found_on_a_page() -> None:
+    page = (
+        "| reason | meaning | what to do |\n|---|---|---|\n| `EMPTY` | It has no bytes. | Copy it again. |\n\n| x |\n"
+    )
+    assert reasons_in(page) == {"EMPTY": ("It has no bytes.", "Copy it again.")}

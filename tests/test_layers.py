@@ -182,7 +182,16 @@ def test_only_the_session_module_builds_sessions() -> None:
 
 def test_jobs_are_a_few_lines_that_only_enter_the_command_line() -> None:
     jobs = sorted((REPO / "jobs").glob("*.py"))
-    assert {job.stem for job in jobs} == {"ingest", "remap", "train", "index", "retrieve", "evaluate", "demo"}
+    assert {job.stem for job in jobs} == {
+        "ingest",
+        "remap",
+        "upgrade",
+        "train",
+        "index",
+        "retrieve",
+        "evaluate",
+        "demo",
+    }
     for job in jobs:
         assert [name for name, _ in imported(job)] == ["cbmir_spark.cli.app.main"]
         assert len(job.read_text().splitlines()) < 10

@@ -22,9 +22,13 @@ app = typer.Typer()
 @register(app, JOBS)
 def ingest(call: Call, archive: Annotated[str | None, flag("ingest.archive")] = None) -> None:
     """Read new and changed objects of an archive into SOURCES, TAGS and PIXELS."""
+    from cbmir_spark.lake import schemas
+    from cbmir_spark.lake.paths import LakePaths
+
     with call.lake() as lake, console.progress("objects", call.as_json, every=10.0) as progress:
         report = lake.ingest(on_progress=progress)
-    call.show(report, views.ingested)
+    sources = LakePaths.of(call.settings.lake).path(schemas.SOURCES)
+    call.show(report, lambda each: views.ingested(each, sources))
 
 
 @register(app, JOBS)

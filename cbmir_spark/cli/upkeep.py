@@ -11,6 +11,9 @@ import yaml
 from cbmir_spark.cli import console, views
 from cbmir_spark.cli.command import ANSWERS, SETUP, UPKEEP, Call, flag, register
 
+# Exit status where no image is of what was to be forgotten.
+NOTHING_FORGOTTEN = 4
+
 app = typer.Typer()
 
 Repeatable = list[str] | None
@@ -59,6 +62,18 @@ def remap(call: Call) -> None:
 
 
 @register(app, UPKEEP)
+def upgrade(
+    call: Call,
+    apply: Annotated[bool, typer.Option("--apply", help="Mark the objects; the next ingest reads them again.")] = False,
+    skip: Annotated[Repeatable, typer.Option(help="A change that concerns no object here; repeatable.")] = None,
+) -> None:
+    """Show what this version reads in another way than the one that made the lake; with --apply, mark it."""
+    with call.lake() as lake:
+        report = lake.upgrade(apply=apply, skip=skip or ())
+    call.show(report, views.upgraded)
+
+
+@register(app, UPKEEP)
 def vocabulary(
     call: Call,
     unmapped: Annotated[
@@ -84,12 +99,17 @@ def vocabulary(
 @register(app, UPKEEP)
 def forget(
     call: Call,
-    patient: Annotated[Repeatable, typer.Option(help="A Patient ID; repeatable.")] = None,
+    patient: Annotated[
+        Repeatable, typer.Option(help="A whole Patient ID, without issuer unless --issuer; repeatable.")
+    ] = None,
+    issuer: Annotated[
+        str | None, typer.Option(help="The Issuer of Patient ID of these patients, where their images name one.")
+    ] = None,
     study: Annotated[Repeatable, typer.Option(help="A Study Instance UID; repeatable.")] = None,
     series: Annotated[Repeatable, typer.Option(help="A Series Instance UID; repeatable.")] = None,
     image: Annotated[Repeatable, typer.Option(help="A SOP Instance UID; repeatable.")] = None,
     pseudonym: Annotated[Repeatable, typer.Option(help="kind:pseudonym, as patient:9f3a…; repeatable.")] = None,
-    file: Annotated[str | None, typer.Option("--list", help="CSV with columns kind and identifier.")] = None,
+    file: Annotated[str | None, typer.Option("--list", help="CSV with columns kind, identifier[, issuer].")] = None,
     now: Annotated[bool, typer.Option("--now", help="Remove superseded files at once; running readers fail.")] = False,
     purge: Annotated[bool, typer.Option("--purge", help="Remove files that were superseded a week ago.")] = False,
 ) -> None:
@@ -99,6 +119,7 @@ def forget(
     with call.lake() as lake:
         report = lake.forget(
             patients=patient or (),
+            issuer=issuer,
             studies=study or (),
             series=series or (),
             images=image or (),
@@ -108,6 +129,12 @@ def forget(
             purge=purge,
         )
     call.show(report, views.forgotten)
+    if report.matched_nothing:
+        console.err.print(
+            "There is no image of what was asked, so nothing was erased; ingest will store nothing of it. Check the "
+            "identifiers: they are compared as a whole, and patients together with their issuer (--issuer)."
+        )
+        raise typer.Exit(NOTHING_FORGOTTEN)
 
 
 @register(app, SETUP, name="config")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from cbmir_spark.cli import console
+from cbmir_spark.lake.reasons import EXPLANATIONS
 
 if TYPE_CHECKING:
     from cbmir_spark.cli.demo import Story
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from cbmir_spark.maintenance.forget import Report as ForgetReport
     from cbmir_spark.maintenance.remap import Gaps
     from cbmir_spark.maintenance.remap import Report as RemapReport
+    from cbmir_spark.maintenance.upgrade import Report as UpgradeReport
     from cbmir_spark.models.registry import Run
     from cbmir_spark.training.job import TrainingReport
 
@@ -48,12 +50,28 @@ def _rows(title: str, rows: Mapping[str, str]) -> None:
     console.out.print(table)
 
 
-def ingested(result: "IngestReport") -> None:
-    """Print what became of the listed objects, and why some were left out."""
+def ingested(result: "IngestReport", sources: str) -> None:
+    """Print what became of the listed objects, why some were left out, and where `sources`, the table, names them."""
     rows = {"listed": result.listed, "unchanged": result.unchanged, "deferred": result.deferred}
     counts(f"Ingested {result.archive}", rows | {**result.outcomes, "deleted": result.deleted})
     if result.reasons:
-        counts("Reasons", dict(sorted(result.reasons.items())))
+        _reasons(result.reasons)
+        place = console.plain(sources.removeprefix("file://"))
+        console.out.print("SOURCES names them in its columns uri and reason. It is the Delta table", highlight=False)
+        console.out.print(place, soft_wrap=True, highlight=False)
+        console.out.print("Rejected objects are read again once they are written again.", highlight=False)
+
+
+def _reasons(found: Mapping[str, int]) -> None:
+    """Print the reasons that occurred, with what each means and what to do about it."""
+    table = Table(title="Reasons", title_justify="left", show_lines=True)
+    table.add_column("reason", no_wrap=True)
+    table.add_column("objects", justify="right", no_wrap=True)
+    table.add_column("what it means, and what to do")
+    for reason, count in sorted(found.items()):
+        said = EXPLANATIONS.get(reason)
+        table.add_row(reason, f"{count:,}", console.plain(f"{said.meaning}\n{said.action}") if said else "")
+    console.out.print(table)
 
 
 def remapped(result: "RemapReport") -> None:
@@ -61,6 +79,24 @@ def remapped(result: "RemapReport") -> None:
     report("Remapped", result)
     if result.reread:
         console.out.print(f"{result.reread} images need another window: run `cbmir ingest`, then `cbmir index`")
+
+
+def upgraded(result: "UpgradeReport") -> None:
+    """Print which changes concern how many objects, and what to do next."""
+    rows = {f"{each.name}: {each.what}": each.objects for each in result.changes}
+    counts("Upgraded" if result.applied else "To upgrade", rows | {"objects in all": result.objects})
+    version = f"cbmir_spark {result.written_by}" if result.written_by else "a version that did not record itself"
+    console.out.print(f"the lake was last written by {version}")
+    if result.patients is not result.patients_before:
+        console.out.print(f"patients are identified by rule {result.patients_before}, then by {result.patients}")
+    if result.marked:
+        console.out.print(f"{result.marked} objects were marked before: run `cbmir ingest`")
+    if result.is_current:
+        console.out.print("this version reads nothing of the lake in another way: there is nothing to do")
+    elif result.applied:
+        console.out.print("run `cbmir ingest` to read the objects again, then `cbmir index`; models remain valid")
+    else:
+        console.out.print("nothing was changed: `cbmir upgrade --apply` marks the objects for the next ingest")
 
 
 def forgotten(result: "ForgetReport") -> None:

@@ -88,6 +88,9 @@ class PrivacySettings(Section):
     burned_in: Choice = Field(
         description="Images that may show burned-in text: exclude them from training and pages, or include"
     )
+    patient_issuer: Choice = Field(
+        description="Issuer of Patient ID in a patient's identity: include or exclude; see `upgrade`"
+    )
     identity: bool = Field(description="Write the table IDENTITY, from pseudonyms back to identifiers, to the vault")
 
 

@@ -11,12 +11,12 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from cbmir_spark import storage
+from cbmir_spark.dicom.reasons import Reason
 from cbmir_spark.errors import EnvironmentProblem
-from cbmir_spark.ingest.fetch import GONE, TOO_LARGE
+from cbmir_spark.ingest.compare import ACTION, PROMOTED, READ
 from cbmir_spark.ingest.listing import few_rows_at_a_time, with_content
 from cbmir_spark.ingest.parse import FRAME_COUNT, STAGED, Parser, Tally, parse
 from cbmir_spark.ingest.plan import Staging, check_counts
-from cbmir_spark.ingest.reconcile import ACTION, PROMOTED, READ
 from cbmir_spark.lake import columns as cols
 
 # If storage refuses every object of a batch of at least this size, the storage is at fault, not the objects.
@@ -79,10 +79,10 @@ def _parse_by_hadoop(
     with few_rows_at_a_time(spark):
         if not fitting.isEmpty():
             parse(with_content(spark, fitting), parser, frames_folder, tally).write.parquet(staged_folder)
-    _unread(objects.where(too_large), cols.REJECTED, TOO_LARGE).write.mode("append").parquet(staged_folder)
+    _unread(objects.where(too_large), cols.REJECTED, Reason.TOO_LARGE.value).write.mode("append").parquet(staged_folder)
     staged = spark.read.schema(STAGED).parquet(staged_folder)
     vanished = objects.join(staged.select(cols.URI), on=cols.URI, how="left_anti")
-    _unread(vanished, cols.VANISHED, GONE).write.mode("append").parquet(staged_folder)
+    _unread(vanished, cols.VANISHED, cols.GONE).write.mode("append").parquet(staged_folder)
 
 
 def _unread(objects: DataFrame, outcome: str, reason: str) -> DataFrame:

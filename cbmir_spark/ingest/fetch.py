@@ -8,14 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from cbmir_spark import storage
-from cbmir_spark.ingest.listing import CONTENT
+from cbmir_spark.dicom.reasons import Reason
+from cbmir_spark.ingest.listing import CONTENT, NOT_A_FILE
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.storage import ObjectStore, StoredObject
-
-# Reasons that storage gives, beside those of preflight.Reason.
-TOO_LARGE = "TOO_LARGE"
-GONE = "GONE"
-REPLACED = "REPLACED_WHILE_READ"
 
 # Objects and bytes that a task reads ahead of the one that it decodes: storage answers late, and a core need not wait.
 READ_AHEAD, READ_AHEAD_BYTES = 4, 64 * 2**20
@@ -39,16 +35,18 @@ def fetch(uri: str, size: int, store: ObjectStore, max_bytes: int, content: byte
     """Read an object, unless its `content` is given; nothing past `max_bytes` is read. `size` is the listing's."""
     if content is not None:
         if len(content) != size:
-            return Fetched(outcome=cols.VANISHED, reason=REPLACED)
+            return Fetched(outcome=cols.VANISHED, reason=cols.REPLACED)
         return Fetched(content, hashlib.sha256(content).hexdigest())
+    if size == NOT_A_FILE:
+        return Fetched(outcome=cols.NOT_AN_IMAGE, reason=cols.NOT_A_FILE)
     if size > max_bytes:
-        return Fetched(outcome=cols.REJECTED, reason=TOO_LARGE)
+        return Fetched(outcome=cols.REJECTED, reason=Reason.TOO_LARGE.value)
     try:
         content, found = store.read(uri)
     except FileNotFoundError:
-        return Fetched(outcome=cols.VANISHED, reason=GONE)
+        return Fetched(outcome=cols.VANISHED, reason=cols.GONE)
     except storage.Replaced:
-        return Fetched(outcome=cols.VANISHED, reason=REPLACED)
+        return Fetched(outcome=cols.VANISHED, reason=cols.REPLACED)
     except OSError:
         return Fetched(outcome=cols.REJECTED, reason=cols.UNREADABLE)
     return Fetched(content, hashlib.sha256(content).hexdigest(), found)

@@ -20,11 +20,11 @@ from cbmir_spark.config import IngestSettings, Settings
 from cbmir_spark.dicom.vocabulary import Vocabulary
 from cbmir_spark.errors import InputError, TableError
 from cbmir_spark.ingest.batch import parse_batch
+from cbmir_spark.ingest.compare import UNCHANGED
 from cbmir_spark.ingest.parse import Parser, preprocessing_of
 from cbmir_spark.ingest.plan import Staging, check_counts, make_plan
 from cbmir_spark.ingest.progress import Progress, watch
 from cbmir_spark.ingest.publish import publish_batch
-from cbmir_spark.ingest.reconcile import UNCHANGED
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, identity, lease, pseudonyms, publication, schemas
 from cbmir_spark.lake.open import OpenLake, check_roots, locate, open_for_writing
@@ -78,7 +78,8 @@ def run(spark: SparkSession, settings: Settings, progress: Progress | None = Non
     preprocessing = preprocessing_of(settings.pixels)
     with open_for_writing(spark, settings, lease.TABLES, may_be_new=True) as lake:
         if lake.published is None:
-            lake = replace(lake, pseudonyms=pseudonyms.create(settings.privacy, paths.vault_folder))
+            names = pseudonyms.create(settings.privacy, paths.vault_folder)
+            lake = replace(lake, pseudonyms=replace(names, patients=pseudonyms.patient_rule(settings.privacy)))
         parser = Parser(
             lake.store,
             settings.ingest,
@@ -88,9 +89,12 @@ def run(spark: SparkSession, settings: Settings, progress: Progress | None = Non
             identity.tombstones(spark, lake.paths),
             settings.privacy.identity,
         )
+        if parser.pseudonyms.patients is not pseudonyms.patient_rule(settings.privacy):
+            logger.warning("the lake identifies patients by another rule than the settings: run `cbmir upgrade`")
         with record.stage("open"):
             published, rolled_back = _prepare_tables(lake, parser)
         lake.store.delete_folder(paths.staging)
+        lake.store.delete(paths.unlisted)
         try:
             report = _ingest(lake, published, archive, parser, record, progress)
         finally:
@@ -172,7 +176,8 @@ def _prepare_tables(lake: OpenLake, parser: Parser) -> tuple[Published, tuple[st
     spark, paths, pinned = lake.spark, lake.paths, lake.published
     preprocessing, vocabulary = parser.preprocessing.version, Vocabulary(parser.body_parts).version
     if pinned is None:
-        return publication.publish_empty(spark, paths, lake.names.key_id, preprocessing, vocabulary), ()
+        key_id, patients = lake.names.key_id, lake.names.patients
+        return publication.publish_empty(spark, paths, key_id, preprocessing, vocabulary, patients), ()
     if pinned.preprocessing != preprocessing:
         raise TableError(
             f"lake {paths.uri} holds pixels of preprocessing {pinned.preprocessing}, the `pixels` settings give "

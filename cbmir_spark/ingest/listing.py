@@ -1,7 +1,10 @@
 """List every object below an archive, in parallel; a listing that fails anywhere fails as a whole."""
 
+import csv
+import io
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
 from typing import Any
@@ -11,7 +14,7 @@ from py4j.protocol import Py4JJavaError
 from pyspark.errors import AnalysisException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.types import StructType
+from pyspark.sql.types import StringType, StructField, StructType
 
 from cbmir_spark import storage
 from cbmir_spark.errors import EnvironmentProblem, InputError
@@ -26,51 +29,67 @@ TASKS_FOR_A_CORE = 4
 _ROWS = 10_000
 
 LISTING = StructType([f for f in schemas.SOURCES.schema if f.name in (cols.URI, cols.SIZE, cols.MODIFIED, cols.ETAG)])
-# The size in a row that marks a folder which could not be listed.
-_FAILED = -1
+# The column, beside those of LISTING, that says why a folder could not be listed; null in the row of an object.
+CAUSE = "cause"
+WITH_CAUSE = StructType([*LISTING.fields, StructField(CAUSE, StringType())])
+# The size in the row of an entry that is neither a folder nor a file.
+NOT_A_FILE = -2
+# Folders that the file of a failed listing names, and causes that its message does.
+_FOLDERS_NAMED, _CAUSES_NAMED = 10_000, 3
+_NO_TIME = datetime.fromtimestamp(0, UTC)
 CONTENT = "content"
 _OBJECTS_AT_A_TIME = 8
 
 
-def list_archive(spark: SparkSession, archive: str, store: ObjectStore) -> DataFrame:
-    """List every object below an archive, hidden names included: (uri, size, modified, etag).
+@dataclass(frozen=True)
+class Unlisted:
+    """A folder or prefix that could not be listed, by its URI, and what the system or the server said."""
 
-    The driver descends folder by folder until there are enough folders to distribute; tasks list the rest. A folder
-    that cannot be listed becomes a row that `check_listing` finds: its name must not reach the logs of a failed task.
-    Schemes other than `file:` and `s3a:` are listed by Hadoop's connectors, which skip empty objects and names that
-    begin with a dot or an underscore. Raises InputError where the archive does not exist, EnvironmentProblem where
-    listing fails.
+    folder: str
+    cause: str
+
+
+def list_archive(spark: SparkSession, archive: str, store: ObjectStore) -> DataFrame:
+    """List every object below an archive, hidden names included: (uri, size, modified, etag, cause).
+
+    Entries that are neither folders nor files have the size NOT_A_FILE. The driver descends folder by folder until
+    there are enough folders to distribute; tasks list the rest. A folder that cannot be listed becomes a row with its
+    cause, which `check_listing` finds: its name must not reach the logs of a failed task. Where permissions refuse a
+    folder, the others are listed all the same; any other failure ends the listing early. Schemes other than `file:` and
+    `s3a:` are listed by Hadoop's connectors, which skip empty objects and names that begin with a dot or an underscore.
+    Raises InputError where an archive of theirs does not exist.
     """
     if not storage.is_native(archive):
         return _listed_by_hadoop(spark, archive)
-    found: list[storage.StoredObject] = []
-    folders, arrow = [archive], arrow_schema(LISTING)
+    found: list[storage.StoredObject | Unlisted] = []
+    folders, arrow = [archive], arrow_schema(WITH_CAUSE)
+    broken = False
     tasks = TASKS_FOR_A_CORE * spark.sparkContext.defaultParallelism
-    while folders and len(folders) < tasks:
+    while folders and len(folders) < tasks and not broken:
         deeper: list[str] = []
         for folder in folders:
             try:
-                below, objects = store.list_folder(folder)
-            except FileNotFoundError:
-                if folder == archive:
-                    raise _failure(1) from None
-                continue  # deleted since its parent was listed, with its objects
+                below, objects = _below(folder, store)
             except OSError as error:
-                raise _failure(1, error.strerror or type(error).__name__) from None
+                if isinstance(error, FileNotFoundError) and folder != archive:
+                    continue  # deleted since its parent was listed, with its objects
+                found.append(Unlisted(folder, _cause(error)))
+                broken = broken or not isinstance(error, PermissionError)
+                continue
             deeper += below
             found += objects
         folders = deeper
     here = spark.createDataFrame(pa.Table.from_batches(_batches(found), arrow))
-    if not folders:
+    if not folders or broken:
         return here
 
     def list_below(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
             for folder in batch.column(0).to_pylist():
-                yield from _batches(_objects(folder, store))
+                yield from _batches(objects_below(folder, store))
 
     shared = spark.createDataFrame([(folder,) for folder in folders], "folder string")
-    return here.unionByName(shared.repartition(tasks).mapInArrow(list_below, LISTING))
+    return here.unionByName(shared.repartition(tasks).mapInArrow(list_below, WITH_CAUSE))
 
 
 def with_content(spark: SparkSession, objects: DataFrame) -> DataFrame:
@@ -122,16 +141,21 @@ def _listed_by_hadoop(spark: SparkSession, archive: str) -> DataFrame:
             raise InputError(
                 f"archive {archive} does not exist: give the folder or prefix that holds the .dcm objects"
             ) from None
-        raise _failure(1) from None
+        return _nothing_but(spark, Unlisted(archive, error.getCondition() or type(error).__name__))
     except Py4JJavaError as error:
         cause: Any = error.java_exception
-        raise _failure(1, cause.getClass().getSimpleName()) from None
+        return _nothing_but(spark, Unlisted(archive, cause.getClass().getSimpleName()))
     return found.select(
         _spelled("path").alias(cols.URI),
         F.col("length").alias(cols.SIZE),
         F.col("modificationTime").alias(cols.MODIFIED),
         F.lit(None).cast("string").alias(cols.ETAG),
+        F.lit(None).cast("string").alias(CAUSE),
     )
+
+
+def _nothing_but(spark: SparkSession, failed: Unlisted) -> DataFrame:
+    return spark.createDataFrame(pa.Table.from_batches(_batches([failed]), arrow_schema(WITH_CAUSE)))
 
 
 def _spelled(column: str) -> Column:
@@ -139,39 +163,105 @@ def _spelled(column: str) -> Column:
     return F.regexp_replace(column, "^([a-z0-9]+):/(?!/)", "$1:///")
 
 
-def check_listing(listing: DataFrame) -> int:
-    """Count the objects of a written listing. Raises EnvironmentProblem where a folder could not be listed."""
-    counted = listing.select(F.count("*").alias("all"), F.count_if(F.col(cols.SIZE) == _FAILED).alias("failed")).first()
-    listed, failed = (counted["all"], counted["failed"]) if counted else (0, 0)
-    if failed:
-        raise _failure(failed)
-    return int(listed)
+@dataclass(frozen=True)
+class Listed:
+    """Numbers of rows of a listing: all, and those that are NOT_A_FILE."""
+
+    rows: int
+    no_files: int
 
 
-def _objects(folder: str, store: ObjectStore) -> Iterator[storage.StoredObject]:
+def check_listing(listing: DataFrame, named_in: str, store: ObjectStore) -> Listed:
+    """Count a written listing, of WITH_CAUSE.
+
+    Where folders could not be listed, writes them with their causes to the CSV file `named_in`, which must be in the
+    vault, and raises EnvironmentProblem, whose message names that file but no folder.
+    """
+    counted = listing.select(
+        F.count("*").alias("all"),
+        F.count(CAUSE).alias("failed"),
+        F.count_if(F.col(cols.SIZE) == NOT_A_FILE).alias("no_files"),
+    ).collect()[0]
+    if counted["failed"]:
+        failed = listing.where(F.col(CAUSE).isNotNull()).select(cols.URI, CAUSE).orderBy(cols.URI)
+        named = [Unlisted(row[cols.URI], row[CAUSE]) for row in failed.limit(_FOLDERS_NAMED).collect()]
+        store.write_bytes(named_in, _as_csv(named))
+        raise _failure(counted["failed"], named, named_in)
+    return Listed(counted["all"], counted["no_files"])
+
+
+def _below(folder: str, store: ObjectStore) -> tuple[list[str], list[storage.StoredObject]]:
+    """List a folder and its objects, those that are no files among them; an unusable name makes a folder one too."""
+    if not storage.is_local(folder):
+        return store.list_folder(folder)
     try:
-        yield from store.list_objects(folder)
-    except FileNotFoundError:
-        return  # deleted since its parent was listed, with its objects
-    except OSError:
-        yield storage.StoredObject(folder, _FAILED, datetime.fromtimestamp(0, UTC))
+        folders, objects, others = store.scan_folder(folder)
+    except OSError as error:
+        if error.errno not in storage.NO_FILE:
+            raise
+        folders, objects, others = [], [], [folder]
+    return folders, [*objects, *(storage.StoredObject(uri, NOT_A_FILE, _NO_TIME) for uri in others)]
 
 
-def _batches(objects: Iterable[storage.StoredObject]) -> Iterator[pa.RecordBatch]:
-    left, arrow = iter(objects), arrow_schema(LISTING)
+def objects_below(folder: str, store: ObjectStore) -> Iterator[storage.StoredObject | Unlisted]:
+    """List a folder with all below it, and the folders there that cannot be listed."""
+    if not storage.is_local(folder):
+        try:
+            yield from store.list_objects(folder)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            yield Unlisted(folder, _cause(error))
+        return
+    left = [folder]
+    while left:
+        folder = left.pop()
+        try:
+            below, objects = _below(folder, store)
+        except FileNotFoundError:
+            continue  # deleted since its parent was listed, with its objects
+        except PermissionError as error:
+            yield Unlisted(folder, _cause(error))
+            continue
+        except OSError as error:
+            yield Unlisted(folder, _cause(error))
+            return
+        yield from objects
+        left += reversed(below)
+
+
+def _cause(error: OSError) -> str:
+    """What the system says of an error, or what the text of a StorageError does: neither names a folder."""
+    return error.strerror or str(error) or type(error).__name__
+
+
+def _batches(found: Iterable[storage.StoredObject | Unlisted]) -> Iterator[pa.RecordBatch]:
+    left, arrow = iter(found), arrow_schema(WITH_CAUSE)
     while some := list(islice(left, _ROWS)):
-        columns = {
-            cols.URI: [each.uri for each in some],
-            cols.SIZE: [each.size for each in some],
-            cols.MODIFIED: [each.modified for each in some],
-            cols.ETAG: [each.etag for each in some],
-        }
-        yield pa.RecordBatch.from_pydict(columns, schema=arrow)
+        columns = zip(*(_row(each) for each in some), strict=True)
+        yield pa.RecordBatch.from_pydict({f.name: list(c) for f, c in zip(arrow, columns, strict=True)}, schema=arrow)
 
 
-def _failure(folders: int, cause: str = "") -> EnvironmentProblem:
-    why = f" ({cause})" if cause else ""
+def _row(found: storage.StoredObject | Unlisted) -> tuple[object, ...]:
+    """A row of WITH_CAUSE."""
+    if isinstance(found, Unlisted):
+        return found.folder, 0, _NO_TIME, None, found.cause
+    return found.uri, found.size, found.modified, found.etag, None
+
+
+def _as_csv(folders: Iterable[Unlisted]) -> bytes:
+    text = io.StringIO(newline="")
+    sheet = csv.writer(text)
+    sheet.writerow(("folder", CAUSE))
+    sheet.writerows((each.folder, each.cause) for each in folders)
+    return text.getvalue().encode()
+
+
+def _failure(count: int, named: Iterable[Unlisted], named_in: str) -> EnvironmentProblem:
+    causes = sorted({each.cause for each in named})
+    why = "; ".join(causes[:_CAUSES_NAMED]) + ("; …" if len(causes) > _CAUSES_NAMED else "")
+    place = storage.local_path(named_in) if storage.is_local(named_in) else named_in
     return EnvironmentProblem(
-        f"{folders} folders or prefixes of the archive could not be listed{why}: nothing was read and nothing marked "
-        "as deleted; check the storage and its permissions, then run `cbmir ingest` again"
+        f"{count} folders or prefixes of the archive could not be listed ({why}): nothing was read and nothing marked "
+        f"as deleted; {place} names them; check the storage and its permissions, then run `cbmir ingest` again"
     )

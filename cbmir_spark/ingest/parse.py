@@ -10,7 +10,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -31,7 +31,7 @@ from cbmir_spark.ingest.reconcile import IDENTIFIERS, PARSED, STAGED_BY
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import schemas
 from cbmir_spark.lake.arrow import arrow_schema
-from cbmir_spark.lake.pseudonyms import Identity, Pseudonyms, identities, is_forgotten
+from cbmir_spark.lake.pseudonyms import Identity, Patient, PatientRule, Pseudonyms, identities, is_forgotten
 from cbmir_spark.storage import ObjectStore, StoredObject
 
 # Frames in one staged file: 32 MB in memory until it is written.
@@ -47,6 +47,7 @@ STAGED = StructType(
         StructField(cols.DIGEST, StringType()),
         StructField(cols.OUTCOME, StringType()),
         StructField(cols.REASON, StringType()),
+        StructField(cols.DETAIL, StringType()),
         StructField(cols.IMAGE_ID, StringType()),
         StructField("tags", _TAGS_OF_INSTANCE),
         StructField(IDENTIFIERS, MapType(StringType(), StringType())),
@@ -70,8 +71,8 @@ Tally = Callable[[Counter[str]], None]
 class Parser:
     """Everything a task needs to turn an object into a staged row; carries the key's path, never the key.
 
-    `forgotten` are tombstones (see `identity.tombstones`): nothing is stored of what they name. With `identity` staged
-    rows carry the identifiers, which belong in the vault alone.
+    `forgotten` are what `identity.tombstones` returns: nothing is stored of what they name. With `identity` staged rows
+    carry the identifiers, which belong in the vault alone.
     """
 
     store: ObjectStore
@@ -79,7 +80,7 @@ class Parser:
     preprocessing: Preprocessing
     body_parts: Mapping[str, str]
     pseudonyms: Pseudonyms
-    forgotten: frozenset[str] = frozenset()
+    forgotten: Mapping[PatientRule, frozenset[str]] = field(default_factory=dict)
     identity: bool = False
 
     @property
@@ -109,6 +110,7 @@ class ParsedObject:
 
     outcome: str
     reason: str | None = None
+    detail: str | None = None
     found: StoredObject | None = None
     digest: str | None = None
     tags: Mapping[str, object] | None = None
@@ -186,12 +188,12 @@ def _parsed(fetched: Fetched, parser: Parser) -> ParsedObject:
     try:
         instance = _decoder(_decoding(parser)).read(fetched.content)
     except NotAnImage as error:
-        return ParsedObject(cols.NOT_AN_IMAGE, str(error.reason), found, digest)
+        return ParsedObject(cols.NOT_AN_IMAGE, str(error.reason), None, found, digest)
     except Rejected as error:
-        return ParsedObject(cols.REJECTED, str(error.reason), found, digest)
+        return ParsedObject(cols.REJECTED, str(error.reason), error.detail or None, found, digest)
+    if _is_forgotten(instance, parser):
+        return ParsedObject(cols.REJECTED, cols.ERASED, found=found)
     owners = owners_of(instance, parser.pseudonyms)
-    if is_forgotten(owners, parser.forgotten):
-        return ParsedObject(cols.REJECTED, cols.ERASED, found)
     frames = tuple(
         ParsedFrame(
             frame.number, (pixels := frame.pixels.tobytes()), frame.low, frame.high, hashlib.sha256(pixels).hexdigest()
@@ -201,7 +203,8 @@ def _parsed(fetched: Fetched, parser: Parser) -> ParsedObject:
     identifiers = None
     if parser.identity:
         identifiers = {each.kind: each.identifier for each in owners if each.identifier is not None}
-    return ParsedObject(PARSED, None, found, digest, tags_of(instance, owners), identifiers, frames)
+        identifiers |= {cols.ISSUER: issuer} if (issuer := owners[-1].issuer) is not None else {}
+    return ParsedObject(PARSED, None, None, found, digest, tags_of(instance, owners), identifiers, frames)
 
 
 def _staged(listed: dict[str, Any], parsed: ParsedObject, attempt: str) -> dict[str, Any]:
@@ -211,6 +214,7 @@ def _staged(listed: dict[str, Any], parsed: ParsedObject, attempt: str) -> dict[
         cols.DIGEST: parsed.digest,
         cols.OUTCOME: parsed.outcome,
         cols.REASON: parsed.reason,
+        cols.DETAIL: parsed.detail,
         cols.IMAGE_ID: parsed.image_id,
         "tags": parsed.tags,
         IDENTIFIERS: parsed.identifiers,
@@ -226,7 +230,16 @@ def owners_of(instance: Instance, names: Pseudonyms) -> tuple[Identity, ...]:
     """The pseudonyms of an instance and of what it belongs to."""
     tags = instance.tags
     uids = (tags.sop_instance_uid, tags.series_instance_uid, tags.study_instance_uid)
-    return identities(*uids, tags.patient_id_raw, names)
+    patient = Patient(tags.patient_id_raw, tags.patient_id_first, tags.patient_issuer)
+    return identities(*uids, patient, names)
+
+
+def _is_forgotten(instance: Instance, parser: Parser) -> bool:
+    """True if a tombstone names the instance, or did by the rule for patients that the lake had then."""
+    return any(
+        is_forgotten(owners_of(instance, replace(parser.pseudonyms, patients=rule)), names)
+        for rule, names in parser.forgotten.items()
+    )
 
 
 def tags_of(instance: Instance, owners: Iterable[Identity]) -> dict[str, object]:

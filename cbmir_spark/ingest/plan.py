@@ -13,19 +13,21 @@ from pyspark.sql import functions as F
 from cbmir_spark import storage
 from cbmir_spark.config import IngestSettings
 from cbmir_spark.errors import EnvironmentProblem, InputError, TableError
-from cbmir_spark.ingest.listing import LISTING, check_listing, list_archive
-from cbmir_spark.ingest.reconcile import (
+from cbmir_spark.ingest.compare import (
     ACTION,
     KNOWN_OUTCOME,
+    MARKED,
     MISSING,
     PROMOTED,
     READ,
     SLICE,
     UNCHANGED,
     compare,
+    keep_unreachable,
     promote,
     slices,
 )
+from cbmir_spark.ingest.listing import LISTING, WITH_CAUSE, Listed, check_listing, list_archive
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake.open import OpenLake
 from cbmir_spark.lake.runs import Record
@@ -69,15 +71,17 @@ class Staging:
 class Plan:
     """The work of one run.
 
-    Of the `listed` objects, `unchanged` need nothing and `to_read` are new or changed; `missing` objects are in SOURCES
-    but no longer in the archive. `work` has the columns that `reconcile.slices` returns; `batches` are the numbers of
-    its slices that are not empty, in the order in which to publish them.
+    Of the `listed` objects, `unchanged` need nothing and `to_read` are new, changed, or marked to be read again, as
+    `marked` of them are; `missing` objects are in SOURCES but no longer in the archive. `work` has the columns that
+    `compare.slices` returns; `batches` are the numbers of its slices that are not empty, in the order in which to
+    publish them.
     """
 
     listed: int
     unchanged: int
     to_read: int
     missing: int
+    marked: int
     work: DataFrame
     batches: tuple[int, ...]
 
@@ -104,10 +108,10 @@ def make_plan(
         listed = _write_listing(lake, archive, staging)
     with record.stage("compare"):
         compared = _compare(lake, archive, sources, listed, staging)
-        check_counts(listed, compared.unchanged + compared.to_read, "compared with SOURCES")
+        check_counts(listed.rows, compared.unchanged + compared.to_read, "compared with SOURCES")
         count = math.ceil(compared.to_read / limits.max_files_per_batch) or int(compared.missing > 0)
         work, batches = _divide(lake, compared, sources, count, staging)
-    return Plan(listed, compared.unchanged, compared.to_read, compared.missing, work, batches)
+    return Plan(listed.rows, compared.unchanged, compared.to_read, compared.missing, compared.marked, work, batches)
 
 
 def check_counts(expected: int, found: int, step: str) -> None:
@@ -127,10 +131,11 @@ class _Compared:
     unchanged: int = 0
     missing: int = 0
     known: int = 0
+    marked: int = 0
 
 
-def _write_listing(lake: OpenLake, archive: str, staging: Staging) -> int:
-    """List the archive into the staging folder; the number of objects."""
+def _write_listing(lake: OpenLake, archive: str, staging: Staging) -> Listed:
+    """List the archive into the staging folder."""
     mount = storage.mount_of(archive)
     list_archive(lake.spark, archive, lake.store).write.parquet(staging.listing)
     if storage.mount_of(archive) != mount:
@@ -138,18 +143,21 @@ def _write_listing(lake: OpenLake, archive: str, staging: Staging) -> int:
             f"archive {archive} was mounted or unmounted while it was listed: nothing was read and nothing marked as "
             "deleted; run `cbmir ingest` again"
         )
-    return check_listing(lake.spark.read.schema(LISTING).parquet(staging.listing))
+    written = lake.spark.read.schema(WITH_CAUSE).parquet(staging.listing)
+    return check_listing(written, lake.paths.unlisted, lake.store)
 
 
-def _compare(lake: OpenLake, archive: str, sources: DataFrame, listed: int, staging: Staging) -> _Compared:
+def _compare(lake: OpenLake, archive: str, sources: DataFrame, listed: Listed, staging: Staging) -> _Compared:
     listing = lake.spark.read.schema(LISTING).parquet(staging.listing)
     known = sources.where(F.startswith(F.col(cols.URI), F.lit(archive + "/")))
-    if not listed and (missing := known.where(F.col(cols.OUTCOME) != cols.DELETED).count()):
+    if not listed.rows and (missing := known.where(F.col(cols.OUTCOME) != cols.DELETED).count()):
         raise InputError(
             f"archive {archive} is empty, but {missing} of its objects are known: is it mounted? Nothing was deleted"
         )
+    if listed.no_files:
+        listing, known = keep_unreachable(listing, known)
     compared = compare(listing, known)
-    if not listed:
+    if not listed.rows:
         return _Compared(compared)
     is_read = F.col(ACTION) == READ
     # One pass over an archive of millions: its unchanged objects are counted and not written.
@@ -160,6 +168,7 @@ def _compare(lake: OpenLake, archive: str, sources: DataFrame, listed: int, stag
         F.count_if(F.col(ACTION) == UNCHANGED).alias("unchanged"),
         F.count_if(F.col(ACTION) == MISSING).alias("missing"),
         F.count_if(is_read & F.col(KNOWN_OUTCOME).isNotNull()).alias("known"),
+        F.count_if(is_read & F.col(MARKED)).alias("marked"),
     )
     observed.where(F.col(ACTION) != UNCHANGED).write.parquet(staging.actions)
     return _Compared(lake.spark.read.schema(compared.schema).parquet(staging.actions), **counts.get)

@@ -12,17 +12,18 @@ from pyspark.sql import DataFrame, Row
 from pyspark.sql import functions as F
 
 from cbmir_spark.ingest.batch import Parsed
+from cbmir_spark.ingest.compare import UNCHANGED
 from cbmir_spark.ingest.parse import FRAME_COUNT, STAGED_FRAMES, Parser
 from cbmir_spark.ingest.plan import Plan, Staging, check_counts
 from cbmir_spark.ingest.reconcile import (
     KNOWN,
     TALLY,
-    UNCHANGED,
     arrivals,
     identity_rows,
     newcomers,
     pixel_rows,
     resolve,
+    same_as_before,
     source_rows,
     superseded,
     tag_rows,
@@ -63,7 +64,8 @@ def publish_batch(
     batch = before.batch + 1
     with record.stage("resolve"):
         sources = lake.table(schemas.SOURCES, before.sources).rows
-        resolve(parsed.staged, sources, plan.work, parsed.number).write.parquet(staging.resolved(parsed.number))
+        same = _same(lake, before, parsed, staging) if plan.marked else None
+        resolve(parsed.staged, sources, plan.work, parsed.number, same).write.parquet(staging.resolved(parsed.number))
         resolved = lake.spark.read.parquet(staging.resolved(parsed.number))
         work = plan.batch(parsed.number)
         rows = source_rows(parsed.staged, resolved, work, parser.pseudonyms.key_id, batch)
@@ -79,6 +81,15 @@ def publish_batch(
         _prune_identities(lake, resolved, before, published)
     unchanged = outcomes.pop(UNCHANGED, 0)
     return Batch(published, outcomes, unchanged, reasons, frames)
+
+
+def _same(lake: OpenLake, before: Published, parsed: Parsed, staging: Staging) -> DataFrame | None:
+    """Objects of the batch that give the rows which are published already, lazy; None if the batch has no frames."""
+    if lake.store.kind(staging.frames(parsed.number)) != "folder":
+        return None
+    frames = lake.spark.read.schema(STAGED_FRAMES).parquet(staging.frames(parsed.number))
+    tags, pixels = lake.table(schemas.TAGS, before.tags).rows, lake.table(schemas.PIXELS, before.pixels).rows
+    return same_as_before(parsed.staged, frames, tags, pixels)
 
 
 def _count(rows: Sequence[Row]) -> tuple[Counter[str], Counter[str]]:

@@ -1,13 +1,25 @@
-"""Decide which objects to read, and which object represents each SOP instance: pure DataFrame transforms.
+"""Decide which object represents each SOP instance, and which rows arrive and leave: pure DataFrame transforms.
 
-SOURCES is both catalogue and quarantine. Comparing a listing with it shows what is new, changed or missing. The parsed
-objects, together with the known rows of the same images, then show which object wins, which are duplicates or
-conflicts, which rows leave TAGS and PIXELS and which arrive. Nothing here reads or writes a table.
+SOURCES is both catalogue and quarantine. The parsed objects, together with the known rows of the same images, show
+which object wins, which are duplicates or conflicts, which rows leave TAGS and PIXELS and which arrive. Nothing here
+reads or writes a table.
 """
 
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
+from cbmir_spark.dicom.preprocessing import READING_REVISION
+from cbmir_spark.ingest.compare import (
+    ACTION,
+    KNOWN_DIGEST,
+    KNOWN_IMAGE,
+    KNOWN_OUTCOME,
+    MISSING,
+    PROMOTED,
+    READ,
+    SLICE,
+    UNCHANGED,
+)
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import schemas
 
@@ -15,100 +27,48 @@ from cbmir_spark.lake import schemas
 PARSED = "parsed"
 # A staged row's identifiers by kind.
 IDENTIFIERS = "identifiers"
-# Columns of the work of a run.
-SLICE = "slice"
-PROMOTED = "promoted"
 # The attempt of a task that staged an object; its frames carry the same.
 STAGED_BY = "staged_by"
 # Columns beside the rows of SOURCES that a slice results in.
 TALLY, KNOWN = "tally", "known"
-ACTION = "action"
-READ, UNCHANGED, MISSING = "read", "unchanged", "missing"
-KNOWN_OUTCOME, KNOWN_DIGEST, KNOWN_IMAGE = "known_outcome", "known_digest", "known_image"
 
 
-def compare(listing: DataFrame, known: DataFrame) -> DataFrame:
-    """Decide about each object: (uri, size, modified, etag, action, known_outcome, known_digest, known_image).
+def same_as_before(staged: DataFrame, frames: DataFrame, tags: DataFrame, pixels: DataFrame) -> DataFrame:
+    """Select the staged objects that give the rows which their images have already: (image_id, digest).
 
-    `action` is one of read, unchanged, missing. `listing` is (uri, size, modified, etag); `known` are rows of SOURCES
-    below the same archive. Objects that vanished or could not be read last time, or are marked for reading, are read if
-    they are listed; those already marked deleted and still absent are left out.
+    `staged` and `frames` are STAGED and STAGED_FRAMES, `tags` and `pixels` the tables. Of PIXELS the columns without
+    the pixels are read.
     """
-    before = known.select(
+    names = [f.name for f in schemas.TAGS.schema if f.name != cols.BATCH]
+    read = staged.where(F.col(cols.OUTCOME) == PARSED).select(
+        cols.IMAGE_ID,
+        cols.DIGEST,
         cols.URI,
-        F.col(cols.SIZE).alias("known_size"),
-        F.col(cols.MODIFIED).alias("known_modified"),
-        F.col(cols.ETAG).alias("known_etag"),
-        F.col(cols.OUTCOME).alias(KNOWN_OUTCOME),
-        F.col(cols.DIGEST).alias(KNOWN_DIGEST),
-        F.col(cols.IMAGE_ID).alias(KNOWN_IMAGE),
-        F.coalesce(F.col(cols.REASON).isin(cols.REREAD, cols.UNREADABLE), F.lit(False)).alias("due"),
+        STAGED_BY,
+        F.struct(*[F.col(f"tags.{name}") for name in names]).alias("new_tags"),
     )
-    # Times of object storage have whole seconds; an ETag, where there is one, distinguishes two writes in one second.
-    etags = F.coalesce(F.col(cols.ETAG) == F.col("known_etag"), F.lit(True))
-    same = (F.col(cols.SIZE) == F.col("known_size")) & (F.col(cols.MODIFIED) == F.col("known_modified")) & etags
-    settled = ~F.col("due") & ~F.col(KNOWN_OUTCOME).isin(cols.VANISHED, cols.DELETED)
-    action = F.when(F.col(cols.SIZE).isNull(), MISSING).when(same & settled, UNCHANGED).otherwise(READ)
+    images = F.broadcast(read.select(cols.IMAGE_ID).distinct())
+    before = tags.join(images, on=cols.IMAGE_ID, how="left_semi").select(
+        F.col(cols.IMAGE_ID), F.struct(*names).alias("old_tags")
+    )
+    of_frame = (cols.FRAME, cols.PIXEL_DIGEST, cols.PREPROCESSING, cols.WINDOW_LOW, cols.WINDOW_HIGH)
+    all_frames = F.sort_array(F.collect_list(F.struct(*of_frame)))
+    new = frames.groupBy(cols.URI, STAGED_BY).agg(all_frames.alias("new_frames"))
+    old = pixels.join(images, on=cols.IMAGE_ID, how="left_semi").groupBy(cols.IMAGE_ID)
     return (
-        listing.join(before, on=cols.URI, how="full_outer")
-        .where(F.col(cols.SIZE).isNotNull() | (F.col(KNOWN_OUTCOME) != cols.DELETED))
-        .select(
-            cols.URI,
-            F.coalesce(cols.SIZE, "known_size").alias(cols.SIZE),
-            F.coalesce(cols.MODIFIED, "known_modified").alias(cols.MODIFIED),
-            F.when(F.col(cols.SIZE).isNull(), F.col("known_etag")).otherwise(F.col(cols.ETAG)).alias(cols.ETAG),
-            action.alias(ACTION),
-            KNOWN_OUTCOME,
-            KNOWN_DIGEST,
-            KNOWN_IMAGE,
-        )
+        read.join(before, on=cols.IMAGE_ID)
+        .where(F.col("new_tags").eqNullSafe(F.col("old_tags")))
+        .join(new, on=[cols.URI, STAGED_BY])
+        .join(old.agg(all_frames.alias("old_frames")), on=cols.IMAGE_ID)
+        .where(F.col("new_frames").eqNullSafe(F.col("old_frames")))
+        .select(cols.IMAGE_ID, cols.DIGEST)
+        .distinct()
     )
 
 
-def promote(actions: DataFrame, sources: DataFrame) -> DataFrame:
-    """Select the objects to read again because the one that represents their SOP instance changed or is missing.
-
-    Returns duplicates and conflict losers of the same image, in the columns of `actions`.
-    """
-    known = actions.where((F.col(ACTION) != UNCHANGED) & F.col(KNOWN_OUTCOME).isNotNull())
-    moved = known.select(cols.URI)
-    causes = (
-        known.where(F.col(KNOWN_OUTCOME) == cols.INGESTED).select(F.col(KNOWN_IMAGE).alias(cols.IMAGE_ID)).distinct()
-    )
-    survivors = sources.where(F.col(cols.OUTCOME).isin(cols.DUPLICATE, cols.CONFLICT)).join(
-        moved, on=cols.URI, how="left_anti"
-    )
-    return survivors.join(causes, on=cols.IMAGE_ID, how="left_semi").select(
-        cols.URI,
-        cols.SIZE,
-        cols.MODIFIED,
-        cols.ETAG,
-        F.lit(READ).alias(ACTION),
-        F.col(cols.OUTCOME).alias(KNOWN_OUTCOME),
-        F.col(cols.DIGEST).alias(KNOWN_DIGEST),
-        F.col(cols.IMAGE_ID).alias(KNOWN_IMAGE),
-    )
-
-
-def slices(actions: DataFrame, promoted: DataFrame, count: int) -> DataFrame:
-    """Divide the work into `count` slices: the columns of `actions`, promoted, slice.
-
-    Known objects of one image share a slice, so that the image has rows throughout; images that miss an object come
-    first. Everything else is spread by a hash, so that no sort is needed.
-    """
-    work = actions.where(F.col(ACTION) != UNCHANGED).withColumn(PROMOTED, F.lit(False))
-    missing = actions.where((F.col(ACTION) == MISSING) & F.col(KNOWN_IMAGE).isNotNull())
-    incomplete = missing.select(KNOWN_IMAGE, F.lit(True).alias("incomplete")).distinct()
-    spread = F.pmod(F.xxhash64(F.coalesce(F.col(KNOWN_IMAGE), F.col(cols.URI))), F.lit(count)).cast("int")
-    first = (F.col(ACTION) == MISSING) | F.col("incomplete").isNotNull()
-    return (
-        work.unionByName(promoted.withColumn(PROMOTED, F.lit(True)))
-        .join(incomplete, on=KNOWN_IMAGE, how="left")
-        .select(*actions.columns, PROMOTED, F.when(first, 0).otherwise(spread).alias(SLICE))
-    )
-
-
-def resolve(staged: DataFrame, sources: DataFrame, work: DataFrame, slice_: int) -> DataFrame:
+def resolve(
+    staged: DataFrame, sources: DataFrame, work: DataFrame, slice_: int, same: DataFrame | None = None
+) -> DataFrame:
     """Choose the object that represents each SOP instance which this slice touches.
 
     Contenders are the objects just parsed and the known rows of the same images, except those that a later slice reads
@@ -117,16 +77,18 @@ def resolve(staged: DataFrame, sources: DataFrame, work: DataFrame, slice_: int)
     the image. Times are compared in whole seconds, as object storage gives them. So the result depends on the content
     of storage alone, not on the order of reading or on the file system.
 
-    Returns one row for each contender: (uri, size, modified, etag, digest, image_id, known_outcome, outcome,
+    Returns one row for each contender: (uri, size, modified, etag, digest, revision, image_id, known_outcome, outcome,
     winner_digest, current_digest, current_batch, stale), plus one with a null uri for each image without any
     contender left. `known_outcome` is that of a row of SOURCES which was not read again; `stale` rows in the tables
-    must be written again whichever object wins.
+    must be written again whichever object wins: their object was marked to be read again, and is not among the `same`,
+    which `same_as_before` found.
     """
     ingested = F.col(KNOWN_OUTCOME) == cols.INGESTED
     contender = (cols.URI, cols.SIZE, cols.MODIFIED, cols.ETAG, cols.DIGEST)
     parsed = staged.where(F.col(cols.OUTCOME) == PARSED).select(
         cols.IMAGE_ID,
         *contender,
+        F.lit(READING_REVISION).alias(cols.REVISION),
         F.lit(None).cast("string").alias(KNOWN_OUTCOME),
         F.lit(None).cast("bigint").alias(cols.BATCH),
         F.lit(False).alias("reread"),
@@ -147,6 +109,7 @@ def resolve(staged: DataFrame, sources: DataFrame, work: DataFrame, slice_: int)
         .select(
             cols.IMAGE_ID,
             *contender,
+            cols.REVISION,
             KNOWN_OUTCOME,
             cols.BATCH,
             F.coalesce(ingested & (F.col(cols.REASON) == cols.REREAD), F.lit(False)).alias("reread"),
@@ -184,14 +147,21 @@ def resolve(staged: DataFrame, sources: DataFrame, work: DataFrame, slice_: int)
         .when(F.col(cols.DIGEST) == F.col("winner_digest"), cols.DUPLICATE)
         .otherwise(cols.CONFLICT)
     )
+    stale = F.col("stale")
+    if same is not None:
+        unchanged = same.select(
+            cols.IMAGE_ID, F.col(cols.DIGEST).alias("winner_digest"), F.lit(True).alias("unchanged")
+        )
+        ranked = ranked.join(unchanged, on=[cols.IMAGE_ID, "winner_digest"], how="left")
+        stale &= F.col("unchanged").isNull()
     return ranked.select(
         cols.IMAGE_ID,
-        *[F.when(F.col("contends"), F.col(name)).alias(name) for name in (*contender, KNOWN_OUTCOME)],
+        *[F.when(F.col("contends"), F.col(name)).alias(name) for name in (*contender, cols.REVISION, KNOWN_OUTCOME)],
         F.when(F.col("contends"), outcome).alias(cols.OUTCOME),
         "winner_digest",
         F.col(f"current.{cols.DIGEST}").alias("current_digest"),
         F.col(f"current.{cols.BATCH}").alias("current_batch"),
-        "stale",
+        stale.alias("stale"),
     )
 
 
@@ -241,7 +211,11 @@ def identity_rows(arrived: DataFrame, key_id: str) -> DataFrame:
     named = [F.struct(F.lit(kind).alias(cols.KIND), id_.alias(cols.PSEUDONYM)) for kind, id_ in owners]
     return (
         arrived.select(IDENTIFIERS, F.explode(F.array(*named)).alias("owner"))
-        .select("owner.*", F.col(IDENTIFIERS)[F.col(f"owner.{cols.KIND}")].alias(cols.IDENTIFIER))
+        .select(
+            "owner.*",
+            F.col(IDENTIFIERS)[F.col(f"owner.{cols.KIND}")].alias(cols.IDENTIFIER),
+            F.when(F.col(f"owner.{cols.KIND}") == "patient", F.col(IDENTIFIERS)[cols.ISSUER]).alias(cols.ISSUER),
+        )
         .where(F.col(cols.IDENTIFIER).isNotNull())
         .withColumn(cols.KEY_ID, F.lit(key_id))
         .distinct()
@@ -276,8 +250,10 @@ def source_rows(staged: DataFrame, resolved: DataFrame, work: DataFrame, key_id:
         cols.DIGEST,
         cols.OUTCOME,
         none.alias(cols.REASON),
+        none.alias(cols.DETAIL),
         cols.IMAGE_ID,
         F.when(current, F.col("current_batch")).otherwise(here).alias(cols.BATCH),
+        cols.REVISION,
         F.col(KNOWN_OUTCOME).isNotNull().alias("settled"),
     )
     unusable = staged.where(F.col(cols.OUTCOME) != PARSED).select(
@@ -288,8 +264,10 @@ def source_rows(staged: DataFrame, resolved: DataFrame, work: DataFrame, key_id:
         cols.DIGEST,
         cols.OUTCOME,
         cols.REASON,
+        cols.DETAIL,
         none.alias(cols.IMAGE_ID),
         here.alias(cols.BATCH),
+        F.lit(READING_REVISION).alias(cols.REVISION),
         F.lit(False).alias("settled"),
     )
     deleted = work.where(F.col(ACTION) == MISSING).select(
@@ -300,8 +278,10 @@ def source_rows(staged: DataFrame, resolved: DataFrame, work: DataFrame, key_id:
         none.alias(cols.DIGEST),
         F.lit(cols.DELETED).alias(cols.OUTCOME),
         none.alias(cols.REASON),
+        none.alias(cols.DETAIL),
         none.alias(cols.IMAGE_ID),
         here.alias(cols.BATCH),
+        F.lit(None).cast("int").alias(cols.REVISION),
         F.lit(True).alias("settled"),
     )
     rows = decided.unionByName(unusable).unionByName(deleted)

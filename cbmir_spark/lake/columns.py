@@ -53,6 +53,8 @@ ETAG = "etag"
 DIGEST = "digest"
 OUTCOME = "outcome"
 REASON = "reason"
+DETAIL = "detail"
+REVISION = "revision"
 KEY_ID = "key_id"
 QUERY_ID = "query_id"
 RANK = "rank"
@@ -65,6 +67,8 @@ RUN_ID = "run_id"
 JOB = "job"
 PSEUDONYM = "pseudonym"
 IDENTIFIER = "identifier"
+ISSUER = "issuer"
+PATIENT_RULE = "patient_rule"
 FORGOTTEN_AT = "forgotten_at"
 
 # Outcomes of an object in SOURCES.
@@ -83,5 +87,11 @@ FROM_TAG, FROM_PREDICTION, FROM_NOTHING = "tag", "predicted", "unknown"
 
 # Reasons to read an unchanged object again: its pixels have to be computed again, or storage refused it.
 REREAD, UNREADABLE = "REREAD", "UNREADABLE"
+# The reason of an entry of the archive that is neither a folder nor a file: a pipe, a link that leads nowhere.
+NOT_A_FILE = "NOT_A_FILE"
+# Reasons why an object that was listed could not be read: it was deleted, or changed during every attempt.
+GONE, REPLACED = "GONE", "REPLACED_WHILE_READ"
 # The reason why nothing of an object is stored: its image, series, study or patient was erased.
 ERASED = "FORGOTTEN"
+# Reasons beside those of dicom.reasons.Reason.
+REASONS = (NOT_A_FILE, UNREADABLE, GONE, REPLACED, ERASED, REREAD)

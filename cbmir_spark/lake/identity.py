@@ -1,18 +1,23 @@
 """IDENTITY and FORGOTTEN, the vault's tables about people: pseudonyms with their identifiers, and tombstones."""
 
+from collections.abc import Mapping
+
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from cbmir_spark.lake import delta
-from cbmir_spark.lake.columns import KIND, PSEUDONYM
+from cbmir_spark.lake.columns import KIND, PATIENT_RULE, PSEUDONYM
+from cbmir_spark.lake.delta import TableVersion
 from cbmir_spark.lake.paths import LakePaths
+from cbmir_spark.lake.pseudonyms import PatientRule
 from cbmir_spark.lake.schemas import FORGOTTEN, IDENTITY, OWNERS, Table
 
 
-def merge_new(spark: SparkSession, rows: DataFrame, table: Table, path: str) -> int:
-    """Insert the rows whose kind and pseudonym the table (IDENTITY or FORGOTTEN) lacks; the number inserted."""
+def merge_new(spark: SparkSession, rows: DataFrame, table: Table, path: str, *more_keys: str) -> int:
+    """Insert the rows whose kind, pseudonym and further keys the table (IDENTITY or FORGOTTEN) lacks; their number."""
     delta.ensure(spark, table, path)
-    return delta.insert_missing(rows, table, path, [KIND, PSEUDONYM])
+    delta.evolve(TableVersion(spark, path, delta.version(spark, path)), table)
+    return delta.insert_missing(rows, table, path, [KIND, PSEUDONYM, *more_keys])
 
 
 def merge_identities(spark: SparkSession, lake: LakePaths, rows: DataFrame) -> int:
@@ -46,10 +51,16 @@ def _owners(tags: DataFrame) -> DataFrame:
     return tags.select(F.explode(F.array(*named)).alias("owner")).select("owner.*")
 
 
-def tombstones(spark: SparkSession, lake: LakePaths) -> frozenset[str]:
-    """Collect what ingest must not store, as kind:pseudonym; requests to forget are few enough for a driver."""
+def tombstones(spark: SparkSession, lake: LakePaths) -> Mapping[PatientRule, frozenset[str]]:
+    """Collect what ingest must not store: kind:pseudonym by the rule that made the pseudonyms of patients.
+
+    Requests to forget are few enough for a driver.
+    """
     path = lake.path(FORGOTTEN)
     if not delta.exists(spark, path):
-        return frozenset()
-    rows = delta.read(spark, path).select(KIND, PSEUDONYM).collect()
-    return frozenset(f"{row[KIND]}:{row[PSEUDONYM]}" for row in rows)
+        return {}
+    found: dict[PatientRule, set[str]] = {}
+    for row in delta.read(spark, path).collect():
+        rule = PatientRule(row.asDict().get(PATIENT_RULE) or PatientRule.FIRST)
+        found.setdefault(rule, set()).add(f"{row[KIND]}:{row[PSEUDONYM]}")
+    return {rule: frozenset(names) for rule, names in found.items()}

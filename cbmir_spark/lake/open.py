@@ -134,6 +134,8 @@ def _pseudonyms(paths: LakePaths, privacy: PrivacySettings, published: Published
     if not pseudonyms.is_configured(privacy) and (published is None or paths.vault_folder is None):
         return None
     names = pseudonyms.load(privacy, paths.vault_folder)
+    rule = pseudonyms.patient_rule(privacy) if published is None else published.patients
+    names = replace(names, patients=rule)
     if published is not None and names.key_id != published.key_id:
         raise TableError(
             f"lake {paths.uri} was made with pseudonym key {published.key_id}, the settings give {names.key_id}: "

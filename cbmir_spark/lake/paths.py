@@ -66,6 +66,11 @@ class LakePaths:
         return storage.join(self.vault, "staging")
 
     @property
+    def unlisted(self) -> str:
+        """The CSV file of the archive's folders that the last ingest could not list; absent where it could list all."""
+        return storage.join(self.vault, "unlisted.csv")
+
+    @property
     def answers(self) -> tuple[str, str]:
         """The folders that hold one folder per answered query list, and one per evaluation."""
         return storage.join(self.uri, "results"), storage.join(self.uri, "evaluation")

@@ -10,6 +10,7 @@ import secrets
 import stat
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import lru_cache
 
 from cbmir_spark.config import PrivacySettings
@@ -18,9 +19,28 @@ from cbmir_spark.errors import ConfigError
 KEY_VARIABLE = "CBMIR_PRIVACY__KEY"
 KEY_FILE = "pseudonym.key"
 SHORTEST_KEY = 16
+# DICOM pads values to an even length (PS3.5 section 6.2); padding is no part of an identifier.
+PADDING = " \0"
 NO_KEY = f"privacy: a vault in object storage needs a key; set {KEY_VARIABLE} or privacy.key_file"
 # Kinds of identifiers, from the smallest to the largest entity.
 KINDS = ("image", "series", "study", "patient")
+
+
+class PatientRule(StrEnum):
+    """Rules for what identifies a patient. A lake has one; `cbmir upgrade` changes it."""
+
+    FIRST = "first"  # the Patient ID up to its first backslash, as lakes of format 1 have it
+    WHOLE = "whole"  # the whole Patient ID
+    ISSUER = "issuer"  # the whole Patient ID, and the Issuer of Patient ID where there is one
+
+
+@dataclass(frozen=True)
+class Patient:
+    """What a header says of a patient's identity; `first` is the Patient ID as PatientRule.FIRST takes it."""
+
+    patient_id: str | None
+    first: str | None = None
+    issuer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -28,11 +48,12 @@ class Pseudonyms:
     """Turn identifiers into pseudonyms of 32 hexadecimal digits (128 bits).
 
     `key_file` is None if the key is in the environment of every driver and worker. `key_id` identifies the key without
-    revealing it: equal keys have equal ids.
+    revealing it: equal keys have equal ids. `patients` is the lake's rule.
     """
 
     key_file: str | None
     key_id: str
+    patients: PatientRule = PatientRule.ISSUER
 
     def image(self, sop_instance_uid: str) -> str:
         return self._of("image", sop_instance_uid)
@@ -43,8 +64,13 @@ class Pseudonyms:
     def study(self, study_instance_uid: str) -> str:
         return self._of("study", study_instance_uid)
 
-    def patient(self, patient_id: str) -> str:
-        return self._of("patient", patient_id)
+    def patient(self, patient_id: str, issuer: str | None = None) -> str:
+        """Make the pseudonym of a Patient ID, and of its issuer where the lake's rule takes issuers."""
+        name = (issuer or "").strip(PADDING)
+        if self.patients is not PatientRule.ISSUER or not name:
+            return self._of("patient", patient_id)
+        # The length keeps apart issuer and Patient ID, which may hold any character.
+        return self._of(f"patient of {len(name)} {name}", patient_id)
 
     def of_kind(self, kind: str, identifier: str) -> str:
         """Make the pseudonym of an identifier of one of KINDS."""
@@ -58,18 +84,22 @@ class Pseudonyms:
 
 @dataclass(frozen=True)
 class Identity:
-    """One pseudonym of an instance; `identifier` is None if the header lacks it and another one is used instead."""
+    """One pseudonym of an instance; `identifier` is None if the header lacks it and another one is used instead.
+
+    `issuer` is that of a patient, where the lake's rule takes issuers.
+    """
 
     kind: str
     pseudonym: str
     identifier: str | None
+    issuer: str | None = None
 
 
 def identities(
     sop_instance_uid: str,
     series_instance_uid: str | None,
     study_instance_uid: str | None,
-    patient_id: str | None,
+    patient: Patient,
     names: Pseudonyms,
 ) -> tuple[Identity, ...]:
     """Make the pseudonyms of an instance's image, series, study and patient, in the order of KINDS.
@@ -77,16 +107,26 @@ def identities(
     Instances without an identifier must not become one patient, study or series: the next smaller one is used instead.
     """
     found, used = [], sop_instance_uid
+    patient_id = patient.first if names.patients is PatientRule.FIRST else patient.patient_id
     given = (sop_instance_uid, series_instance_uid, study_instance_uid, patient_id)
     for kind, identifier in zip(KINDS, given, strict=True):
         used = identifier or used
-        found.append(Identity(kind, names.of_kind(kind, used), identifier or None))
+        if kind == "patient" and identifier:
+            issuer = patient.issuer if names.patients is PatientRule.ISSUER else None
+            found.append(Identity(kind, names.patient(identifier, issuer), identifier, issuer))
+        else:
+            found.append(Identity(kind, names.of_kind(kind, used), identifier or None))
     return tuple(found)
 
 
 def is_forgotten(owners: Iterable[Identity], tombstones: Collection[str]) -> bool:
     """True if something that an instance belongs to was forgotten; `tombstones` are kind:pseudonym."""
     return any(f"{owner.kind}:{owner.pseudonym}" in tombstones for owner in owners)
+
+
+def patient_rule(privacy: PrivacySettings) -> PatientRule:
+    """The rule that the settings ask for; a new lake takes it, `cbmir upgrade` changes that of another one."""
+    return PatientRule.ISSUER if privacy.patient_issuer == "include" else PatientRule.WHOLE
 
 
 def is_configured(privacy: PrivacySettings) -> bool:
@@ -134,8 +174,7 @@ def _from(key_file: str | None) -> Pseudonyms:
 
 
 def _digest(key: bytes, domain: str, identifier: str) -> str:
-    # DICOM pads values with spaces or NUL to an even length (PS3.5 6.2); padding is no part of an identifier.
-    message = domain.encode() + b"\0" + identifier.strip(" \0").encode("utf-8", "surrogatepass")
+    message = f"{domain}\0{identifier.strip(PADDING)}".encode("utf-8", "surrogatepass")
     return hmac.new(key, message, hashlib.sha256).hexdigest()[:32]
 
 

@@ -11,13 +11,18 @@ from dataclasses import asdict, dataclass, replace
 
 from pyspark.sql import DataFrame, SparkSession
 
+from cbmir_spark import __version__
 from cbmir_spark.errors import TableError
 from cbmir_spark.lake import delta
 from cbmir_spark.lake.columns import URI
 from cbmir_spark.lake.paths import LakePaths
+from cbmir_spark.lake.pseudonyms import PatientRule
 from cbmir_spark.lake.schemas import PIXELS, SOURCES, TAGS
 
 logger = logging.getLogger(__name__)
+
+# Increase it with a change of the tables that earlier versions of the package cannot continue.
+LAKE_FORMAT = 2
 
 # A property of SOURCES: the vocabulary that was last published without rows.
 VOCABULARY_PROPERTY = "cbmir.vocabulary"
@@ -28,7 +33,8 @@ class Published:
     """Versions of the three ingest tables that belong together, and what all their rows have in common.
 
     `batch` is the newest batch in them (0: none yet), `key_id` names the key of their pseudonyms, `preprocessing` is
-    the version of their pixels, `vocabulary` that of the mapping to modality and body part ("": unknown).
+    the version of their pixels, `vocabulary` that of the mapping to modality and body part ("": unknown), `patients`
+    the rule for what identifies a patient. `software` is the version of this package that published them.
     """
 
     sources: int
@@ -38,16 +44,27 @@ class Published:
     key_id: str
     preprocessing: str
     vocabulary: str = ""
+    patients: PatientRule = PatientRule.FIRST
+    software: str = ""
 
     def message(self) -> str:
         """The commit message that publishes these versions; that of SOURCES is the commit's."""
-        return json.dumps({name: value for name, value in asdict(self).items() if name != SOURCES.name})
+        values = {name: value for name, value in asdict(self).items() if name != SOURCES.name}
+        return json.dumps(values | {"format": LAKE_FORMAT, "software": __version__})
 
 
 def published(spark: SparkSession, lake: LakePaths) -> Published | None:
-    """Look up the published versions; None before the first ingest."""
+    """Look up the published versions; None before the first ingest. Raises TableError for a lake of a newer format."""
     found = delta.last_message(spark, lake.path(SOURCES))
-    return None if found is None else Published(sources=found.version, **json.loads(found.text))
+    if found is None:
+        return None
+    values = json.loads(found.text)
+    if (written := values.pop("format", 1)) > LAKE_FORMAT:
+        raise TableError(
+            f"lake {lake.uri} has format {written}, written by cbmir_spark {values.get('software')}; this version, "
+            f"{__version__}, reads formats up to {LAKE_FORMAT}: install that version or a newer one"
+        )
+    return Published(sources=found.version, **values | {"patients": PatientRule(values.get("patients", "first"))})
 
 
 def require_published(spark: SparkSession, lake: LakePaths) -> Published:
@@ -64,7 +81,12 @@ def no_images(lake: LakePaths) -> str:
 
 
 def publish_empty(
-    spark: SparkSession, lake: LakePaths, key_id: str, preprocessing: str, vocabulary: str = ""
+    spark: SparkSession,
+    lake: LakePaths,
+    key_id: str,
+    preprocessing: str,
+    vocabulary: str = "",
+    patients: PatientRule = PatientRule.ISSUER,
 ) -> Published:
     """Create TAGS, PIXELS and then SOURCES, whose first commit publishes them as empty: batch 0."""
     delta.ensure(spark, TAGS, lake.path(TAGS))
@@ -77,6 +99,8 @@ def publish_empty(
         key_id=key_id,
         preprocessing=preprocessing,
         vocabulary=vocabulary,
+        patients=patients,
+        software=__version__,
     )
     with delta.commit_message(spark, pinned.message()):
         delta.ensure(spark, SOURCES, lake.path(SOURCES))

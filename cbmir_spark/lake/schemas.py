@@ -140,9 +140,13 @@ SOURCES = Table(
             optional(cols.DIGEST, StringType()),
             required(cols.OUTCOME, StringType()),
             optional(cols.REASON, StringType()),
+            # What the reason means for this object, such as how a codestream differs from the header.
+            optional(cols.DETAIL, StringType()),
             optional(cols.IMAGE_ID, StringType()),
             required(cols.KEY_ID, StringType()),
             required(cols.BATCH, LongType()),
+            # The READING_REVISION that read the object; null: 1.
+            optional(cols.REVISION, IntegerType()),
         ]
     ),
     constraints={
@@ -168,6 +172,7 @@ IDENTITY = Table(
             required(cols.KIND, StringType()),
             required(cols.PSEUDONYM, StringType()),
             required(cols.IDENTIFIER, StringType()),
+            optional(cols.ISSUER, StringType()),  # of a Patient ID
             required(cols.KEY_ID, StringType()),
         ]
     ),
@@ -184,6 +189,8 @@ FORGOTTEN = Table(
             required(cols.PSEUDONYM, StringType()),
             required(cols.KEY_ID, StringType()),
             required(cols.FORGOTTEN_AT, TimestampType()),
+            # The PatientRule that the pseudonym was made by; null: first.
+            optional(cols.PATIENT_RULE, StringType()),
         ]
     ),
     constraints={"kind_known": one_of(cols.KIND, OWNERS)},

@@ -46,7 +46,8 @@ def erase_images(
     """
     spark, paths = lake.spark, lake.paths
     sources = lake.table(schemas.SOURCES, pinned.sources).rows.select(*schemas.SOURCES.schema.names)
-    changed = {cols.OUTCOME: cols.REJECTED, cols.REASON: cols.ERASED, cols.IMAGE_ID: None, cols.DIGEST: None}
+    nothing = dict.fromkeys((cols.DETAIL, cols.IMAGE_ID, cols.DIGEST))
+    changed = {cols.OUTCOME: cols.REJECTED, cols.REASON: cols.ERASED, **nothing}
     objects = [tuple({**row.asDict(), **changed}.values()) for row in masked(sources, mask).collect()]
     removed: dict[str, Removed] = {}
     if images:

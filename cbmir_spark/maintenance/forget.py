@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from pyspark.sql import Row, SparkSession
+from pyspark.sql import functions as F
 
 from cbmir_spark import storage
 from cbmir_spark.config import Settings
@@ -22,7 +23,7 @@ from cbmir_spark.errors import InputError
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, identity, lease, pseudonyms, publication, schemas
 from cbmir_spark.lake.open import OpenLake, open_for_writing
-from cbmir_spark.lake.pseudonyms import KINDS, Pseudonyms
+from cbmir_spark.lake.pseudonyms import KINDS, PADDING, PatientRule, Pseudonyms
 from cbmir_spark.lake.publication import Published
 from cbmir_spark.lake.runs import Record
 from cbmir_spark.maintenance.erase_files import RETENTION_HOURS, erase_answers, erase_checkpoints, erase_snapshots
@@ -30,17 +31,21 @@ from cbmir_spark.maintenance.erase_tables import erase_features, erase_images, t
 from cbmir_spark.maintenance.removal import Removed, belonging, masked
 from cbmir_spark.storage import ObjectStore
 
-PSEUDONYM = "pseudonym"
+PSEUDONYM, PATIENT = "pseudonym", "patient"
 
 _PSEUDONYM = re.compile(rf"({'|'.join(KINDS)}):([0-9a-f]{{32}})")
 
 
 @dataclass(frozen=True)
 class Request:
-    """One thing to forget: an identifier of one of KINDS, or, as kind `pseudonym`, kind:32 hexadecimal digits."""
+    """One thing to forget: an identifier of one of KINDS, or, as kind `pseudonym`, kind:32 hexadecimal digits.
+
+    `issuer` is the Issuer of Patient ID of a patient.
+    """
 
     kind: str
     value: str = field(repr=False)
+    issuer: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,12 @@ class Report:
     vacuumed_hours: int | None
     seconds: Mapping[str, float]
 
+    @property
+    def matched_nothing(self) -> bool:
+        """True if there is nothing of anything that was asked for: an identifier may be misspelled."""
+        erased = any(each.rows or each.files for each in self.places.values())
+        return self.asked > 0 and self.unknown == self.asked and not erased
+
 
 @dataclass(frozen=True)
 class _Erased:
@@ -69,7 +80,8 @@ class _Erased:
 
 
 def read_list(uri: str, store: ObjectStore) -> tuple[Request, ...]:
-    """Read a CSV with the columns `kind` (patient, study, series, image or pseudonym) and `identifier`.
+    """Read a CSV with the columns `kind` (patient, study, series, image or pseudonym), `identifier` and, if any has
+    one, `issuer`.
 
     Raises InputError naming the row's number, never its content.
     """
@@ -78,17 +90,24 @@ def read_list(uri: str, store: ObjectStore) -> tuple[Request, ...]:
         rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
     except (OSError, UnicodeDecodeError, csv.Error):
         raise InputError(f"list {uri} cannot be read as CSV in UTF-8: give a file with kind,identifier") from None
-    if not rows or [name.strip() for name in rows[0]] != [cols.KIND, cols.IDENTIFIER]:
-        raise InputError(f"list {uri}: the first line must be {cols.KIND},{cols.IDENTIFIER}")
+    header = [name.strip() for name in rows[0]] if rows else []
+    if header not in ([cols.KIND, cols.IDENTIFIER], [cols.KIND, cols.IDENTIFIER, cols.ISSUER]):
+        raise InputError(
+            f"list {uri}: the first line must be {cols.KIND},{cols.IDENTIFIER} or "
+            f"{cols.KIND},{cols.IDENTIFIER},{cols.ISSUER}"
+        )
     found = []
     for number, row in enumerate(rows[1:], start=2):
         if not row:
             continue
-        if len(row) != 2 or row[0].strip() not in (*KINDS, PSEUDONYM) or not row[1].strip(" \0"):
+        if len(row) != len(header) or row[0].strip() not in (*KINDS, PSEUDONYM) or not row[1].strip(PADDING):
             raise InputError(
                 f"list {uri}, line {number}: give {', '.join(KINDS)} or {PSEUDONYM}, a comma and the identifier"
             )
-        found.append(Request(row[0].strip(), row[1]))
+        issuer = row[2].strip(PADDING) if len(row) > 2 else ""
+        if issuer and row[0].strip() != PATIENT:
+            raise InputError(f"list {uri}, line {number}: only a {PATIENT} has an issuer")
+        found.append(Request(row[0].strip(), row[1], issuer or None))
     return tuple(found)
 
 
@@ -101,11 +120,37 @@ def owners_of(requests: Iterable[Request], names: Pseudonyms) -> list[tuple[str,
             if match is None:
                 raise InputError(f"--{PSEUDONYM}: give kind:digits, with {', '.join(KINDS)} and 32 hexadecimal digits")
             found.append((match[1], match[2]))
-        elif not request.value.strip(" \0"):
+        elif not request.value.strip(PADDING):
             raise InputError(f"--{request.kind}: the identifier is empty")
+        elif request.kind == PATIENT:
+            found.append((PATIENT, _patient(request, names)))
         else:
             found.append((request.kind, names.of_kind(request.kind, request.value)))
     return found
+
+
+def _patient(request: Request, names: Pseudonyms) -> str:
+    """The pseudonym of a patient. Raises InputError for one that the lake's rule cannot tell from others."""
+    if names.patients is PatientRule.FIRST and ("\\" in request.value or request.issuer):
+        raise InputError(
+            "this lake was made by an older version, which merged the patients whose ID begins alike up to a "
+            "backslash, and knows no issuers: run `cbmir upgrade --apply` and `cbmir ingest` first, or forget by study"
+        )
+    if request.issuer and names.patients is not PatientRule.ISSUER:
+        raise InputError(
+            "this lake identifies patients without their issuer: leave the issuer out, or set "
+            "privacy.patient_issuer=include and run `cbmir upgrade --apply` and `cbmir ingest` first"
+        )
+    return names.patient(_typed(request.value), request.issuer)
+
+
+def _typed(text: str) -> str:
+    """Read bytes of the command line that are not UTF-8 as Latin-1, as `dicom.elements.identifier` does."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogateescape").decode("latin-1")
+    return text
 
 
 def run(
@@ -123,9 +168,11 @@ def run(
     with open_for_writing(spark, settings, lease.TABLES, lease.INDEX, may_be_new=may_be_new) as lake:
         record = Record.begin("forget")
         asked = owners_of(requests, lake.names)
+        _check_patients(lake, requests)
         with record.stage("tombstones"):
             new = _add_tombstones(lake, asked)
         lake.store.delete_folder(lake.paths.staging)
+        lake.store.delete(lake.paths.unlisted)
         erased = _Erased(None, [], {})
         if lake.published is not None:
             erased = _erase(lake, lake.published, record, now=now, purge=purge)
@@ -141,12 +188,39 @@ def run(
     return report
 
 
+def _holds(tombstone: Row, rule: PatientRule) -> bool:
+    """Tell whether the pseudonym of a tombstone means the same in rows made by `rule`."""
+    made_by = tombstone.asDict().get(cols.PATIENT_RULE) or PatientRule.FIRST
+    return tombstone[cols.KIND] != PATIENT or made_by == rule
+
+
+def _check_patients(lake: OpenLake, requests: Iterable[Request]) -> None:
+    """Raise InputError for a patient while images may still have the pseudonym of the rule before."""
+    if (
+        lake.published is None
+        or lake.published.patients is PatientRule.FIRST
+        or all(request.kind != PATIENT for request in requests)
+    ):
+        return
+    sources = lake.table(schemas.SOURCES, lake.published.sources).rows
+    marked = (F.col(cols.OUTCOME) == cols.INGESTED) & (F.col(cols.REASON) == cols.REREAD)
+    if waiting := sources.where(marked).count():
+        raise InputError(
+            f"{waiting} images wait to be read again, and their patients may still have another pseudonym: run "
+            "`cbmir ingest` first, or forget by study"
+        )
+
+
 def _add_tombstones(lake: OpenLake, owners: Iterable[tuple[str, str]]) -> int:
-    """Add the owners that FORGOTTEN lacks; their number."""
-    moment = datetime.now(UTC)
-    rows = [(kind, pseudonym, lake.names.key_id, moment) for kind, pseudonym in sorted(set(owners))]
-    table = schemas.FORGOTTEN
-    return identity.merge_new(lake.spark, lake.spark.createDataFrame(rows, table.schema), table, lake.paths.path(table))
+    """Add the owners that FORGOTTEN lacks; their number. A patient of another rule is another one."""
+    table, moment, names = schemas.FORGOTTEN, datetime.now(UTC), lake.names
+    path = lake.paths.path(table)
+    before = delta.read(lake.spark, path).collect() if delta.exists(lake.spark, path) else []
+    known = {(row[cols.KIND], row[cols.PSEUDONYM]) for row in before if _holds(row, names.patients)}
+    missing = sorted(set(owners) - known)
+    rows = [(kind, pseudonym, names.key_id, moment, str(names.patients)) for kind, pseudonym in missing]
+    new = lake.spark.createDataFrame(rows, table.schema)
+    return identity.merge_new(lake.spark, new, table, path, cols.PATIENT_RULE)
 
 
 def _erase(lake: OpenLake, pinned: Published, record: Record, *, now: bool, purge: bool) -> _Erased:
@@ -156,7 +230,7 @@ def _erase(lake: OpenLake, pinned: Published, record: Record, *, now: bool, purg
     evolved = delta.evolve(lake.table(schemas.SOURCES, pinned.sources), schemas.SOURCES, pinned.message())
     pinned = pinned if evolved is None else replace(pinned, sources=evolved)
     forgotten = delta.read(spark, paths.path(schemas.FORGOTTEN)).collect()
-    owners = {(row[cols.KIND], row[cols.PSEUDONYM]) for row in forgotten}
+    owners = {(row[cols.KIND], row[cols.PSEUDONYM]) for row in forgotten if _holds(row, lake.names.patients)}
     tags = lake.table(schemas.TAGS, pinned.tags).rows.select(cols.BATCH, *schemas.OWNERS.values())
     images = masked(tags, belonging(owners)).collect()
     mask = belonging(owners | {("image", row[cols.IMAGE_ID]) for row in images})

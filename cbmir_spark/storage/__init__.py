@@ -1,6 +1,6 @@
 """Objects by URI, on the local file system and in S3-compatible storage. Import from here, not from the modules."""
 
-from cbmir_spark.storage.local import mount_of
+from cbmir_spark.storage.local import NO_FILE, mount_of
 from cbmir_spark.storage.objects import ObjectStore
 from cbmir_spark.storage.uri import (
     Replaced,
@@ -15,6 +15,7 @@ from cbmir_spark.storage.uri import (
 )
 
 __all__ = [
+    "NO_FILE",
     "ObjectStore",
     "Replaced",
     "StoredObject",

@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 
 from cbmir_spark.storage.uri import FILE, Replaced, StoredObject, is_local, local_path, spelled
 
+# Errors of a name or a link itself, whatever the state of the storage.
+NO_FILE = (errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)
 # Attempts to read a file that is being written.
 _TRIES = 3
 
@@ -35,9 +37,13 @@ def mode_of(path: str) -> int:
             return 0
 
 
-def scan_folder(path: str) -> tuple[list[str], list[StoredObject]]:
-    """List the folders (URIs) and the files directly below a folder, unsorted."""
-    folders, objects = [], []
+def scan_folder(path: str) -> tuple[list[str], list[StoredObject], list[str]]:
+    """List the folders (URIs), the files, and the other entries (URIs) directly below a folder, unsorted.
+
+    The others are links that lead nowhere or round in circles, names that the system does not take, pipes, sockets and
+    devices.
+    """
+    folders, objects, others = [], [], []
     here = os.stat(path)
     with os.scandir(path) as entries:
         for entry in entries:
@@ -45,15 +51,24 @@ def scan_folder(path: str) -> tuple[list[str], list[StoredObject]]:
                 found = entry.stat()
             except FileNotFoundError:
                 # A dangling link, or a file deleted since; but if the whole folder is gone, the listing is incomplete.
-                if not entry.is_symlink() and not os.path.samestat(here, os.stat(path)):
+                if entry.is_symlink():
+                    others.append(FILE + spelled(entry.path))
+                elif not os.path.samestat(here, os.stat(path)):
                     raise
+                continue
+            except OSError as error:
+                if error.errno not in NO_FILE:
+                    raise
+                others.append(FILE + spelled(entry.path))
                 continue
             uri = FILE + spelled(entry.path)
             if stat.S_ISREG(found.st_mode):
                 objects.append(stored_file(uri, found))
             elif stat.S_ISDIR(found.st_mode) and not (entry.is_symlink() and _leads_back(entry.path)):
                 folders.append(uri)
-    return folders, objects
+            elif not stat.S_ISDIR(found.st_mode):
+                others.append(uri)
+    return folders, objects, others
 
 
 def _leads_back(link: str) -> bool:

@@ -70,8 +70,7 @@ class ObjectStore:
         cannot be listed: a listing is complete or fails.
         """
         if is_file_uri(uri):
-            with hide_paths():
-                folders, objects = scan_folder(local_path(uri))
+            folders, objects, _ = self.scan_folder(uri)
         else:
             bucket, _ = bucket_and_key(uri)
             folders, objects = [], []
@@ -79,6 +78,11 @@ class ObjectStore:
                 folders += [f"{S3A}{bucket}/{each['Prefix'][:-1]}" for each in page.get("CommonPrefixes", ())]
                 objects += listed_objects(bucket, page)
         return sorted(folders), sorted(objects, key=lambda o: o.uri)
+
+    def scan_folder(self, uri: str) -> tuple[list[str], list[StoredObject], list[str]]:
+        """List a local folder as `list_folder` does, with the URIs of entries that are neither folders nor files."""
+        with hide_paths():
+            return scan_folder(local_path(uri))
 
     def list_objects(self, uri: str) -> Iterator[StoredObject]:
         """Iterate over every object below a canonical URI, at any depth, hidden names included; see `list_folder`."""

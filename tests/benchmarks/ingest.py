@@ -189,7 +189,7 @@ def seed(spark: SparkSession, settings: config.Settings) -> None:
     )
     identity = F.sha2(cols.URI, 256)
     rows = listing.select(
-        "*",
+        *ingest_listing.LISTING.names,
         identity.alias(cols.DIGEST),
         F.lit(cols.INGESTED).alias(cols.OUTCOME),
         F.lit(None).cast("string").alias(cols.REASON),

@@ -11,14 +11,8 @@ from types import SimpleNamespace
 import pytest
 from pyspark.sql import SparkSession
 
-from cbmir_spark.api import Lake
-from cbmir_spark.cli import command, console, doctor
+from cbmir_spark.cli import console, doctor
 from tests.conftest import REPO, Cbmir
-
-
-@pytest.fixture
-def on_the_tests_session(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "lake_for", lambda settings: Lake(settings, spark))
 
 
 def _snapshot(folder: Path) -> list[str]:

@@ -15,7 +15,7 @@ from tests.support.tiny_lake import Drawn, key_of, publish
 
 COMMANDS = (
     "ingest", "train", "index", "retrieve", "evaluate", "demo", "runs", "features", "verify", "forget", "remap",
-    "vocabulary", "wrap", "config", "doctor",
+    "upgrade", "vocabulary", "wrap", "config", "doctor",
 )  # fmt: skip
 
 

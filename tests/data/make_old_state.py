@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Iterable
 from contextlib import redirect_stdout
 from itertools import pairwise
 from pathlib import Path
@@ -262,15 +263,17 @@ def settle(work: Path) -> None:
         os.utime(path, (1_700_000_000 + number,) * 2)
 
 
-def pack(work: Path, target: Path) -> None:
+def pack(work: Path, target: Path, paths: Iterable[Path]) -> None:
+    """Pack paths below a folder."""
+
     def anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
         member.uid = member.gid = 0
         member.uname = member.gname = ""
         return member
 
     with tarfile.open(target, "w:xz", preset=9) as archive:
-        for path in sorted(work.iterdir()):
-            archive.add(path, path.name, filter=anonymous)
+        for path in paths:
+            archive.add(path, str(path.relative_to(work)), filter=anonymous)
 
 
 def main() -> None:
@@ -282,7 +285,7 @@ def main() -> None:
         raise AssertionError("the training was to be killed")
     with tempfile.TemporaryDirectory() as folder:
         expected = make(Path(folder))
-        pack(Path(folder), HERE / "old_state.tar.xz")
+        pack(Path(folder), HERE / "old_state.tar.xz", sorted(Path(folder).iterdir()))
     (HERE / "old_state.json").write_text(json.dumps(expected, indent=1) + "\n")
 
 

@@ -6,6 +6,9 @@ from pyspark.sql import SparkSession
 from cbmir_spark import config
 from cbmir_spark.ingest import job as ingest_job
 from tests.support.nights import Night, fill
+from tests.support.places import bucket
+
+__all__ = ["bucket", "night"]
 
 
 @pytest.fixture(scope="package")

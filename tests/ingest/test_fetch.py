@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cbmir_spark import config, storage
+from cbmir_spark.dicom.reasons import Reason
 from cbmir_spark.ingest import fetch
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.storage import ObjectStore
@@ -56,6 +57,6 @@ def test_objects_are_read_ahead_in_order_within_bounds(monkeypatch: pytest.Monke
             # The one that is decoded and those read ahead of it, no more.
             assert len(begun) <= len(taken) + fetch.READ_AHEAD
     assert taken == list(range(len(sizes)))
-    expected = {3: fetch.GONE, 5: cols.UNREADABLE, 11: fetch.TOO_LARGE}
+    expected = {3: cols.GONE, 5: cols.UNREADABLE, 11: Reason.TOO_LARGE}
     assert reasons == [expected.get(number) for number in range(len(sizes))]
     assert sorted(begun) == [number for number in range(len(sizes)) if number != 11]

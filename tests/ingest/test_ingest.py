@@ -1,13 +1,16 @@
 """Ingest: one outcome for each object, one winner for each SOP instance, nothing twice, nothing half."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from delta.tables import DeltaTable
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from cbmir_spark import config, storage
+from cbmir_spark.dicom.preprocessing import READING_REVISION
 from cbmir_spark.errors import TableError
 from cbmir_spark.ingest import job as ingest_job
 from cbmir_spark.lake import columns as cols
@@ -202,25 +205,39 @@ def test_the_same_bytes_written_again_are_unchanged(
     assert ingest_job.run(spark, settings).published == again.published
 
 
-def test_an_image_marked_for_reading_is_read_and_its_rows_are_replaced(
+def test_an_image_marked_for_reading_is_read_and_its_rows_are_replaced_where_they_differ(
     spark: SparkSession, make_settings: MakeSettings, tmp_path: Path
 ) -> None:
-    """What remap asks for where a body part changes the window: the next run replaces rows of the same content."""
+    """What remap and upgrade ask for: the next run replaces the rows of unchanged objects that are read otherwise."""
     archive = tmp_path / "archive"
-    sample(archive, "one.dcm", hour=1)
-    sample(archive, "two.dcm", hour=1, SOPInstanceUID="1.2.3.2")
+    for number, name in enumerate(("one", "tags", "window", "same")):
+        sample(archive, f"{name}.dcm", hour=1, SOPInstanceUID=f"1.2.3.{number}")
     settings = make_settings(f"ingest.archive={archive}")
     first = ingest_job.run(spark, settings)
     lake = LakePaths.of(settings.lake)
     before = live_rows(spark, settings)
-    sources = delta.read(spark, lake.path(schemas.SOURCES)).where("uri like '%two.dcm'")
-    marked = sources.withColumn(cols.REASON, F.lit(cols.REREAD)).collect()
-    publication.publish(spark, lake, spark.createDataFrame(marked, schemas.SOURCES.schema), first.published)
+    sources = delta.read(spark, lake.path(schemas.SOURCES))
+    images = {row[cols.URI].rsplit("/", 1)[1]: row[cols.IMAGE_ID] for row in sources.collect()}
+    other_tags, other_window = (f"{cols.IMAGE_ID} = '{images[name]}'" for name in ("tags.dcm", "window.dcm"))
+    DeltaTable.forPath(spark, lake.path(schemas.TAGS)).update(other_tags, {cols.YEAR: "1999"})
+    DeltaTable.forPath(spark, lake.path(schemas.PIXELS)).update(other_window, {cols.WINDOW_LOW: "0D"})
+    marked = sources.where("uri not like '%one.dcm'").withColumn(cols.REASON, F.lit(cols.REREAD)).collect()
+    changed = replace(
+        first.published,
+        tags=delta.version(spark, lake.path(schemas.TAGS)),
+        pixels=delta.version(spark, lake.path(schemas.PIXELS)),
+    )
+    publication.publish(spark, lake, spark.createDataFrame(marked, schemas.SOURCES.schema), changed)
     again = ingest_job.run(spark, settings)
-    assert (again.listed, again.unchanged, again.frames) == (2, 2, 1)
+    assert (again.listed, again.unchanged, again.frames) == (4, 4, 2)
     assert live_rows(spark, settings) == before
-    pixels = delta.read(spark, lake.path(schemas.PIXELS), again.published.pixels)
-    assert sorted(row[cols.BATCH] for row in pixels.collect()) == [1, 2]
+    batches = {"one.dcm": 1, "tags.dcm": 2, "window.dcm": 2, "same.dcm": 1}
+    for table, version in ((schemas.PIXELS, again.published.pixels), (schemas.TAGS, again.published.tags)):
+        rows = delta.read(spark, lake.path(table), version).collect()
+        assert {row[cols.IMAGE_ID]: row[cols.BATCH] for row in rows} == {images[k]: b for k, b in batches.items()}
+    rows = delta.read(spark, lake.path(schemas.SOURCES)).collect()
+    assert {row[cols.URI].rsplit("/", 1)[1]: row[cols.BATCH] for row in rows} == batches
+    assert {(row[cols.REASON], row[cols.REVISION]) for row in rows} == {(None, READING_REVISION)}
     assert ingest_job.run(spark, settings).batches == 0
 
 

@@ -4,7 +4,7 @@ import random
 
 from pyspark.sql import DataFrame, SparkSession
 
-from cbmir_spark.ingest import reconcile
+from cbmir_spark.ingest import compare, reconcile
 from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import schemas
 from tests.support.archives import at
@@ -17,7 +17,7 @@ def _listing(spark: SparkSession, *rows: tuple[str, int, int]) -> DataFrame:
 
 def _sources(spark: SparkSession, *rows: tuple[str, int, int, str | None, str, str | None, int]) -> DataFrame:
     """(uri, size, hour, digest, outcome, image_id, batch)"""
-    full = [(u, s, at(h), None, d, o, None, i, "key", b) for u, s, h, d, o, i, b in rows]
+    full = [(u, s, at(h), None, d, o, None, None, i, "key", b, None) for u, s, h, d, o, i, b in rows]
     return spark.createDataFrame(full, schemas.SOURCES.schema)
 
 
@@ -25,9 +25,11 @@ def _staged(spark: SparkSession, *rows: tuple[str, int, str, str]) -> DataFrame:
     """(uri, hour, digest, image_id), all parsed"""
     schema = (
         "uri string, size bigint, modified timestamp, etag string, digest string, outcome string, reason string, "
-        "image_id string"
+        "detail string, image_id string"
     )
-    return spark.createDataFrame([(u, 1, at(h), None, d, reconcile.PARSED, None, i) for u, h, d, i in rows], schema)
+    return spark.createDataFrame(
+        [(u, 1, at(h), None, d, reconcile.PARSED, None, None, i) for u, h, d, i in rows], schema
+    )
 
 
 def _work(spark: SparkSession, *rows: tuple[str, str | None, int]) -> DataFrame:
@@ -47,7 +49,7 @@ def test_compare_reads_only_what_is_new_or_changed(spark: SparkSession) -> None:
         ("long gone", 1, 1, None, cols.DELETED, None, 1),
     )
 
-    actions = {row["uri"]: row["action"] for row in reconcile.compare(listing, known).collect()}
+    actions = {row["uri"]: row["action"] for row in compare.compare(listing, known).collect()}
     assert actions == {
         "same": "unchanged",
         "new": "read",
@@ -97,10 +99,10 @@ def test_a_survivor_takes_the_place_of_what_is_gone(spark: SparkSession) -> None
         ("b", 1, 1, "y", cols.CONFLICT, "i", 4),
         ("c", 1, 5, "z", cols.INGESTED, "j", 4),
     )
-    actions = reconcile.compare(_listing(spark, ("b", 1, 1)), known)
-    promoted = reconcile.promote(actions, known)
+    actions = compare.compare(_listing(spark, ("b", 1, 1)), known)
+    promoted = compare.promote(actions, known)
     assert [(r["uri"], r["known_image"]) for r in promoted.collect()] == [("b", "i")]
-    work = reconcile.slices(actions, promoted, 3)
+    work = compare.slices(actions, promoted, 3)
     assert {(r["uri"], r["action"], r["promoted"], r["slice"]) for r in work.collect()} == {
         ("a", "missing", False, 0),
         ("c", "missing", False, 0),
@@ -117,8 +119,8 @@ def test_known_objects_of_one_image_are_read_together(spark: SparkSession) -> No
     names = [f"{image}{n}" for image in "abcdef" for n in range(3)]
     known = _sources(spark, *[(u, 1, 1, "x", cols.DUPLICATE if u[1] != "0" else cols.INGESTED, u[0], 1) for u in names])
     listing = _listing(spark, *[(u, 2, 2) for u in names if u != "a1"], *[(f"new{n}", 1, 1) for n in range(9)])
-    actions = reconcile.compare(listing, known)
-    work = reconcile.slices(actions, reconcile.promote(actions, known), 4).collect()
+    actions = compare.compare(listing, known)
+    work = compare.slices(actions, compare.promote(actions, known), 4).collect()
     by_image = {image: {r["slice"] for r in work if r["known_image"] == image} for image in "abcdef"}
     assert {image: len(slices) for image, slices in by_image.items()} == dict.fromkeys("abcdef", 1)
     assert by_image["a"] == {0}

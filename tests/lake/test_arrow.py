@@ -4,7 +4,7 @@ import pytest
 from pyspark.sql import SparkSession
 from pyspark.sql.types import CharType, StructField, StructType
 
-from cbmir_spark.ingest.listing import LISTING
+from cbmir_spark.ingest.listing import WITH_CAUSE
 from cbmir_spark.ingest.parse import STAGED, STAGED_FRAMES
 from cbmir_spark.lake import schemas
 from cbmir_spark.lake.arrow import arrow_schema
@@ -14,8 +14,8 @@ TABLES = [each for each in vars(schemas).values() if isinstance(each, schemas.Ta
 
 @pytest.mark.parametrize(
     "schema",
-    [*(table.schema for table in TABLES), LISTING, STAGED, STAGED_FRAMES],
-    ids=[*(table.name for table in TABLES), "LISTING", "STAGED", "STAGED_FRAMES"],
+    [*(table.schema for table in TABLES), WITH_CAUSE, STAGED, STAGED_FRAMES],
+    ids=[*(table.name for table in TABLES), "WITH_CAUSE", "STAGED", "STAGED_FRAMES"],
 )
 def test_it_is_the_schema_of_what_spark_hands_over(spark: SparkSession, schema: StructType) -> None:
     assert spark.createDataFrame([], schema).toArrow().schema.equals(arrow_schema(schema))

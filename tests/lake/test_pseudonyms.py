@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from cbmir_spark import config
 from cbmir_spark.errors import ConfigError
 from cbmir_spark.lake import pseudonyms
+from cbmir_spark.lake.pseudonyms import Patient, PatientRule
 
 UID = "1.2.826.0.1.3680043.8.498.1"
 
@@ -52,7 +54,7 @@ def test_a_key_on_the_command_line_or_too_short_is_refused(tmp_path: Path, monke
 
 def test_what_an_instance_belongs_to_has_a_name_even_where_the_header_gives_none(tmp_path: Path) -> None:
     names = pseudonyms.create(config.load(environ={}).privacy, str(tmp_path))
-    whole = pseudonyms.identities("1.1", "1.2", "1.3", "MRN", names)
+    whole = pseudonyms.identities("1.1", "1.2", "1.3", Patient("MRN"), names)
     assert [(each.kind, each.identifier) for each in whole] == [
         ("image", "1.1"),
         ("series", "1.2"),
@@ -66,7 +68,7 @@ def test_what_an_instance_belongs_to_has_a_name_even_where_the_header_gives_none
         names.patient("MRN"),
     ]
     # All who have no Patient ID are not one patient: the next smaller thing stands in, and is nobody's identifier.
-    bare = pseudonyms.identities("1.1", "1.2", None, "", names)
+    bare = pseudonyms.identities("1.1", "1.2", None, Patient(""), names)
     assert [each.identifier for each in bare] == ["1.1", "1.2", None, None]
     assert [each.pseudonym for each in bare[2:]] == [names.study("1.2"), names.patient("1.2")]
     assert not pseudonyms.is_forgotten(bare, {f"patient:{names.patient('MRN')}"})
@@ -75,3 +77,25 @@ def test_what_an_instance_belongs_to_has_a_name_even_where_the_header_gives_none
         assert not pseudonyms.is_forgotten(whole, {f"image:{each.pseudonym}"}) or each.kind == "image"
     with pytest.raises(ValueError, match="none of"):
         names.of_kind("person", "1")
+
+
+def test_a_lakes_rule_decides_what_identifies_a_patient(tmp_path: Path) -> None:
+    names = pseudonyms.create(config.load(environ={}).privacy, str(tmp_path))
+
+    def of(rule: PatientRule, patient: Patient) -> pseudonyms.Identity:
+        return pseudonyms.identities("1.1", "1.2", "1.3", patient, replace(names, patients=rule))[-1]
+
+    one, two = (Patient(f"SITE\\{number}", "SITE", "HOSPITAL") for number in (1, 2))
+    assert of(PatientRule.FIRST, one) == of(PatientRule.FIRST, two)
+    assert of(PatientRule.FIRST, one).pseudonym == names.patient("SITE")
+    assert of(PatientRule.WHOLE, one).pseudonym == names.patient("SITE\\1") != names.patient("SITE\\2")
+    issued = of(PatientRule.ISSUER, one)
+    assert (issued.identifier, issued.issuer) == ("SITE\\1", "HOSPITAL")
+    assert issued.pseudonym == names.patient("SITE\\1", "HOSPITAL") != names.patient("SITE\\1", "HOSPITAL 2")
+    # Plain IDs have the same pseudonym by every rule; padding is no part of an issuer.
+    plain = Patient("MRN", "MRN", None)
+    assert {of(rule, plain).pseudonym for rule in PatientRule} == {names.patient("MRN"), names.patient("MRN", " \0")}
+    # No ID of one issuer is another ID of another issuer.
+    assert names.patient("B C", "A") != names.patient("C", "A B")
+    # Without a Patient ID, an issuer identifies nobody.
+    assert of(PatientRule.ISSUER, Patient(None, None, "HOSPITAL")).pseudonym == names.patient("1.3")

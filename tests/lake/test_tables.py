@@ -53,8 +53,7 @@ def test_constraints_refuse_rows_that_no_reader_could_use(spark: SparkSession, m
         delta.ensure(spark, schemas.SOURCES, sources)
         row = spark.sql(
             "SELECT 'u' uri, 1L size, timestamp'2026-01-01' modified, cast(null as string) etag, 'd' digest, "
-            "'lost' outcome, 'r' reason, "
-            "'i' image_id, 'k' key_id, 1L batch"
+            "'lost' outcome, 'r' reason, cast(null as string) detail, 'i' image_id, 'k' key_id, 1L batch, 2 revision"
         )
         delta.append(row, schemas.SOURCES, sources)
     assert _images(spark, path) == ["a"]
@@ -118,7 +117,20 @@ def test_readers_open_what_was_published_and_the_rest_can_be_taken_back(
     with pytest.raises(TableError, match="run `cbmir ingest` first"):
         publication.require_published(spark, lake)
     written = delta.append(_pixels(spark, 1, "a"), schemas.PIXELS, lake.path(schemas.PIXELS))
-    source = ("file:///a", 1, datetime(2026, 1, 1, tzinfo=UTC), None, DIGEST, cols.INGESTED, None, "a", "key", 1)
+    source = (
+        "file:///a",
+        1,
+        datetime(2026, 1, 1, tzinfo=UTC),
+        None,
+        DIGEST,
+        cols.INGESTED,
+        None,
+        None,
+        "a",
+        "key",
+        1,
+        2,
+    )
     sources = spark.createDataFrame([source], schemas.SOURCES.schema)
     first = publication.publish(spark, lake, sources, replace(empty, pixels=written, batch=1))
     delta.append(_pixels(spark, 2, "b"), schemas.PIXELS, lake.path(schemas.PIXELS))

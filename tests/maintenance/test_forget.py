@@ -18,7 +18,7 @@ from cbmir_spark.lake import columns as cols
 from cbmir_spark.lake import delta, identity, pseudonyms, publication, schemas
 from cbmir_spark.lake.open import open_lake
 from cbmir_spark.lake.paths import LakePaths
-from cbmir_spark.lake.pseudonyms import Pseudonyms
+from cbmir_spark.lake.pseudonyms import Patient, PatientRule, Pseudonyms
 from cbmir_spark.maintenance import erase_files, forget
 from cbmir_spark.maintenance.forget import Request
 from cbmir_spark.retrieval import job as retrieval_job
@@ -74,7 +74,7 @@ def prepared(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
     names = pseudonyms.create(settings.privacy, LakePaths.of(settings.lake).vault_folder)
     lake = publish(spark, settings, IMAGES, names=names)
     texts = [item for image in IMAGES for item in identifiers(image).items()]
-    known = [(kind, names.of_kind(kind, text), text, names.key_id) for kind, text in texts]
+    known = [(kind, names.of_kind(kind, text), text, None, names.key_id) for kind, text in texts]
     assert identity.merge_identities(spark, lake, spark.createDataFrame(known, schemas.IDENTITY.schema)) == len(
         set(known)
     )
@@ -97,6 +97,7 @@ def prepared(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
     retrieval_job.run(spark, settings)
     (folder / "lake" / "vault" / "staging").mkdir()
     (folder / "lake" / "vault" / "staging" / "left by a killed ingest").write_text(PATIENT)
+    Path(storage.local_path(lake.unlisted)).write_text(f"folder,cause\nfile:///archive/{PATIENT},Permission denied\n")
     return folder
 
 
@@ -298,7 +299,7 @@ def test_malformed_requests_are_refused_without_being_repeated(
     other = _settings(tmp_path / "lake", f"privacy.key_file={tmp_path / 'key'}")
     with pytest.raises(TableError, match="pseudonym key"):
         forget.run(spark, other, [Request("patient", PATIENT)])
-    assert identity.tombstones(spark, lake) == frozenset()
+    assert identity.tombstones(spark, lake) == {}
 
 
 def test_a_tombstone_may_come_before_the_first_image(spark: SparkSession, tmp_path: Path) -> None:
@@ -309,9 +310,11 @@ def test_a_tombstone_may_come_before_the_first_image(spark: SparkSession, tmp_pa
     settings = _settings(tmp_path / "lake", f"privacy.key_file={tmp_path / 'key'}")
     report = forget.run(spark, settings, [Request("patient", PATIENT)], purge=True)
     assert (report.unknown, report.tombstones, report.images, report.vacuumed_hours) == (1, 1, 0, 168)
+    assert report.matched_nothing
     names = _names(settings)
     tombstones = identity.tombstones(spark, LakePaths.of(settings.lake))
-    assert tombstones == {f"patient:{names.patient(PATIENT)}"}
-    identities = pseudonyms.identities("1.2.3", None, None, PATIENT, names)
-    assert pseudonyms.is_forgotten(identities, tombstones)
-    assert not pseudonyms.is_forgotten(pseudonyms.identities("1.2.3", None, None, "someone else", names), tombstones)
+    assert tombstones == {PatientRule.ISSUER: {f"patient:{names.patient(PATIENT)}"}}
+    identities = pseudonyms.identities("1.2.3", None, None, Patient(PATIENT), names)
+    assert pseudonyms.is_forgotten(identities, tombstones[PatientRule.ISSUER])
+    other = pseudonyms.identities("1.2.3", None, None, Patient("someone else"), names)
+    assert not pseudonyms.is_forgotten(other, tombstones[PatientRule.ISSUER])

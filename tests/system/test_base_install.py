@@ -99,11 +99,13 @@ def test_it_is_small_and_has_none_of_them(base: Path) -> None:
 
 def test_it_ingests_retrieves_by_id_verifies_and_forgets(base: Path, world: Path) -> None:
     fresh = [f"--lake={world / 'fresh'}", "--json", *chain.QUICK]
+    with (world / "queries.csv").open(newline="") as file:
+        image = next(csv.DictReader(file))["sop_instance_uid"]
     indexed = [f"--lake={world / 'lake'}", "--json", *chain.QUICK]
     printed = chain.run(
         {
             "ingest": ["ingest", f"--archive={world / 'archive'}", *fresh],
-            "forget": ["forget", "--patient=nobody", *fresh],
+            "forget": ["forget", f"--image={image}", *fresh],
             "verify": ["verify", *indexed],
             "retrieve": ["retrieve", "--queries=queries.csv", "--out=answer", "--k=3", *indexed],
         },
@@ -113,6 +115,7 @@ def test_it_ingests_retrieves_by_id_verifies_and_forgets(base: Path, world: Path
         environment={**KEY, "PYTHONPATH": ""},
     )
     assert printed["ingest"]["outcomes"]["ingested"] > 30
+    assert printed["forget"]["images"] == 1
     assert printed["verify"]["rows"] > 30
     assert printed["retrieve"]["answered"] == printed["retrieve"]["queries"] > 3
     assert (world / "answer" / "gallery.html").exists() or printed["retrieve"]["gallery"]
