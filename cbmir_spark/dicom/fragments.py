@@ -43,7 +43,7 @@ class Fragments:
 
     @cached_property
     def starts(self) -> list[int] | None:
-        """Number of the fragment that begins each frame; None where that cannot be told."""
+        """Number of the fragment that begins each frame; None where neither fragments nor tables show it."""
         count = len(self.spans)
         if self.frames == 1 and count:
             return (self._begins or [0])[:1]

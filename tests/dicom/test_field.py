@@ -53,7 +53,7 @@ def test_each_object_is_read_as_what_it_is(field: Path, name: str) -> None:
 
 @pytest.mark.parametrize("group", [group for group in PEOPLE if group != "patient_empty"])
 def test_people_are_neither_merged_nor_split(field: Path, group: str) -> None:
-    """Objects without a Patient ID are told apart by their study, which is no matter of tags."""
+    """Objects without a Patient ID belong to a patient of their study, which tags do not show."""
     people = defaultdict(list)
     for case in CASES.values():
         if case.get("group") == group:
