@@ -4,7 +4,7 @@ Pure: conditions in SQL on what SOURCES, TAGS and PIXELS know of an object. A co
 many objects rather than too few: reading one again that does not change costs time and writes nothing.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from pyspark.sql import Column, DataFrame
@@ -25,12 +25,16 @@ _FIXED_ENDS = ("fixed_low", "fixed_high")
 
 @dataclass(frozen=True)
 class Change:
-    """One change of the reader: its name, its revision, what it corrects, and the objects that it may concern."""
+    """One change of the reader: its name, its revision, what it corrects, and the objects that it may concern.
+
+    `where` is SQL about the objects with one of the `outcomes`.
+    """
 
     name: str
     revision: int
     what: str
     where: str
+    outcomes: tuple[str, ...] = (cols.INGESTED,)
 
 
 def _in(values: Iterable[str]) -> str:
@@ -40,6 +44,17 @@ def _in(values: Iterable[str]) -> str:
 # Beside the revisions: a lake whose rule for patients differs from the settings. The tables do not show which IDs were
 # cut and which issuers ignored.
 PATIENTS = Change("patients", 0, "what identifies a patient: the whole Patient ID, and its issuer", "true")
+
+_REFUSED_BEFORE_2 = (
+    "NOT_DICOM",
+    "NO_PIXELS",
+    "TRUNCATED",
+    "MALFORMED",
+    "NO_UID",
+    "UNSUPPORTED",
+    "UNDECODABLE",
+    "CRASHED",
+)
 
 CHANGES = (
     Change(
@@ -84,22 +99,22 @@ CHANGES = (
             ]
         ),
     ),
-)
-# Outcomes and reasons of objects that a revision may accept, or give another reason.
-_REFUSED = {2: ("NOT_DICOM", "NO_PIXELS", "TRUNCATED", "MALFORMED", "NO_UID", "UNSUPPORTED", "UNDECODABLE", "CRASHED")}
-_REFUSED_CHANGES = tuple(
-    Change("refused", revision, "objects that were refused before", f"{cols.REASON} IN {_in(reasons)}")
-    for revision, reasons in _REFUSED.items()
+    # Objects that this revision may accept, or give another reason.
+    Change(
+        "refused",
+        2,
+        "objects that were refused before",
+        f"{cols.REASON} IN {_in(_REFUSED_BEFORE_2)}",
+        (cols.REJECTED, cols.NOT_AN_IMAGE),
+    ),
 )
 
 
 def chosen(skip: Collection[str]) -> tuple[Change, ...]:
     """Select the changes that are not skipped. Raises InputError for a name that no change has."""
-    known = (*CHANGES, *_REFUSED_CHANGES, PATIENTS)
+    known = (*CHANGES, PATIENTS)
     if unknown := sorted(set(skip) - {change.name for change in known}):
-        raise InputError(
-            f"no change is called {', '.join(unknown)}: give {', '.join(dict.fromkeys(c.name for c in known))}"
-        )
+        raise InputError(f"no change is called {', '.join(unknown)}: give {', '.join(change.name for change in known)}")
     return tuple(change for change in known if change.name not in skip)
 
 
@@ -149,6 +164,5 @@ def may_change(objects: DataFrame, changes: Iterable[Change]) -> DataFrame:
 
 
 def _concerned(change: Change, revision: Column) -> Column:
-    outcomes: Mapping[str, tuple[str, ...]] = {"refused": (cols.REJECTED, cols.NOT_AN_IMAGE)}
-    here = F.col(cols.OUTCOME).isin(*outcomes.get(change.name, (cols.INGESTED,))) & F.expr(change.where)
+    here = F.col(cols.OUTCOME).isin(*change.outcomes) & F.expr(change.where)
     return here if change is PATIENTS else here & (revision < change.revision)
