@@ -1,15 +1,16 @@
 """Whatever a job left on disk, unpacked so that it can be searched: Parquet columns decoded, archives inflated."""
 
-import gzip
 import io
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-_ZSTD, _GZIP, _ZIP, _PARQUET = b"\x28\xb5\x2f\xfd", b"\x1f\x8b", b"PK\x03\x04", b"PAR1"
+# The third byte of gzip names its only method.
+_ZSTD, _GZIP, _ZIP, _PARQUET = b"\x28\xb5\x2f\xfd", b"\x1f\x8b\x08", b"PK\x03\x04", b"PAR1"
 
 
 def contents(root: Path) -> Iterator[tuple[str, bytes]]:
@@ -38,8 +39,8 @@ def unpacked(content: bytes) -> Iterator[bytes]:
     if content[:4] == _ZSTD:
         # Spark ends a log in the middle of a frame where it was killed: what there is of it counts.
         found = [b"".join(_zstd(content))]
-    elif content[:2] == _GZIP:
-        found = [gzip.decompress(content)]
+    elif content[:3] == _GZIP:
+        found = [b"".join(_gzip(content))]
     elif content[:4] == _ZIP:
         with zipfile.ZipFile(io.BytesIO(content)) as packed:
             found = [packed.read(name) for name in packed.namelist()]
@@ -58,6 +59,22 @@ def _zstd(content: bytes) -> Iterator[bytes]:
         if not part:
             return
         yield part
+
+
+def _gzip(content: bytes) -> Iterator[bytes]:
+    """Inflate the members of a gzip file as far as they go; random bytes may begin like one."""
+    while content[:3] == _GZIP:
+        member = zlib.decompressobj(16 + zlib.MAX_WBITS)
+        for start in range(0, len(content), 1 << 16):
+            try:
+                yield member.decompress(content[start : start + (1 << 16)])
+            except zlib.error:
+                return
+            if member.eof:
+                content = member.unused_data + content[start + (1 << 16) :]
+                break
+        else:
+            return
 
 
 def _values(column: pa.ChunkedArray) -> Iterator[bytes]:

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
 import urllib.parse
@@ -230,6 +231,12 @@ def test_the_scanner_looks_into_what_is_packed(some: tuple[Tokens, dict[str, str
     pq.write_table(pa.table({"nested": column}), tmp_path / "p.parquet", compression="zstd")
     pq.write_table(pa.table({"b": pa.array([token.encode()])}), tmp_path / "b.parquet", use_dictionary=True)
     (tmp_path / "log.gz").write_bytes(gzip.compress(token.encode()))
+    (tmp_path / "members.gz").write_bytes(
+        gzip.compress(b"a" * 99) + gzip.compress(random.randbytes(200_000)) + gzip.compress(token.encode())
+    )
+    (tmp_path / "cut.gz").write_bytes(gzip.compress(token.encode() * 2 + random.randbytes(1000))[:-300])
+    for number, start in enumerate((b"\x1f\x8b", b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd")):
+        (tmp_path / f"noise{number}").write_bytes(start + bytes(range(255, 200, -1)) + token.encode())
     with pa.CompressedOutputStream(str(tmp_path / "log.zstd"), "zstd") as stream:
         stream.write(b"{" * 1000 + token.encode())
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as packed:
@@ -237,4 +244,5 @@ def test_the_scanner_looks_into_what_is_packed(some: tuple[Tokens, dict[str, str
     (tmp_path / token).mkdir()
     scanner = Scanner(tokens)
     seen = {name.partition(" ")[0] for name, content in contents(tmp_path) if scanner.find(content)}
-    assert seen == {"", "p.parquet", "b.parquet", "log.gz", "log.zstd", "a.zip"}
+    packed = {"log.gz", "members.gz", "cut.gz", "log.zstd", "a.zip"}
+    assert seen == {"", "p.parquet", "b.parquet", "noise0", "noise1", "noise2", *packed}
