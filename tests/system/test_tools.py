@@ -55,6 +55,7 @@ def test_ci_requires_tools_and_installs_the_listed_packages(tmp_path: Path) -> N
     packages = [name for name in listed if name]
     assert packages and all(re.fullmatch(r"[a-z0-9.+-]+", name) for name in packages)
     lines = called.read_text().splitlines()
-    made = ["setup STACK=oldest", "test", "test STACK=oldest", "test-more"]
-    assert lines[-4:] == [f"make {each} {REQUIRED}=1" for each in made]
-    assert any("install" in line and line.endswith(" ".join(packages)) for line in lines[:-4])
+    made = [f"make {each} {REQUIRED}=" for each in ("setup STACK=oldest", "demo STACK=oldest")]
+    made += [f"make {each} {REQUIRED}=1" for each in ("test", "test-fast STACK=oldest", "test-more")]
+    assert lines[-5:] == made
+    assert any("install" in line and line.endswith(" ".join(packages)) for line in lines[:-5])
